@@ -1,0 +1,1 @@
+"""Benchmarks: each module prints one measured number, and with `--json` a line for machines."""

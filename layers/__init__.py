@@ -1,0 +1,1 @@
+"""The blocks that every model shares. This room knows torch and nothing else of the project."""

@@ -1,0 +1,73 @@
+"""Counter-based random draws: each number is a pure function of (seed, step, sample, stream, position).
+
+A draw does not depend on the batch it stands in, on the rank that makes it, on what was drawn before it or on
+recomputation, so a run is the same on any number of devices and a sample is the same at any batch size.
+The bits are splitmix64 (Steele 2014, doi:10.1145/2660193.2660195) in wrapping int64 arithmetic, equal on CPU and GPU;
+`normal` and `gumbel` pass them through log and cos, which devices may round differently in the last bit.
+
+B samples.
+
+It does not know what the numbers are used for: `stream` names the use, so that two uses never share draws.
+"""
+
+import math
+import zlib
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def _shift(x: Tensor, n: int) -> Tensor:
+    """Logical right shift of int64 (torch's own is arithmetic)."""
+    return (x >> n) & ((1 << (64 - n)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64: a bijection of 64-bit words that avalanches."""
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def _bits(seed: int | Tensor, step: int, samples: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
+    if samples.dtype != torch.int64 or samples.dim() != 1:
+        raise ValueError(
+            f"random draws need samples as int64 of shape (B,), got {samples.dtype} of shape {tuple(samples.shape)}"
+        )
+    key = torch.as_tensor(seed, dtype=torch.int64, device=samples.device).expand_as(samples)
+    for word in (step, zlib.crc32(stream.encode()), samples):
+        key = _mix((key ^ word) + _GOLDEN)  # (B,)
+    counter = torch.arange(1, math.prod(shape) + 1, device=samples.device, dtype=torch.int64) * _GOLDEN
+    return _mix(key[:, None] + counter[None, :]).view(len(samples), *shape)  # (B, *shape)
+
+
+def uniform(seed: int | Tensor, step: int, samples: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
+    """Uniform draws in the open interval (0, 1), float32 of shape (B, *shape).
+
+    seed: an int, or int64 (B,) with a seed for each sample. step: the optimizer or sampling step. samples: int64 (B,),
+    the global numbers of the samples. stream: the name of the use. Raises ValueError when `samples` is not int64 (B,).
+    """
+    # 23 bits: the largest value, 1 - 2**-24, still fits a float32 below 1.
+    return (_shift(_bits(seed, step, samples, shape, stream), 41).float() + 0.5) * 2.0**-23
+
+
+def normal(seed: int | Tensor, step: int, samples: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
+    """Standard normal draws (Box-Muller), float32 of shape (B, *shape). Arguments as in `uniform`."""
+    u = uniform(seed, step, samples, (2, *shape), stream)  # (B, 2, *shape)
+    return torch.sqrt(-2 * torch.log(u[:, 0])) * torch.cos(2 * math.pi * u[:, 1])
+
+
+def gumbel(seed: int | Tensor, step: int, samples: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
+    """Standard Gumbel draws, -log(-log u), float32 of shape (B, *shape). Arguments as in `uniform`."""
+    return -torch.log(-torch.log(uniform(seed, step, samples, shape, stream)))
+
+
+def integers(seed: int | Tensor, step: int, samples: Tensor, shape: tuple[int, ...], stream: str, high: int) -> Tensor:
+    """Integers in [0, high), int64 of shape (B, *shape); the bias is below high / 2**63. Arguments as in `uniform`."""
+    if high < 1:
+        raise ValueError(f"integers: the upper bound must be at least 1, got {high}")
+    return _shift(_bits(seed, step, samples, shape, stream), 1) % high

@@ -1,0 +1,1 @@
+"""The pipeline: samples, decodes, ranks and writes; loads and saves model folders. It never imports training."""

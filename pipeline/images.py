@@ -1,0 +1,214 @@
+"""From tensors to pictures: 8-bit conversion, labelled grids, and PNG files that remember how they were made.
+
+B pictures, H height, W width.
+
+It does not know what a caption or a score means; it draws them. This is the one place where values are clamped.
+"""
+
+import importlib.util
+import io
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from torch import Tensor
+
+_KEY = "kartina"
+_MARGIN = 4
+# Pillow's own font has no Cyrillic, so a font of the system or of matplotlib goes first.
+_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf", "arial.ttf")
+_CYRILLIC = "абвгдеёжзийклмнопрстуфхцчшщъыьэюя"
+_LATIN = "a,b,v,g,d,e,yo,zh,z,i,y,k,l,m,n,o,p,r,s,t,u,f,kh,ts,ch,sh,shch,',y,',e,yu,ya"
+_TRANSLITERATION = dict(zip(_CYRILLIC, _LATIN.split(","), strict=True))
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """image (B, 3, H, W), nominally in [-1, 1] -> (B, H, W, 3) uint8 on the CPU, clamped and rounded to nearest.
+
+    -1 becomes 0 and 1 becomes 255. Raises ValueError for another shape or for NaN.
+    """
+    if image.ndim != 4 or image.shape[1] != 3:
+        raise ValueError(f"pictures must be (B, 3, H, W), got {tuple(image.shape)}; add the batch or the colour axis")
+    image = image.detach().float().cpu()
+    if image.isnan().any():
+        raise ValueError("pictures must be numbers in [-1, 1], got NaN; look at the model that made them")
+    return ((image + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def to_pil(image: Tensor) -> list[Image.Image]:
+    """image (B, 3, H, W), nominally in [-1, 1] -> B RGB pictures. Raises like `to_uint8`."""
+    return [Image.fromarray(picture.numpy()) for picture in to_uint8(image)]
+
+
+def grid(
+    images: Tensor | Sequence[Image.Image],
+    columns: int,
+    captions: Sequence[str] | None = None,
+    scores: Sequence[float] | Tensor | None = None,
+    scale: int = 1,
+) -> Image.Image:
+    """Pictures row by row on white, each above its caption and score.
+
+    images (B, 3, H, W) in [-1, 1], or B pictures of one size; captions and scores of B entries or None; each pixel is
+    drawn as scale x scale. Captions are wrapped to the picture's width; Cyrillic is transliterated only where the
+    machine has no font for it. Raises ValueError for no pictures, unequal sizes or counts, or columns or scale below 1.
+    """
+    pictures = to_pil(images) if isinstance(images, Tensor) else [picture.convert("RGB") for picture in images]
+    _check_grid(pictures, columns, captions, scores, scale)
+    width, height = pictures[0].width * scale, pictures[0].height * scale
+    font = _font(min(14, max(9, width // 8)))
+    labels = _labels(len(pictures), captions, scores, font, width)
+    line = sum(font.getmetrics())
+    columns = min(columns, len(pictures))
+    starts = range(0, len(pictures), columns)
+    heights = [height + line * max(map(len, labels[i : i + columns])) + _MARGIN for i in starts]
+    canvas = Image.new("RGB", (columns * (width + _MARGIN) + _MARGIN, sum(heights) + _MARGIN), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        row, column = divmod(i, columns)
+        x, y = _MARGIN + column * (width + _MARGIN), _MARGIN + sum(heights[:row])
+        canvas.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        for j, words in enumerate(label):
+            draw.text((x, y + height + j * line), words, fill="black", font=font)
+    return canvas
+
+
+def save_png(image: Image.Image, path: str | Path, metadata: dict[str, Any]) -> None:
+    """Write a PNG with `metadata` as JSON in a text chunk (iTXt, key "kartina"); the file appears whole or not at all.
+
+    Raises ValueError if the path does not end in .png or the metadata is not a dict that JSON can hold, and OSError if
+    the path cannot be written. `read_metadata` gives the dict back.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"a picture's path must end in .png, got {str(path)!r}; rename it")
+    try:
+        text = json.dumps(dict(metadata), ensure_ascii=False, allow_nan=False)
+        text.encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"metadata must be a dict that JSON can hold, got {error}; use str, int, float, list"
+        ) from error
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(_KEY, text)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    _write_whole(path, buffer.getvalue())
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The dict that `save_png` stored. Raises OSError for an unreadable file, ValueError if it holds no such dict."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            text = image.info.get(_KEY)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no picture {str(path)!r}") from error
+    except (Image.UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} must be a PNG, got {error}") from error
+    except OSError as error:
+        raise OSError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    if not isinstance(text, str):
+        raise ValueError(f"{str(path)!r} holds no text under the key {_KEY!r}; only pictures written by kartina do")
+    try:
+        metadata = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the text of {str(path)!r} under {_KEY!r} must be JSON, got {error}") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"the text of {str(path)!r} under {_KEY!r} must be a dict, got {type(metadata).__name__}")
+    return metadata
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write beside the target, then rename: a reader or a crash never meets half a file."""
+    part = path.parent / f".kartina-{secrets.token_hex(8)}.part"
+    try:
+        with open(part, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"cannot write {str(path)!r}: {reason}; name a file in an existing, writable folder") from error
+    finally:
+        if part.exists():
+            part.unlink()
+
+
+def _check_grid(pictures: list[Image.Image], columns: int, captions: Any, scores: Any, scale: int) -> None:
+    sizes = {picture.size for picture in pictures}
+    if len(sizes) != 1:
+        raise ValueError(f"a grid needs pictures of one size, got {sorted(sizes) or 'no pictures'}")
+    if columns < 1 or scale < 1:
+        raise ValueError(f"a grid needs columns >= 1 and scale >= 1, got {columns} and {scale}")
+    for name, entries in (("captions", captions), ("scores", scores)):
+        if entries is not None and len(entries) != len(pictures):
+            raise ValueError(f"a grid needs one entry of {name} per picture, got {len(entries)} for {len(pictures)}")
+
+
+def _labels(count: int, captions: Any, scores: Any, font: ImageFont.FreeTypeFont, width: int) -> list[list[str]]:
+    labels: list[list[str]] = [[] for _ in range(count)]
+    for i, label in enumerate(labels):
+        if captions is not None:
+            label.extend(_wrap(_drawable(captions[i], font), font, width))
+        if scores is not None:
+            label.append(f"{float(scores[i]):.3f}")
+    return labels
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines no wider than `width`; a word that does not fit alone is broken."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        lines.append("")
+        for character in word:
+            if lines[-1] and font.getlength(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    return lines
+
+
+@lru_cache(maxsize=8)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """The first font of this machine that draws Cyrillic, or else Pillow's own."""
+    found = importlib.util.find_spec("matplotlib")  # found, not imported
+    folders = found.submodule_search_locations or [] if found else []
+    carried = [os.path.join(folder, "mpl-data", "fonts", "ttf", "DejaVuSans.ttf") for folder in folders]
+    for name in (*_FONTS, *carried):
+        try:
+            font = ImageFont.truetype(name, size)
+        except OSError:
+            continue
+        if _covers(font, "ж"):
+            return font
+    own = ImageFont.load_default(size)
+    assert isinstance(own, ImageFont.FreeTypeFont), "this Pillow was built without FreeType"
+    return own
+
+
+@lru_cache(maxsize=4096)
+def _covers(font: ImageFont.FreeTypeFont, character: str) -> bool:
+    """Whether the font draws the character as something else than its box for a missing one."""
+    drawn, missing = font.getmask(character), font.getmask("\U0010fffe")
+    return (drawn.size, bytes(drawn)) != (missing.size, bytes(missing))
+
+
+def _drawable(text: str, font: ImageFont.FreeTypeFont) -> str:
+    """The text in characters that the font has: others are transliterated, or drawn as a question mark."""
+    out = []
+    for character in text:
+        if character.isspace() or _covers(font, character):
+            out.append(character)
+            continue
+        latin = _TRANSLITERATION.get(character.lower(), "?")
+        out.append(latin.capitalize() if character.isupper() else latin)
+    return "".join(out)

@@ -1,0 +1,168 @@
+"""The recipe of a system: one YAML file whose part sections go straight to constructors.
+
+This half knows what a system is made of; `kartina.training.run` reads the `training` section. A recipe may come from an
+untrusted model folder, so it names entries of the closed table PARTS only, never a module, a package or a path.
+
+It knows no optimizer, no data and no weights.
+"""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PARTS: dict[str, dict[str, tuple[str, str]]] = {
+    "tokenizer": {"dvae": ("tokenizers.dvae", "DiscreteVAE")},
+    "prior": {"dalle": ("priors.dalle", "DALLE")},
+    "clip": {"clip": ("tokenizers.clip_towers", "CLIP")},
+}
+
+
+class RecipeError(ValueError):
+    """A recipe, or an override of one, that breaks a rule; the message says which and what to write."""
+
+
+class Section(BaseModel):
+    """A section whose unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+S = TypeVar("S", bound=Section)
+
+
+class Captions(Section):
+    """The caption tokenizer: `vocab_size` tokens at most, `context_length` tokens a caption."""
+
+    vocab_size: int = Field(16384, ge=257)
+    context_length: int = Field(256, ge=1)
+
+
+class Recipe(Section):
+    """One system. `parts` maps a part's name to its kind and constructor arguments."""
+
+    name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9.]+)*/[a-z0-9.]+(-[a-z0-9.]+)*$")
+    paper: str
+    image_size: int = Field(ge=8)
+    captions: Captions = Captions()
+    parts: dict[str, dict[str, Any]]
+    licence: str = "Apache-2.0"
+    training: dict[str, Any] = {}
+
+
+def nearest(word: str, valid: list[str]) -> str:
+    """The end of an error about an unknown word: the nearest valid one, or all of them."""
+    close = difflib.get_close_matches(word, valid, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(valid))}"
+
+
+def validate(section: type[S], given: dict[str, Any], where: str) -> S:
+    """Builds a section; a failure is a RecipeError that names the key, and the nearest valid one if it is unknown."""
+    try:
+        return section.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            hint = nearest(str(first["loc"][-1]), _fields_at(section, first["loc"][:-1]))
+            raise RecipeError(f"{where}: unknown key {key!r}; {hint}") from None
+        raise RecipeError(f"{where}: {key}: {first['msg']}, got {first.get('input')!r}") from None
+
+
+def _fields_at(section: type[Section], location: Sequence[Any]) -> list[str]:
+    """The valid keys of the section that lies at a location inside another; mappings are passed through by any key."""
+    here: Any = section
+    for word in location:
+        is_section = isinstance(here, type) and issubclass(here, Section)
+        here = here.model_fields[word].annotation if is_section else get_args(here)[-1]
+    return list(here.model_fields)
+
+
+def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe's YAML and applies overrides `key.sub=value` (values are YAML).
+
+    Raises RecipeError for unreadable YAML, unknown keys (naming the nearest), wrong types and unknown parts.
+    """
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not readable as YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of keys, got {type(tree).__name__}")
+    for override in overrides:
+        apply_override(tree, override)
+    recipe = validate(Recipe, tree, where)
+    for part, arguments in recipe.parts.items():
+        _check_part(part, arguments, where)
+    return recipe
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file; see `parse`."""
+    return parse(path.read_text(encoding="utf-8"), path.name, overrides)
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets `a.b.c=value` in a nested mapping; `stages.` is short for `training.stages.`."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r}: expected key.sub=value, as in stages.tokenizer.steps=24")
+    words = key.split(".")
+    if words[0] == "stages":
+        words = ["training", *words]
+    for depth, word in enumerate(words[:-1]):
+        if not isinstance(tree.get(word), dict):
+            raise RecipeError(
+                f"override {override!r}: no section {'.'.join(words[: depth + 1])!r}; "
+                + nearest(word, [str(k) for k in tree])
+            )
+        tree = tree[word]
+    tree[words[-1]] = yaml.safe_load(value)
+
+
+def _constructor(part: str, kind: str) -> type:
+    module, name = PARTS[part][kind]
+    return getattr(importlib.import_module(f"..{module}", __package__), name)
+
+
+def _check_part(part: str, arguments: dict[str, Any], where: str) -> None:
+    if part not in PARTS:
+        raise RecipeError(f"{where}: unknown part {part!r}; {nearest(part, list(PARTS))}")
+    kind = arguments.get("kind")
+    if kind not in PARTS[part]:
+        raise RecipeError(f"{where}: parts.{part}.kind is {kind!r}; {nearest(str(kind), list(PARTS[part]))}")
+    valid = [name for name in inspect.signature(_constructor(part, kind)).parameters]
+    for key in arguments:
+        if key != "kind" and key not in valid:
+            raise RecipeError(f"{where}: parts.{part}: unknown key {key!r}; {nearest(key, valid)}")
+
+
+def build(recipe: Recipe, part: str) -> Any:
+    """Constructs a part with fresh weights, on torch's current default device.
+
+    Raises RecipeError when the recipe has no such part.
+    """
+    if part not in recipe.parts:
+        raise RecipeError(f"recipe {recipe.name} has no part {part!r}; it has {', '.join(recipe.parts)}")
+    arguments = dict(recipe.parts[part])
+    kind = arguments.pop("kind")
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    return _constructor(part, kind)(**arguments)
+
+
+def count_parameters(recipe: Recipe) -> dict[str, int]:
+    """The number of parameters of each part, counted on the meta device: no memory is taken."""
+    import torch
+
+    with torch.device("meta"):
+        return {part: sum(p.numel() for p in build(recipe, part).parameters()) for part in recipe.parts}
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,73 @@
+"""Record the published discrete VAE at a tiny size into tests/data/parity/dvae.npz (Ramesh 2021, arXiv:2102.12092).
+
+Needs the `DALL-E` wheel: pip install --no-deps --target DIR DALL-E blobfile pycryptodomex attrs requests
+Run: PYTHONPATH=DIR python tests/parity/record_dvae.py
+
+The weights are not recorded, only their names, shapes and the seed: `weights` makes them again from numpy's frozen
+legacy generator. It does not know of kartina.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SIZES = {"n_hid": 8, "vocab_size": 64}
+SEED = 20210224
+
+
+def weights(names: list[str], shapes: list[tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
+    """Normal weights of variance 1 / fan-in and biases of standard deviation 0.1, in the order of the names."""
+    random = np.random.RandomState(seed)
+    scale = [0.1 if len(shape) == 1 else np.prod(shape[1:]) ** -0.5 for shape in shapes]
+    values = [random.standard_normal(shape) * s for shape, s in zip(shapes, scale, strict=True)]
+    return {name: torch.from_numpy(value.astype(np.float32)) for name, value in zip(names, values, strict=True)}
+
+
+def inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (2, 3, 32, 32) in [0, 1] and weights over codes (2, 64, 4, 4)."""
+    random = np.random.RandomState(seed + 1)
+    image = random.uniform(size=(2, 3, 32, 32)).astype(np.float32)
+    soft = random.dirichlet(np.full(64, 0.1), size=(2, 4, 4)).astype(np.float32).transpose(0, 3, 1, 2)
+    return torch.from_numpy(image), torch.from_numpy(soft.copy())
+
+
+def published() -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The published encoder and decoder at the tiny size, with the weights of SEED and SEED + 7."""
+    from dall_e import Decoder, Encoder
+
+    models = (Encoder(**SIZES), Decoder(n_init=8, **SIZES))
+    for model, seed in zip(models, (SEED, SEED + 7), strict=True):
+        state = model.state_dict()
+        model.load_state_dict(weights(list(state), [tuple(t.shape) for t in state.values()], seed))
+    return models
+
+
+@torch.no_grad()
+def record(path: Path) -> None:
+    from dall_e import map_pixels, unmap_pixels
+
+    encoder, decoder = published()
+    image, soft = inputs(SEED)
+    logits, parameters = encoder(map_pixels(image)), decoder(soft)
+    codes = logits.argmax(dim=1)
+    one_hot = torch.nn.functional.one_hot(codes, SIZES["vocab_size"]).permute(0, 3, 1, 2).float()
+    decoded = unmap_pixels(torch.sigmoid(decoder(one_hot)[:, :3]))
+    tables = {}
+    for half, model in (("encoder", encoder), ("decoder", decoder)):
+        state = model.state_dict()
+        tables[f"{half}_names"] = np.array(list(state))
+        tables[f"{half}_shapes"] = np.array([",".join(map(str, t.shape)) for t in state.values()])
+    np.savez_compressed(
+        path,
+        seed=SEED,
+        logits=logits.numpy(),
+        parameters=parameters.numpy(),
+        codes=codes.numpy(),
+        decoded=decoded.numpy(),
+        **tables,
+    )
+
+
+if __name__ == "__main__":
+    record(Path(__file__).parent.parent / "data" / "parity" / "dvae.npz")

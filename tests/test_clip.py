@@ -1,0 +1,164 @@
+"""CLIP's towers and loss against open_clip, run live at a tiny size."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kartina.tokenizers.clip_towers import CLIP
+from kartina.training.objectives.clip import clamp_logit_scale, clip
+
+SIZES = dict(embed_dim=24, image_size=16, patch_size=4, vision_width=32, vision_depth=2, vision_heads=2)
+SIZES |= dict(text_vocab=50, text_length=10, text_width=16, text_depth=2, text_heads=2)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    open_clip = pytest.importorskip("open_clip")
+    torch.manual_seed(0)
+    vision = open_clip.CLIPVisionCfg(layers=2, width=32, head_width=16, patch_size=4, image_size=16)
+    text = open_clip.CLIPTextCfg(context_length=10, vocab_size=50, width=16, heads=2, layers=2)
+    model = open_clip.CLIP(24, vision, text)
+    with torch.no_grad():  # norms and biases start at 1 and 0, which would hide a swapped pair
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def _inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    image = torch.rand(6, 3, 16, 16, generator=generator) * 2 - 1
+    return image, torch.randint(0, 49, (6, 10), generator=generator)
+
+
+def _features(batch: int = 6, seed: int = 2, wrong: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(2 + wrong, batch, 8, generator=generator, dtype=torch.float64)
+    unit = torch.nn.functional.normalize(drawn, dim=-1)
+    return unit[0], unit[1], unit[2:].transpose(0, 1)
+
+
+def test_outputs_and_gradients_equal_open_clip(reference):
+    import open_clip
+
+    model = CLIP(**SIZES)
+    model.load_state_dict(reference.state_dict(), strict=True)
+    assert {k: v.shape for k, v in model.state_dict().items()} == {
+        k: v.shape for k, v in reference.state_dict().items()
+    }
+    image, text = _inputs()
+    text = model.with_end(text, torch.tensor([0, 1, 4, 9, 10, 7]))
+    ours, theirs = model(image, text), reference(image, text)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.encode_image(image), reference.encode_image(image), atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.encode_text(text), reference.encode_text(text), atol=1e-5, rtol=0)
+    (total, count), _ = clip(*ours, torch.arange(6), None, torch.ones(6))
+    (total / count).backward()
+    open_clip.ClipLoss()(*theirs).backward()
+    expected = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        limit = 1e-5 * max(1.0, float(expected[name].grad.abs().max()))
+        torch.testing.assert_close(parameter.grad, expected[name].grad, atol=limit, rtol=0, msg=name)
+        assert expected[name].grad.abs().max() > 0, name
+
+
+def test_loss_equals_open_clip_in_float64():
+    open_clip = pytest.importorskip("open_clip")
+    image, text, _ = _features()
+    scale = torch.tensor(9.0, dtype=torch.float64)
+    (total, count), scalars = clip(image, text, scale, torch.arange(6), None, torch.ones(6))
+    torch.testing.assert_close(total / count, open_clip.ClipLoss()(image, text, scale), atol=1e-12, rtol=0)
+    assert float(scalars["chance"]) == pytest.approx(math.log(6))
+    assert float(scalars["loss"]) == pytest.approx(float(total / count))
+
+
+def test_same_group_is_no_negative_and_wrong_captions_are():
+    image, text, wrong = _features()
+    groups = torch.tensor([0, 1, 0, 2, 3, 3])
+    (total, count), _ = clip(image, text, torch.tensor(5.0), groups, wrong, torch.ones(6))
+    expected = 0.0
+    for i in range(6):
+        others = [j for j in range(6) if j == i or groups[j] != groups[i]]
+        captions = torch.cat([text[others], wrong[i]])
+        found_text = torch.softmax(5 * captions @ image[i], 0)[others.index(i)]
+        found_image = torch.softmax(5 * image[others] @ text[i], 0)[others.index(i)]
+        expected -= float(found_text.log() + found_image.log()) / 2
+    assert float(total) == pytest.approx(expected, abs=1e-12)
+    assert float(count) == 6
+
+
+def test_weightless_samples_change_nothing():
+    image, text, wrong = _features()
+    weight = torch.tensor([1.0, 1, 0.5, 1, 0, 0])
+    image.requires_grad_(True)
+    (total, count), scalars = clip(image, text, torch.tensor(5.0), torch.arange(6), wrong, weight)
+    (cut, _), fewer = clip(image[:4], text[:4], torch.tensor(5.0), torch.arange(4), wrong[:4], weight[:4])
+    torch.testing.assert_close(total, cut)
+    torch.testing.assert_close(scalars, fewer)
+    assert float(count) == 3.5
+    (grad,) = torch.autograd.grad(total, image)
+    assert grad[4:].abs().max() == 0
+    assert grad.isfinite().all()
+
+
+def test_one_group_only_is_finite():
+    image, text, _ = _features()
+    image.requires_grad_(True)
+    (total, _), scalars = clip(image, text, torch.tensor(5.0), torch.zeros(6).long(), None, torch.ones(6))
+    total.backward()
+    assert float(total.detach()) == pytest.approx(0, abs=1e-12)
+    assert image.grad.isfinite().all()
+    assert float(scalars["chance"]) == 0
+
+
+def test_accuracy_and_chance_of_a_blind_and_a_perfect_model():
+    same = torch.nn.functional.normalize(torch.ones(4, 8), dim=-1)
+    weight, groups = torch.ones(4), torch.arange(4)
+    (total, count), blind = clip(same, same, torch.tensor(10.0), groups, same[:, None].expand(4, 2, 8), weight)
+    assert float(blind["accuracy"]) == 0
+    assert float(total / count) == pytest.approx(float(blind["chance"]), abs=1e-6)
+    assert float(blind["chance"]) == pytest.approx((math.log(6) + math.log(4)) / 2)
+    _, perfect = clip(torch.eye(4), torch.eye(4), torch.tensor(10.0), groups, None, weight)
+    assert float(perfect["accuracy"]) == 1
+
+
+def test_logit_scale_is_clamped_at_100():
+    high, low = torch.nn.Parameter(torch.tensor(9.0)), torch.nn.Parameter(torch.tensor(1.0))
+    clamp_logit_scale(high)
+    clamp_logit_scale(low)
+    assert float(high.detach().exp()) == pytest.approx(100)
+    assert float(low.detach()) == 1
+
+
+def test_with_end_and_pooling():
+    model = CLIP(**SIZES).eval()
+    text = torch.tensor([[5, 6, 0, 0], [5, 6, 7, 8], [9, 9, 9, 9]])
+    ended = model.with_end(text, torch.tensor([2, 4, 0]))
+    assert ended.tolist() == [[5, 6, 49, 0], [5, 6, 7, 49], [49, 0, 0, 0]]
+    padded = torch.nn.functional.pad(ended, (0, 6))
+    torch.testing.assert_close(model.encode_text(ended), model.encode_text(padded), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="end id 49"):
+        model.with_end(torch.tensor([[49, 3]]), torch.tensor([2]))
+    with pytest.raises(ValueError, match="lengths"):
+        model.with_end(text, torch.tensor([2, 5, 0]))
+
+
+def test_edges_refuse():
+    model = CLIP(**SIZES)
+    with pytest.raises(ValueError, match="resize"):
+        model.encode_image(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="T <= 10"):
+        model.encode_text(torch.zeros(1, 11, dtype=torch.int64))
+    with pytest.raises(ValueError, match="patch_size"):
+        CLIP(**SIZES | {"patch_size": 5})
+    image, text, _ = _features()
+    with pytest.raises(ValueError, match="weight"):
+        clip(image, text[:3], torch.tensor(1.0), torch.arange(6), None, torch.ones(6))
+
+
+def test_open_clip_is_not_imported():
+    code = "import sys, kartina.tokenizers.clip_towers, kartina.pipeline.rerank; sys.exit('open_clip' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,41 @@
+"""The same run on one process and on two, through the launcher that users call."""
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+
+from kartina.training import __main__ as trainer
+from kartina.training import state
+
+SMALL = [
+    "parts.tokenizer.width=8",
+    "parts.tokenizer.init_width=8",
+    *[f"stages.tokenizer.{key}" for key in ("steps=4", "global_batch=4", "precision=fp32", "log_every=1")],
+]
+
+
+def losses(folder):
+    return [json.loads(line)["tokenizer/nll"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_train_as_one(tmp_path):
+    command = ["shapes/dalle", *SMALL, "--stage", "tokenizer"]
+    assert trainer.main([*command, "--run", str(tmp_path / "one")]) == 0
+    arguments = ["train", *command, "--run", str(tmp_path / "two"), "--processes", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launched = subprocess.run(
+        [sys.executable, "-m", "kartina.cli", *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert launched.returncode == 0, launched.stderr
+    assert torch.allclose(torch.tensor(losses(tmp_path / "one")), torch.tensor(losses(tmp_path / "two")), atol=1e-5)
+    one, two = (state.load_newest(tmp_path / name / "state" / "tokenizer")["network"] for name in ("one", "two"))
+    assert all(torch.allclose(two[name], value, atol=1e-4) for name, value in one.items())
+
+
+def test_a_missing_process_is_refused(tmp_path, capsys):
+    """`accelerate launch` starts one process on CPU whatever is asked for; that must not pass unnoticed."""
+    assert trainer.main(["shapes/dalle", *SMALL, "--run", str(tmp_path), "--processes", "2"]) == 2
+    assert "asked for 2 processes, got 1" in capsys.readouterr().err

@@ -1,0 +1,224 @@
+"""The discrete VAE and its objective: likelihood, KL, relaxation, sizes, and equality with the published model."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kartina.tokenizers.dvae import DiscreteVAE, map_pixels, openai_state_dict, relax, unmap_pixels
+from kartina.tokenizers.spec import CodesSpec
+from kartina.training.objectives.dvae import dvae, kl_weight, logit_laplace_nll, temperature, uniform_kl
+
+HERE = Path(__file__).parent
+SMALL = {"image_size": 32, "num_codes": 32, "width": 16, "init_width": 16, "num_groups": 3, "blocks_per_group": 1}
+
+
+def gumbel(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    u = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
+    return (-torch.log(-torch.log(u))).float()
+
+
+@pytest.fixture(scope="module")
+def recorder():
+    spec = importlib.util.spec_from_file_location("record_dvae", HERE / "parity" / "record_dvae.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def small() -> DiscreteVAE:
+    torch.manual_seed(0)
+    return DiscreteVAE(**SMALL)
+
+
+@pytest.mark.parametrize(("mu", "log_b"), [(0.0, 0.0), (1.5, -1.0), (-2.0, 0.3)])
+def test_logit_laplace_integrates_to_one(mu, log_b):
+    n = 400_000
+    x = ((torch.arange(n, dtype=torch.float64) + 0.5) / n).float().view(1, 1, 1, n).expand(1, 3, 1, n)
+    parameters = torch.tensor([mu] * 3 + [log_b] * 3).view(1, 6, 1, 1).expand(1, 6, 1, n)
+    density = torch.exp(-logit_laplace_nll(parameters, x).double())
+    torch.testing.assert_close(density.mean(dim=-1), torch.ones(1, 3, 1, dtype=torch.float64), atol=2e-3, rtol=0)
+
+
+def test_logit_laplace_reads_mu_then_log_b():
+    parameters = torch.tensor([0.1, 0.2, 0.3, -0.5, 0.0, 0.5]).view(1, 6, 1, 1)
+    x = torch.tensor([0.2, 0.5, 0.8]).view(1, 3, 1, 1)
+    expected = [
+        -math.log(math.exp(-abs(math.log(v / (1 - v)) - m) / b) / (2 * b * v * (1 - v)))
+        for v, m, b in ((0.2, 0.1, math.exp(-0.5)), (0.5, 0.2, 1.0), (0.8, 0.3, math.exp(0.5)))
+    ]
+    torch.testing.assert_close(logit_laplace_nll(parameters, x).flatten(), torch.tensor(expected))
+
+
+def test_kl_equals_the_sum_over_outcomes():
+    logits = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(1)) * 3
+    q = torch.softmax(logits.double(), dim=1)
+    brute = sum(q[:, k] * torch.log(q[:, k] / (1 / 5)) for k in range(5))
+    torch.testing.assert_close(uniform_kl(logits).double(), brute, atol=1e-5, rtol=1e-5)
+    assert torch.allclose(uniform_kl(torch.zeros(1, 7, 2, 2)), torch.zeros(1, 2, 2), atol=1e-6)
+
+
+def test_objective_weights_images_and_divides_by_the_values_of_an_image():
+    generator = torch.Generator().manual_seed(2)
+    image = torch.rand(3, 3, 8, 8, generator=generator) * 2 - 1
+    parameters = torch.randn(3, 6, 8, 8, generator=generator)
+    logits = torch.randn(3, 11, 2, 2, generator=generator)
+    weight = torch.tensor([1.0, 0.0, 2.0])
+    (total, count), scalars = dvae(parameters, logits, image, 6.6, weight)
+    nll = logit_laplace_nll(parameters, map_pixels(image)).sum(dim=(1, 2, 3))
+    each = (nll + 6.6 * uniform_kl(logits).sum(dim=(1, 2))) / 192
+    torch.testing.assert_close(total, each[0] + 2 * each[2])
+    assert count == 3
+    torch.testing.assert_close(scalars["nll"], (nll[0] + 2 * nll[2]) / 3 / 192)
+    torch.testing.assert_close(scalars["kl"], (uniform_kl(logits).mean(dim=(1, 2)) * weight).sum() / 3)
+
+
+def test_perplexity_and_usage_of_known_codes():
+    codes = torch.tensor([[[0, 1], [2, 3]], [[7, 7], [7, 7]]])
+    logits = torch.nn.functional.one_hot(codes, 8).permute(0, 3, 1, 2).float()
+    image, parameters = torch.zeros(2, 3, 4, 4), torch.zeros(2, 6, 4, 4)
+    _, scalars = dvae(parameters, logits, image, 0.0, torch.tensor([1.0, 0.0]))
+    assert scalars["perplexity"].item() == pytest.approx(4.0)
+    assert scalars["usage"].item() == pytest.approx(0.5)
+
+
+def test_schedules():
+    assert (temperature(0), temperature(150_000), temperature(10**7)) == (1.0, 1 / 16, 1 / 16)
+    assert (kl_weight(0), kl_weight(5000), kl_weight(3_000_000)) == (0.0, 6.6, 6.6)
+    assert kl_weight(2500) == pytest.approx(3.3)
+    assert kl_weight(1250, shape="linear") == pytest.approx(1.65)
+    assert kl_weight(1250) == pytest.approx(6.6 * (1 - math.cos(math.pi / 4)) / 2)
+    with pytest.raises(ValueError, match="cosine"):
+        temperature(0, shape="step")
+
+
+def test_gumbel_max_draws_from_the_softmax():
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5])
+    n = 100_000
+    noise = gumbel((n, 5, 1, 1), seed=3)
+    drawn = relax(logits.view(1, 5, 1, 1).expand(n, 5, 1, 1), noise, 1.0).argmax(dim=1).flatten()
+    expected = torch.softmax(logits, dim=0) * n
+    chi_square = ((torch.bincount(drawn, minlength=5) - expected) ** 2 / expected).sum().item()
+    assert chi_square < 18.47  # the 0.999 quantile at 4 degrees of freedom
+
+
+def test_low_temperature_is_one_hot_at_the_noisy_argmax():
+    logits, noise = torch.randn(2, 9, 4, 4, generator=torch.Generator().manual_seed(4)), gumbel((2, 9, 4, 4), 5)
+    soft = relax(logits, noise, 1e-4)
+    assert torch.equal(soft.argmax(dim=1), (logits + noise).argmax(dim=1))
+    assert soft.amax(dim=1).min() > 0.999
+    assert relax(logits.bfloat16(), noise, 1.0).dtype == torch.float32
+
+
+def test_shapes_and_spec(small):
+    image = torch.rand(2, 3, 32, 32) * 2 - 1
+    codes = small.encode(image)
+    assert small.spec == CodesSpec("codes", (8, 8), 32)
+    assert codes.shape == (2, 8, 8) and codes.dtype == torch.int64
+    assert small.decode(codes).shape == (2, 3, 32, 32)
+    out = small(image, gumbel((2, 32, 8, 8), 6), 1.0)
+    assert out["parameters"].shape == (2, 6, 32, 32) and out["logits"].shape == (2, 32, 8, 8)
+    torch.testing.assert_close(unmap_pixels(map_pixels(image)), image)
+    assert map_pixels(torch.tensor([-1.0, 1.0])).tolist() == pytest.approx([0.1, 0.9])
+
+
+def test_code_lookup_equals_the_one_hot_pass(small):
+    torch.nn.init.normal_(small.decoder.stem.bias)
+    codes = torch.randint(32, (2, 8, 8), generator=torch.Generator().manual_seed(7))
+    one_hot = torch.nn.functional.one_hot(codes, 32).permute(0, 3, 1, 2).float()
+    torch.testing.assert_close(small.decode(codes), small.image(small.decoder(one_hot)), atol=1e-5, rtol=1e-5)
+
+
+def test_errors_say_what_was_expected(small):
+    with pytest.raises(ValueError, match=r"\(B, 3, 32, 32\)"):
+        small.encode(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="multiple of"):
+        DiscreteVAE(**{**SMALL, "image_size": 30})
+    with pytest.raises(ValueError, match="int64"):
+        small.decode(torch.zeros(1, 8, 8))
+    with pytest.raises(ValueError, match="gumbel_noise"):
+        small(torch.zeros(1, 3, 32, 32), torch.zeros(1, 32, 4, 4), 1.0)
+    with pytest.raises(ValueError, match="unknown"):
+        openai_state_dict({"blocks.middle.w": torch.zeros(1, 1, 1, 1)}, {})
+
+
+def test_published_size():
+    with torch.device("meta"):
+        model = DiscreteVAE()
+    assert model.spec == CodesSpec("codes", (32, 32), 8192)
+    assert sum(p.numel() for p in model.encoder.parameters()) == 53_786_240
+    assert sum(p.numel() for p in model.decoder.parameters()) == 43_829_766
+
+
+def test_codes_stay_in_float32_under_autocast_and_shapes_can_be_probed_on_meta(small):
+    image, noise = torch.zeros(1, 3, 32, 32), torch.zeros(1, 32, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = small(image, noise, 1.0)
+    assert (out["logits"].dtype, out["parameters"].dtype) == (torch.float32, torch.bfloat16)
+    probe = small.to("meta")(image.to("meta"), noise.to("meta"), 1.0)
+    assert probe["parameters"].shape == (1, 6, 32, 32)
+
+
+def test_overfits_a_few_flat_images(small):
+    torch.manual_seed(8)
+    image = (torch.rand(4, 3, 1, 1) * 1.6 - 0.8).expand(4, 3, 32, 32).contiguous()
+    optimizer = torch.optim.Adam(small.parameters(), lr=3e-3)
+    losses = []
+    for step in range(60):
+        out = small(image, gumbel((4, 32, 8, 8), 100 + step), temperature(step, steps=50))
+        (total, count), _ = dvae(out["parameters"], out["logits"], image, kl_weight(step, end=0.1), torch.ones(4))
+        loss = total / count
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1.0
+    error = (small.decode(small.encode(image)) - image).abs().mean()
+    assert error < 0.2 < image.std(dim=0).mean()
+
+
+def published_sized() -> DiscreteVAE:
+    return DiscreteVAE(image_size=32, num_codes=64, width=8, init_width=8)
+
+
+def check_against(model: DiscreteVAE, recorder, logits, parameters, codes, decoded) -> None:
+    image, soft = recorder.inputs(recorder.SEED)
+    with torch.no_grad():
+        ours = image * 2 - 1
+        torch.testing.assert_close(model.logits(ours), logits, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(model.decoder(soft), parameters, atol=2e-5, rtol=1e-5)
+        assert torch.equal(model.encode(ours), codes)
+        ours = (model.decode(codes).clamp(-1, 1) + 1) / 2
+        torch.testing.assert_close(ours, decoded, atol=1e-5, rtol=1e-5)
+
+
+def test_equals_the_recorded_published_model(recorder):
+    with np.load(HERE / "data" / "parity" / "dvae.npz") as file:
+        data = dict(file)
+    seed = int(data["seed"])
+    halves = []
+    for half, offset in (("encoder", 0), ("decoder", 7)):
+        shapes = [tuple(map(int, s.split(","))) for s in data[f"{half}_shapes"].tolist()]
+        halves.append(recorder.weights(data[f"{half}_names"].tolist(), shapes, seed + offset))
+    model = published_sized()
+    model.load_state_dict(openai_state_dict(*halves))
+    outputs = (torch.from_numpy(data[name]) for name in ("logits", "parameters", "codes", "decoded"))
+    check_against(model, recorder, *outputs)
+
+
+def test_equals_the_installed_published_model(recorder):
+    package = pytest.importorskip("dall_e")
+    encoder, decoder = recorder.published()
+    model = published_sized()
+    model.load_state_dict(openai_state_dict(encoder.state_dict(), decoder.state_dict()))
+    image, soft = recorder.inputs(recorder.SEED)
+    with torch.no_grad():
+        logits = encoder(package.map_pixels(image))
+        codes = logits.argmax(dim=1)
+        one_hot = torch.nn.functional.one_hot(codes, 64).permute(0, 3, 1, 2).float()
+        decoded = package.unmap_pixels(torch.sigmoid(decoder(one_hot)[:, :3]))
+        check_against(model, recorder, logits, decoder(soft), codes, decoded)

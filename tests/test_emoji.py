@@ -1,0 +1,117 @@
+"""The emoji data, from a fixture of 12 concepts x 2 styles packed again as npm packages: no network."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("resvg_py")
+
+from kartina.training.data import emoji, emoji_packages  # noqa: E402
+from kartina.training.data.emoji_captions import caption, plain_label  # noqa: E402
+from kartina.training.shards import check_shards  # noqa: E402
+
+FIXTURE = Path(__file__).parent / "data" / "emoji"
+
+
+def _tgz(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def content():
+    return json.loads((FIXTURE / "emoji.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def prepared(content, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    for package, files in content.items():
+        stem = package.removeprefix("@").replace("/", "-")
+        _tgz(folder / f"{stem}-1.0.0.tgz", {f"package/{n}": json.dumps(f).encode() for n, f in files.items()})
+    out = folder / "out"
+    return out, emoji.prepare(out, packed=folder, per_concept=6)
+
+
+def _joined(content):
+    art = {style: content[package] for style, package in emoji_packages.STYLES.items()}
+    names = content["emojibase-data"]
+    return emoji_packages.join(art, names["en/data.json"], names["ru/data.json"])
+
+
+def test_join_gives_both_styles_and_both_names(content):
+    found, left_out = _joined(content)
+    assert len(found) == 24 and not left_out
+    heart = next(e for e in found if e.cell == "noto/2764")
+    assert heart.labels == {"en": "red heart", "ru": "алое сердце"} and heart.tags["en"]
+
+
+def test_pictures_are_not_blank(content):
+    for e in _joined(content)[0]:
+        picture = np.asarray(emoji.rasterise(e.svg, 64))
+        assert picture.shape == (64, 64, 4) and picture[..., 3].mean() > 25 and picture[..., :3].std() > 5, e.cell
+    with pytest.raises(ValueError, match="blank"):
+        emoji.rasterise('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"/>', 64)
+
+
+def test_captions():
+    assert plain_label("woman astronaut: dark skin tone") == "a woman astronaut with dark skin"
+    assert plain_label("flag: France") == "flag: France"
+    assert caption("red heart", [], "noto", "orange", "en", 2) == "an emoji of red heart on an orange background"
+    assert caption("красное сердце", [], "noto", "blue", "ru", 2) == "красное сердце на синем фоне"
+
+
+def test_prepared_shards_are_whole_and_even(prepared):
+    out, report = prepared
+    checked = check_shards(out)
+    assert report.samples == checked.samples == 12 * 6 and not checked.bad and not checked.shards
+    notices = json.loads((out / "manifest.json").read_text())["licences"]
+    assert len(notices) == 3 and all((out / one["notice"]).stat().st_size > 1000 for one in notices)
+
+
+def test_held_out_cells_are_not_in_the_training_shards(prepared):
+    out, report = prepared
+    split = json.loads((out / "splits.json").read_text(encoding="utf-8"))
+    names = set()
+    with tarfile.open(next(out.glob("*.tar"))) as tar:
+        names = {json.load(tar.extractfile(m))["name"] for m in tar if m.name.endswith(".json")}
+    assert split["E2"] and not names & {*split["E1"], *split["E2"]} and names == set(split["training"])
+    assert len(names) + len(split["E2"]) == 24
+
+
+def test_e1_holds_out_one_tone_of_each_full_role():
+    people = ("1f9d1", "1f468", "1f469")
+    rows = [(f"{p}-200d-{job}", f"{p}-1f3f{t}-200d-{job}", i) for job in ("1f680", "1f52c") for p in people
+            for i, t in enumerate("bcdef", 1)]  # fmt: skip
+    cells = [emoji.Emoji(code, style, top, tone, {}, {}, "") for style in ("a", "b") for top, code, tone in rows]
+    split = emoji.splits(cells)
+    assert split["roles"] == {"person-200d-1f52c": 1, "person-200d-1f680": 2} and not split["E2"]
+    assert len(split["E1"]) == 2 * 2 * 3 and all(("1f3fb" in c) == ("1f52c" in c) for c in split["E1"])
+    assert emoji.splits(cells[1:])["roles"] == {"person-200d-1f52c": 1}
+
+
+def test_missing_npm_is_said_with_the_way_around(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="needs npm.*packed"):
+        emoji.prepare(tmp_path / "out")
+
+
+def test_hostile_members_are_ignored(tmp_path):
+    path = tmp_path / "x-1.tgz"
+    names = ["../icons.json", "/package/icons.json", "package/../package/icons.json", "package/icons.json"]
+    _tgz(path, {name: json.dumps(name).encode() for name in names})
+    assert emoji_packages.read_package(path, ["icons.json"]) == {"icons.json": "package/icons.json"}
+    assert [p.name for p in tmp_path.iterdir()] == ["x-1.tgz"]
+
+
+@pytest.mark.parametrize("body", ['<image href="file:' + "//" + '/x"/>', "<!ENTITY a>", '<use xlink:href="x.svg#a"/>'])
+def test_a_picture_that_points_outside_is_refused(body):
+    with pytest.raises(ValueError, match="outside"):
+        emoji_packages.icon_svg({"icons": {"a": {"body": body}}}, "a")

@@ -1,0 +1,131 @@
+"""Pictures: 8-bit conversion, grids with labels, and PNG metadata."""
+
+import os
+
+import pytest
+import torch
+from PIL import Image, ImageChops, ImageFont
+
+from kartina.pipeline import images as module
+from kartina.pipeline.images import grid, read_metadata, save_png, to_pil, to_uint8
+
+
+def test_every_byte_survives_the_round_trip():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(to_uint8(levels / 127.5 - 1), levels.permute(0, 2, 3, 1))
+
+
+def test_values_are_clamped_and_axes_moved():
+    image = torch.tensor([-3.0, 0.0, 3.0]).view(1, 3, 1, 1).expand(2, 3, 4, 5)
+    out = to_uint8(image)
+    assert out.shape == (2, 4, 5, 3)
+    assert out[1, 2, 3].tolist() == [0, 128, 255]
+    pictures = to_pil(image)
+    assert [p.size for p in pictures] == [(5, 4)] * 2
+    assert pictures[0].getpixel((0, 0)) == (0, 128, 255)
+
+
+def test_half_precision_and_gradients_are_accepted():
+    assert to_uint8(torch.ones(1, 3, 2, 2, dtype=torch.bfloat16, requires_grad=True)).min() == 255
+
+
+@pytest.mark.parametrize("image", [torch.zeros(3, 4, 4), torch.zeros(1, 1, 4, 4), torch.full((1, 3, 2, 2), torch.nan)])
+def test_bad_pictures_are_refused(image):
+    with pytest.raises(ValueError, match="pictures must be"):
+        to_uint8(image)
+
+
+def test_grid_places_pictures_row_by_row():
+    colours = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1]]).view(3, 3, 1, 1).expand(3, 3, 4, 6)
+    sheet = grid(colours, columns=2, scale=3)
+    assert sheet.size == (2 * (18 + 4) + 4, 2 * (12 + 4) + 4)
+    assert sheet.getpixel((4, 4)) == (255, 0, 0)
+    assert sheet.getpixel((4 + 18 + 4, 4)) == (0, 255, 0)
+    assert sheet.getpixel((4, 4 + 12 + 4)) == (0, 0, 255)
+    assert sheet.getpixel((30, 25)) == (255, 255, 255)
+    assert ImageChops.difference(sheet, grid(to_pil(colours), columns=2, scale=3)).getbbox() is None
+
+
+def test_labels_stand_below_their_picture_and_inside_its_width():
+    white = torch.ones(2, 3, 64, 64)
+    sheet = grid(
+        white, 2, ["a very long caption that must be wrapped somewhere, Donaudampfschifffahrt", ""], [0.25, 0.5]
+    )
+    ink = ImageChops.invert(sheet.convert("L")).getbbox()
+    assert ink[1] >= 4 + 64
+    left = ImageChops.invert(sheet.crop((0, 0, 68, sheet.height)).convert("L"))
+    assert left.getbbox()[2] <= 68 + 1
+    assert ImageChops.invert(sheet.crop((68 + 1, 0, 72, sheet.height)).convert("L")).getbbox() is None
+    assert grid(white, 2, ["кот", "кит"]).tobytes() != grid(white, 2, ["кот", "кот"]).tobytes()
+
+
+def test_without_a_cyrillic_font_captions_are_transliterated(monkeypatch):
+    font = ImageFont.load_default(12)
+    if module._covers(font, "ж"):
+        pytest.skip("Pillow's own font has learnt Cyrillic")
+    assert module._drawable("Два щенка, two \N{SNOWMAN}", font) == "Dva shchenka, two ?"
+    monkeypatch.setattr(module, "_font", lambda size: ImageFont.load_default(size))
+    white = torch.ones(1, 3, 64, 64)
+    assert grid(white, 1, ["кот"]).tobytes() == grid(white, 1, ["kot"]).tobytes()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"columns": 0}, {"columns": 1, "scale": 0}, {"columns": 1, "captions": ["a"]}, {"columns": 1, "scores": [1.0]}],
+)
+def test_bad_grids_are_refused(arguments):
+    with pytest.raises(ValueError, match="a grid needs"):
+        grid(torch.zeros(2, 3, 4, 4), **arguments)
+    with pytest.raises(ValueError, match="one size"):
+        grid([], 1)
+
+
+def test_metadata_survives(tmp_path):
+    metadata = {"caption": "красный круг \N{SNOWMAN}", "seed": 7, "scores": [0.5, 1e-9], "nested": {"a": None}}
+    path = tmp_path / "a.png"
+    picture = Image.new("RGB", (3, 2), (1, 2, 3))
+    save_png(picture, path, {"old": True})
+    save_png(picture, path, metadata)
+    assert read_metadata(path) == metadata
+    assert Image.open(path).getpixel((2, 1)) == (1, 2, 3)
+    assert os.listdir(tmp_path) == ["a.png"]
+
+
+def test_unwritable_paths_are_one_clear_error(tmp_path):
+    picture = Image.new("RGB", (2, 2))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    for path in (tmp_path / "absent" / "a.png", tmp_path / "file" / "a.png", tmp_path / "folder.png"):
+        with pytest.raises(OSError, match="cannot write .*existing, writable folder"):
+            save_png(picture, path, {})
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder.png"]
+    with pytest.raises(ValueError, match="end in .png"):
+        save_png(picture, tmp_path / "a.jpg", {})
+    with pytest.raises(ValueError, match="JSON"):
+        save_png(picture, tmp_path / "a.png", {"x": float("nan")})
+
+
+def test_a_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    save_png(Image.new("RGB", (2, 2)), path, {"n": 1})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_png(Image.new("RGB", (2, 2)), path, {"n": 2})
+    assert read_metadata(path) == {"n": 1}
+    assert os.listdir(tmp_path) == ["a.png"]
+
+
+def test_foreign_files_are_refused(tmp_path):
+    plain = tmp_path / "plain.png"
+    Image.new("RGB", (2, 2)).save(plain)
+    with pytest.raises(ValueError, match="holds no text"):
+        read_metadata(plain)
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.raises(ValueError, match="must be a PNG"):
+        read_metadata(tmp_path / "text.png")
+    with pytest.raises(FileNotFoundError, match="no picture"):
+        read_metadata(tmp_path / "absent.png")

@@ -1,0 +1,51 @@
+"""Counter-based draws: purity, independence of the batch, and the distributions they claim."""
+
+import pytest
+import torch
+from scipy import stats
+
+from kartina.layers import random
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    together = random.normal(7, 3, torch.arange(8), (4, 5), "noise")
+    alone = random.normal(7, 3, torch.tensor([5]), (4, 5), "noise")
+    assert torch.equal(together[5:6], alone)
+
+
+def test_a_seed_for_each_sample_equals_single_seeds():
+    zeros = torch.zeros(3, dtype=torch.int64)
+    many = random.gumbel(torch.tensor([11, 12, 13]), 2, zeros, (6,), "codes")
+    for k, seed in enumerate((11, 12, 13)):
+        assert torch.equal(many[k : k + 1], random.gumbel(seed, 2, zeros[:1], (6,), "codes"))
+
+
+@pytest.mark.parametrize(
+    "change", [dict(seed=8), dict(step=4), dict(stream="other"), dict(samples=torch.arange(8, 16))]
+)
+def test_each_argument_changes_the_draw(change):
+    given = dict(seed=7, step=3, samples=torch.arange(8), shape=(64,), stream="noise")
+    a, b = random.uniform(**given), random.uniform(**{**given, **change})
+    assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.15
+
+
+def test_distributions():
+    samples = torch.arange(200)
+    u = random.uniform(0, 0, samples, (500,), "u").flatten().double().numpy()
+    assert u.min() > 0 and u.max() < 1
+    assert stats.kstest(u, "uniform").pvalue > 1e-3
+    assert stats.kstest(random.normal(0, 0, samples, (500,), "n").flatten().double().numpy(), "norm").pvalue > 1e-3
+    assert stats.kstest(random.gumbel(0, 0, samples, (500,), "g").flatten().double().numpy(), "gumbel_r").pvalue > 1e-3
+    counts = torch.bincount(random.integers(0, 0, samples, (500,), "i", 7).flatten(), minlength=7)
+    assert stats.chisquare(counts.numpy()).pvalue > 1e-3
+
+
+def test_known_values_never_change():
+    """A stored run must resume with the same draws in every later version."""
+    got = random.integers(1, 2, torch.tensor([3]), (4,), "golden", 1_000_000)
+    assert got.tolist() == [[889492, 319296, 450395, 572219]]
+
+
+def test_wrong_samples_are_refused():
+    with pytest.raises(ValueError, match="int64"):
+        random.uniform(0, 0, torch.zeros(3), (2,), "u")

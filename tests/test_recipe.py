@@ -1,0 +1,65 @@
+"""Recipes: strict keys with the nearest valid one, overrides, closed tables, and counts on the meta device."""
+
+import pytest
+
+from kartina.pipeline import recipe as recipes
+from kartina.training import run as runs
+
+ALL = sorted(str(p.relative_to(runs.RECIPES).with_suffix("")) for p in runs.RECIPES.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_recipe_builds_on_the_meta_device(name):
+    recipe, training = runs.load(name, [])
+    assert recipe.name == name
+    counts = recipes.count_parameters(recipe)
+    assert set(counts) == set(recipe.parts) and all(count > 0 for count in counts.values())
+    if training:
+        assert set(training.stages) <= set(recipe.parts)
+
+
+def test_published_size_of_dalle():
+    counts = recipes.count_parameters(runs.load("paper/dalle-12b", [])[0])
+    assert counts["tokenizer"] == 53_786_240 + 43_829_766
+    assert 12.0e9 < counts["prior"] < 12.4e9
+
+
+def test_overrides_reach_the_stage():
+    _, training = runs.load("shapes/dalle", ["stages.tokenizer.steps=24"])
+    assert training.stages["tokenizer"].steps == 24
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.tokenizer.stps=24", "did you mean 'steps'"),
+        ("stages.tokeniser.steps=24", "did you mean 'tokenizer'"),
+        ("parts.prior.widht=8", "did you mean 'width'"),
+        ("parts.prior.kind=dale", "did you mean 'dalle'"),
+        ("imagesize=8", "did you mean 'image_size'"),
+        ("stages.tokenizer.steps", "expected key.sub=value"),
+        ("stages.tokenizer.steps=many", "steps"),
+    ],
+)
+def test_wrong_overrides_name_the_right_key(override, message):
+    with pytest.raises(recipes.RecipeError, match=message):
+        runs.load("shapes/dalle", [override])
+
+
+def test_unknown_recipe_names_the_nearest():
+    with pytest.raises(recipes.RecipeError, match="shapes/dalle"):
+        runs.find("shapes/dale")
+
+
+def test_a_part_cannot_name_a_module():
+    text = "name: a/b\npaper: x\nimage_size: 8\nparts: {tokenizer: {kind: os.system}}\n"
+    with pytest.raises(recipes.RecipeError, match="os.system"):
+        recipes.parse(text, "hostile")
+
+
+def test_the_global_batch_must_divide():
+    _, training = runs.load("shapes/dalle", [])
+    stage = training.stages["tokenizer"]
+    assert runs.division(stage, 2) == (stage.global_batch // 2, 1)
+    with pytest.raises(recipes.RecipeError, match="does not divide"):
+        runs.division(stage, 3)

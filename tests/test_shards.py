@@ -1,0 +1,171 @@
+"""Shards: names and bytes survive packing, every bad sample is named, nothing in a shard is executed."""
+
+import io
+import json
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kartina.training import samples, shards
+
+
+def picture(kind: str = "PNG", size: tuple[int, int] = (8, 8), mode: str = "RGB", color=(200, 10, 30), **save) -> bytes:
+    out = io.BytesIO()
+    Image.new(mode, size, color).save(out, kind, **save)
+    return out.getvalue()
+
+
+def foreign_tar(path, members: dict[str, bytes]):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_packing_keeps_bytes_and_names(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    names = ["a.b 2.0 (x).v1.JPG", "deep/plain.jpg", "deep/кошка.jpg"]
+    for k, name in enumerate(names):
+        (folder / name).write_bytes(picture("JPEG", color=(k, 2, 3)))
+        (folder / name).with_suffix(".txt").write_text(f"caption {k} 猫", encoding="utf-8")
+    (folder / "alone.png").write_bytes(picture())
+    (folder / "nobody.txt").write_text("no picture here")
+    (folder / "broken.png").write_bytes(picture()[:40])
+    (folder / "broken.txt").write_text("a broken one")
+    (folder / "notes.md").write_text("else")
+    report = shards.pack_folder(folder, tmp_path / "out", samples_per_shard=2)
+    assert report.packed == 3 and report.no_caption == ["alone.png"] and report.no_picture == ["nobody.txt"]
+    assert list(report.bad) == ["broken.png"] and report.ignored == ["notes.md"]
+
+    import webdataset
+
+    found = shards.find_shards(tmp_path / "out")
+    assert len(found) == 2
+    read = list(webdataset.WebDataset([str(p) for p in found], shardshuffle=False, empty_check=False))
+    assert [json.loads(s["json"])["name"] for s in read] == names
+    for sample, name in zip(read, names, strict=True):
+        assert "." not in sample["__key__"]
+        assert sample["jpg"] == (folder / name).read_bytes()
+        assert sample["txt"] == (folder / name).with_suffix(".txt").read_bytes()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["samples"] == 3 and [s["samples"] for s in manifest["shards"]] == [2, 1]
+    assert shards.check_shards(tmp_path / "out").bad == {}
+
+
+def test_equal_input_gives_equal_shards_and_the_index_finds_members(tmp_path):
+    for out in ("one", "two"):
+        with shards.ShardWriter(tmp_path / out) as writer:
+            writer.write({"png": picture(), "txt": b"red"}, name="x.png")
+    one, two = (tmp_path / out / "shard-000000.tar" for out in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    offset, size = samples.load_index(one).entries[0].members["png"]
+    assert one.read_bytes()[offset : offset + size] == picture()
+
+
+def test_a_failed_writer_leaves_nothing_and_content_is_not_overwritten(tmp_path):
+    with pytest.raises(RuntimeError), shards.ShardWriter(tmp_path / "out") as writer:
+        writer.write({"png": picture()})
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(ValueError, match="empty folder"):
+        shards.ShardWriter(tmp_path / "out")
+    with pytest.raises(ValueError, match="members may be"), shards.ShardWriter(tmp_path / "new") as writer:
+        writer.write({"pkl": b""})
+
+
+def test_every_bad_sample_is_named_with_its_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "PIXEL_LIMIT", 1000)
+    good = picture()
+    members = {
+        "good.png": good, "good.txt": b"fine",
+        "cut.png": good[:50], "cut.txt": b"cut",
+        "void.png": b"", "void.txt": b"void",
+        "mute.png": good,
+        "blank.png": good, "blank.txt": b" \n",
+        "huge.png": picture(size=(64, 64)), "huge.txt": b"huge",
+        "noise.jpg": b"not a picture", "noise.txt": b"noise",
+        "text.txt": b"no picture",
+        "latin.png": good, "latin.txt": b"\xff\xfe\xfa",
+        "a.b 2.0 (x).v1.JPG": good, "a.b 2.0 (x).v1.txt": b"dots",
+        "gif.gif": b"GIF89a", "gif.txt": b"gif",
+    }  # fmt: skip
+    path = foreign_tar(tmp_path / "foreign.tar", members)
+    report = shards.check_shards([path])
+    reasons = {
+        "cut": "undecodable picture", "void": "empty .png", "mute": "no caption", "blank": "no caption",
+        "huge": "too large", "noise": "undecodable", "text": "expected one picture", "latin": "undecodable .txt",
+        "a": "dotted name", "gif": "expected one picture",
+    }  # fmt: skip
+    assert report.samples == 11 and set(report.bad) == {f"foreign/{key}" for key in reasons}
+    for key, reason in reasons.items():
+        assert reason in report.bad[f"foreign/{key}"]
+
+
+def test_torn_empty_compressed_and_changed_shards(tmp_path):
+    with shards.ShardWriter(tmp_path / "out") as writer:
+        for k in range(3):
+            writer.write({"txt": b"caption", "png": picture(color=(k, 0, 0)) + bytes(4000)})
+    path = tmp_path / "out" / "shard-000000.tar"
+    last = shards.build_index(path).entries[-1].members["png"]
+    data = path.read_bytes()
+    path.write_bytes(data[: last[0] + 100])
+    report = shards.check_shards(path)
+    assert "truncated" in report.bad["shard-000000/000000002"] and len(report.bad) == 1
+    assert report.shards
+    changed = bytearray(data)
+    changed[last[0] + last[1] - 1] ^= 1
+    path.write_bytes(changed)
+    assert "manifest" in shards.check_shards(path).shards[path.name]
+    assert "no samples" in shards.check_shards(foreign_tar(tmp_path / "empty.tar", {})).shards["empty.tar"]
+    with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
+        tar.add(path, "x.png")
+    assert "uncompressed" in shards.check_shards(tmp_path / "packed.tar").shards["packed.tar"]
+
+
+def test_a_stale_or_spoilt_index_is_built_again(tmp_path):
+    path = foreign_tar(tmp_path / "x.tar", {"a.png": picture(), "a.txt": b"a"})
+    first = samples.load_index(path)
+    assert samples.index_path(path).is_file() and samples.load_index(path).sha256 == first.sha256
+    samples.index_path(path).write_text('{"format": 1}')
+    assert samples.load_index(path).entries == first.entries
+    foreign_tar(path, {f"{k}.png": picture() for k in range(20)})
+    assert len(samples.load_index(path).entries) == 20
+
+
+def test_pickles_are_refused_and_arrays_are_read():
+    class Trap:
+        def __reduce__(self):
+            return (pytest.fail, ("a pickle was executed",))
+
+    out = io.BytesIO()
+    np.save(out, np.array([Trap()], dtype=object), allow_pickle=True)
+    with pytest.raises(samples.BadSample, match="allow_pickle"):
+        samples.decode("npy", out.getvalue())
+    with pytest.raises(samples.BadSample, match="unknown kind"):
+        samples.decode("pkl", pickle.dumps(1))
+    out = io.BytesIO()
+    np.save(out, np.arange(3))
+    assert samples.decode("npy", out.getvalue()).tolist() == [0, 1, 2]
+
+
+def test_odd_pictures_become_upright_rgb():
+    clear = samples.decode("png", picture(mode="RGBA", color=(255, 0, 0, 0)))
+    assert clear.mode == "RGB" and clear.getpixel((0, 0)) == (255, 255, 255)
+    grey = Image.fromarray(np.full((4, 4), 32896, dtype=np.uint16))
+    out = io.BytesIO()
+    grey.save(out, "PNG")
+    assert samples.decode("png", out.getvalue()).getpixel((0, 0)) == (128, 128, 128)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert samples.decode("jpg", picture("JPEG", size=(8, 4), exif=exif)).size == (4, 8)
+    assert samples.decode("jpeg", picture("JPEG", mode="CMYK", color=(0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert samples.decode("webp", picture("WEBP", lossless=True)).getpixel((0, 0)) == (200, 10, 30)
+    assert samples.decode("png", picture(mode="P", color=0)).mode == "RGB"

@@ -1,0 +1,170 @@
+"""The stream: each sample once a pass at any number of ranks, restored at any position, bad samples in their place."""
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kartina.training import stream
+from kartina.training.shards import ShardWriter
+
+GOLDEN = [6, 1, 3, 0, 2, 4, 7, 5]
+
+
+def png(color, size=(4, 4)) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", size, color).save(out, "PNG")
+    return out.getvalue()
+
+
+def write(folder, counts, bad=()):
+    """Shards with these counts; the samples numbered in `bad` have a broken picture."""
+    number = 0
+    for k, count in enumerate(counts):
+        with ShardWriter(folder / f"{k}", prefix=f"part{k}") as writer:
+            for _ in range(count):
+                data = b"broken" if number in bad else png((number, 255 - number, 7))
+                writer.write({"png": data, "txt": f"number {number}".encode()})
+                number += 1
+    return [folder / f"{k}" for k in range(len(counts))]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("shards"), (10, 3, 7))
+
+
+def test_a_pass_holds_each_sample_once_and_passes_differ(parts):
+    for window in (1, 2, 4):
+        source = stream.ShardSource(parts, 4, seed=5, window=window)
+        assert source.size == 20
+        first, second = (source.read(range(p * 20, p * 20 + 20)) for p in (0, 1))
+        assert sorted(first.keys) == sorted(second.keys) and len(set(first.keys)) == 20
+        assert first.keys != second.keys
+        again = stream.ShardSource(parts, 4, seed=5, window=window).read(range(20))
+        assert again.keys == first.keys and torch.equal(again.image, first.image)
+        assert stream.ShardSource(parts, 4, seed=6, window=window).read(range(20)).keys != first.keys
+
+
+def test_a_batch_holds_what_it_says(parts):
+    batch = stream.ShardSource(parts, 4, seed=0).read([23, 2])
+    assert batch.image.shape == (2, 3, 4, 4) and batch.image.dtype == torch.float32
+    assert batch.samples.tolist() == [23, 2] and batch.samples.dtype == torch.int64
+    assert batch.weight.tolist() == [1, 1] and batch.weight.dtype == torch.float32
+    for image, caption in zip(batch.image, batch.captions, strict=True):
+        number = int(caption.split()[1])
+        expected = torch.tensor([number, 255 - number, 7]) / 127.5 - 1
+        assert torch.allclose(image, expected[:, None, None].expand(3, 4, 4))
+
+
+def test_windows_keep_reading_near_one_place(parts):
+    keys = stream.ShardSource(parts, 4, seed=1, window=1).read(range(20)).keys
+    shards = [key.split("/")[0] for key in keys]
+    assert sum(a != b for a, b in zip(shards, shards[1:], strict=False)) == 2
+
+
+def test_resume_equals_the_uninterrupted_run(parts):
+    whole = stream.ShardSource(parts, 4, seed=2, window=2).read(range(60))
+    for k in (1, 19, 20, 33):
+        rest = stream.ShardSource(parts, 4, seed=2, window=2).read(range(k, 60))
+        assert rest.keys == whole.keys[k:] and torch.equal(rest.image, whole.image[k:])
+
+
+@pytest.mark.parametrize("world, micro", [(1, 8), (2, 4), (1, 4), (4, 1)])
+def test_divisions_see_the_same_global_batch(world, micro):
+    for step in (0, 3):
+        ranks = [stream.rank_positions(step, 8, rank, world, micro) for rank in range(world)]
+        assert [p for rank in ranks for part in rank for p in part] == list(range(step * 8, step * 8 + 8))
+        assert all(len(part) == micro for rank in ranks for part in rank)
+
+
+@pytest.mark.parametrize("world, micro", [(3, 1), (2, 3)])
+def test_a_global_batch_that_does_not_divide_is_refused(world, micro):
+    with pytest.raises(ValueError, match="multiple"):
+        stream.rank_positions(0, 8, 0, world, micro)
+
+
+def test_uneven_shards_over_two_ranks_and_four_readers_of_one_shard(parts, tmp_path):
+    source = stream.ShardSource(parts, 4, seed=3)
+    seen = [
+        key
+        for rank in range(2)
+        for step in range(5)
+        for wanted in stream.rank_positions(step, 4, rank, 2, 2)
+        for key in source.read(wanted).keys
+    ]
+    assert len(seen) == 20 and len(set(seen)) == 20
+    single = stream.ShardSource(write(tmp_path, (9,)), 4, seed=3)
+    with ThreadPoolExecutor(4) as readers:
+        shares = list(readers.map(lambda r: single.read(stream.validation_positions(9, r, 4)).keys, range(4)))
+    assert sorted(map(len, shares)) == [2, 2, 2, 3] and len({key for share in shares for key in share}) == 9
+
+
+@pytest.mark.parametrize("total, world", [(20, 2), (7, 4), (3, 5), (0, 2)])
+def test_validation_covers_exactly(total, world):
+    parts = [stream.validation_positions(total, rank, world) for rank in range(world)]
+    assert [p for part in parts for p in part] == list(range(total))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_bad_sample_keeps_its_place(parts, tmp_path):
+    good = stream.ShardSource(parts, 4, seed=4).read(range(20))
+    source = stream.ShardSource(write(tmp_path, (10, 3, 7), bad=(12,)), 4, seed=4)
+    for _ in range(2):  # read twice, counted once
+        batch = source.read(range(20))
+    assert batch.keys == good.keys
+    assert list(source.bad) == ["part1-000000/000000002"] and "undecodable" in source.bad["part1-000000/000000002"]
+    at = batch.keys.index("part1-000000/000000002")
+    assert batch.weight.tolist() == [float(k != at) for k in range(20)]
+    assert batch.image[at].abs().max() == 0 and batch.captions[at] == ""
+    kept = [k for k in range(20) if k != at]
+    assert torch.equal(batch.image[kept], good.image[kept])
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path):
+    source = stream.ShardSource(write(tmp_path, (10,), bad=(1, 5)), 4, seed=0, bad_limit=0.1)
+    with pytest.raises(ValueError, match="at most 10.0% .* got 2 of 10"):
+        source.read(range(10))
+
+
+def test_order_does_not_depend_on_the_interpreter(parts):
+    """Golden: a stored run must find the same samples in every later version; each test run has another hash seed."""
+    assert stream.permutation(7, 1, 1, 2, 8).tolist() == GOLDEN
+
+
+def test_fit_crops_the_centre():
+    wide = np.zeros((40, 80, 3), np.uint8)
+    wide[:, 20:60] = 255
+    image = stream.fit(Image.fromarray(wide), 8)
+    assert image.shape == (3, 8, 8) and image.min() > 0.99
+    ramp = np.linspace(0, 255, 64).astype(np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2)
+    small = stream.fit(Image.fromarray(ramp), 8)[0, 4]
+    assert torch.allclose(small, torch.linspace(-1, 1, 17)[1::2], atol=0.03)
+
+
+def test_prefetch_keeps_order_and_passes_errors_on(parts):
+    source = stream.ShardSource(parts, 4, seed=0)
+    wanted = [[0, 1], [5, 4], [39, 2], [7, 7]]
+    got = list(stream.prefetch(source, iter(wanted)))
+    assert [b.samples.tolist() for b in got] == wanted
+    assert [b.keys for b in got] == [source.read(w).keys for w in wanted]
+    endless = stream.prefetch(source, ([k] for k in iter(int, 1)))
+    assert next(endless).samples.tolist() == [0]
+    endless.close()
+    failing = stream.prefetch(source, iter([[0], [-1], [1]]))
+    next(failing)
+    with pytest.raises(ValueError, match="positions"):
+        next(failing)
+
+
+def test_changed_shards_have_another_fingerprint_and_missing_ones_say_so(parts, tmp_path):
+    other = stream.ShardSource(write(tmp_path, (10, 3, 7), bad=(3,)), 4, seed=0)
+    assert other.fingerprint != stream.ShardSource(parts, 4, seed=0).fingerprint
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no shards"):
+        stream.ShardSource(tmp_path / "empty", 4, seed=0)
+    with pytest.raises(ValueError, match="no shard at"):
+        stream.ShardSource(tmp_path / "missing.tar", 4, seed=0)

@@ -1,0 +1,145 @@
+"""The spine, tiny and whole: three stages train, resume bit for bit, export, and paint."""
+
+import json
+
+import pytest
+import torch
+
+from kartina.pipeline import checkpoint
+from kartina.pipeline.images import read_metadata
+from kartina.pipeline.text_to_image import TextToImage
+from kartina.training import __main__ as trainer
+from kartina.training import loop, state
+
+TINY = [
+    "captions.vocab_size=300",
+    "captions.context_length=24",
+    "parts.tokenizer.width=8",
+    "parts.tokenizer.init_width=8",
+    "parts.tokenizer.num_codes=32",
+    "parts.prior.num_codes=32",
+    "parts.prior.text_vocab=300",
+    "parts.prior.width=32",
+    "parts.prior.depth=2",
+    "parts.prior.num_heads=2",
+    "parts.clip.text_vocab=301",
+    "parts.clip.vision_depth=1",
+    "parts.clip.text_depth=1",
+    *[f"stages.{stage}.{key}" for stage in ("tokenizer", "prior", "clip") for key in ("steps=4", "global_batch=4")],
+    *[f"stages.{stage}.{key}" for stage in ("tokenizer", "prior", "clip") for key in ("precision=fp32", "log_every=1")],
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    assert trainer.main(["shapes/dalle", *TINY, "--run", str(folder)]) == 0
+    return folder
+
+
+def test_every_stage_is_exported_with_what_it_was_trained_against(run):
+    parts = checkpoint.read_card(run / "model")["parts"]
+    assert set(parts) == {"tokenizer", "prior", "clip"}
+    assert parts["prior"]["trained_against"] == {"tokenizer": parts["tokenizer"]["hash"]}
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["stage"] == "prior"] == [1, 2, 3, 4]
+    assert (run / "previews" / "prior-000004.png").stat().st_size > 0
+
+
+def test_the_same_command_again_changes_nothing(run):
+    before = checkpoint.read_card(run / "model")
+    assert trainer.main(["shapes/dalle", *TINY, "--run", str(run)]) == 0
+    assert checkpoint.read_card(run / "model") == before
+
+
+def test_a_candidate_does_not_depend_on_how_many_are_painted(run):
+    model = TextToImage.load(run / "model")
+    many = model("a small red ring on a blue background", seed=3, candidates=4, keep=4)
+    alone = model("a small red ring on a blue background", seed=5)[0]
+    same = next(p for p in many if p.seed == 5)
+    assert same.image.tobytes() == alone.image.tobytes()
+    scores = [p.clip_score for p in many]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_a_part_trained_against_another_tokenizer_is_refused(run, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(run / "model", tmp_path / "model")
+    card = checkpoint.read_card(copy)
+    weights = checkpoint.load_weights(copy, "tokenizer")
+    changed = {name: value + 1 for name, value in weights.items()}
+    checkpoint.save_part(copy, checkpoint.load_recipe(copy), "tokenizer", changed)
+    assert checkpoint.read_card(copy)["parts"]["prior"] == card["parts"]["prior"]
+    with pytest.raises(checkpoint.ModelError, match="trained against another tokenizer"):
+        TextToImage.load(copy)
+
+
+def test_stopped_and_resumed_equals_uninterrupted(run, tmp_path, monkeypatch):
+    """4 steps == 2 + stop + resume + 2, bit for bit, in weights, averages and optimizer."""
+    real = loop.rate
+
+    def stop_at_two(step, steps, config):
+        if step == 2:
+            raise KeyboardInterrupt
+        return real(step, steps, config)
+
+    monkeypatch.setattr(loop, "rate", stop_at_two)
+    command = ["shapes/dalle", *TINY, "stages.tokenizer.save_minutes=1e-9", "--stage", "tokenizer", "--run"]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.main([*command, str(tmp_path / "stopped")])
+    monkeypatch.setattr(loop, "rate", real)
+    assert state.load_newest(tmp_path / "stopped" / "state" / "tokenizer")["step"] == 2
+    assert trainer.main([*command, str(tmp_path / "stopped")]) == 0
+    assert trainer.main([*command, str(tmp_path / "whole")]) == 0
+    resumed, whole = (state.load_newest(tmp_path / name / "state" / "tokenizer") for name in ("stopped", "whole"))
+    for name, value in whole["network"].items():
+        assert torch.equal(resumed["network"][name], value), name
+    for name, value in whole["ema"].items():
+        assert value == resumed["ema"][name] if name == "updates" else torch.equal(resumed["ema"][name], value)
+    cards = [checkpoint.read_card(tmp_path / n / "model")["parts"]["tokenizer"]["hash"] for n in ("stopped", "whole")]
+    assert cards[0] == cards[1]
+
+
+def test_accumulation_gives_the_same_gradient(tmp_path):
+    """1 x 4 and 2 passes x 2 log the same losses and end with the same weights."""
+    command = ["shapes/dalle", *TINY, "--stage", "tokenizer", "--run"]
+    trainer.main([*command, str(tmp_path / "one")])
+    trainer.main([*command, str(tmp_path / "two"), "stages.tokenizer.micro_batch=2"])
+    one, two = (state.load_newest(tmp_path / name / "state" / "tokenizer")["network"] for name in ("one", "two"))
+    for name, value in one.items():
+        assert torch.allclose(two[name], value, atol=1e-4), name
+
+
+def test_a_changed_recipe_is_refused_with_the_differing_key(run, capsys):
+    (run / "model" / "card.json").rename(run / "card.json")
+    try:
+        assert trainer.main(["shapes/dalle", *TINY, "stages.tokenizer.steps=9", "--run", str(run)]) == 2
+    finally:
+        (run / "card.json").rename(run / "model" / "card.json")
+    assert "the recipe changed since this run began (steps)" in capsys.readouterr().err
+
+
+def test_painting_from_the_command_line(run, tmp_path, capsys):
+    from typer.testing import CliRunner
+
+    from kartina import cli
+
+    out = tmp_path / "ring.png"
+    arguments = ["paint", "a small red ring on a blue background", "--model", str(run / "model"), "--out", str(out)]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    facts = read_metadata(out)
+    assert facts["prompt"] == "a small red ring on a blue background" and facts["seed"] == 0
+    assert len(facts["model_hash"]) == 64
+
+
+@pytest.mark.parametrize("prompts", [[""], ["  "], []])
+def test_empty_prompts_are_refused(run, prompts):
+    with pytest.raises(ValueError, match="prompt is empty"):
+        TextToImage.load(run / "model")(prompts)
+
+
+def test_unknown_model_is_named():
+    with pytest.raises(checkpoint.ModelError, match="no model 'shapes/none'"):
+        TextToImage.load("shapes/none")

@@ -1,0 +1,203 @@
+"""Discrete VAE with a Gumbel-softmax relaxation (Ramesh 2021, arXiv:2102.12092, section 2.1 and appendix A; the
+relaxation of Jang 2016, arXiv:1611.01144, and Maddison 2016, arXiv:1611.00712). The defaults are the published model.
+
+B images of 3 x H x W pixels in [-1, 1], K codes on a grid of h x w; a code covers 2 ** (num_groups - 1) pixels a side.
+
+It does not know its loss, its schedules or where the Gumbel noise comes from: the noise is an argument.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..layers.conv import BottleneckBlock, SameConv2d
+from .spec import CodesSpec
+
+PIXEL_MARGIN = 0.1
+_ENCODER_KERNELS = (3, 3, 3, 1)
+_DECODER_KERNELS = (1, 3, 3, 3)
+
+
+def map_pixels(image: Tensor) -> Tensor:
+    """[-1, 1] -> [0.1, 0.9]: keeps logit(x) finite (appendix A.3, eps = 0.1, stated there for pixels in [0, 1])."""
+    return (1 - 2 * PIXEL_MARGIN) * (image + 1) / 2 + PIXEL_MARGIN
+
+
+def unmap_pixels(mapped: Tensor) -> Tensor:
+    """The inverse of `map_pixels`, without a clamp: (0, 1) -> (-1.25, 1.25), of which [-1, 1] are pixels."""
+    return 2 * (mapped - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN) - 1
+
+
+def _full_precision(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The convolutions beside the codes stay in float32 under autocast, as in the paper."""
+    if not torch.amp.is_autocast_available(x.device.type):  # meta, where shapes are probed
+        return conv(x.float())
+    with torch.autocast(x.device.type, enabled=False):
+        return conv(x.float())
+
+
+def _groups(widths: list[int], blocks: int, kernels: tuple[int, ...], gain: float) -> nn.ModuleList:
+    """Groups of blocks; widths: the input width, then the width of each group."""
+    return nn.ModuleList(
+        nn.Sequential(*(BottleneckBlock(a if i == 0 else b, b, kernels, gain) for i in range(blocks)))
+        for a, b in zip(widths[:-1], widths[1:], strict=True)
+    )
+
+
+class Encoder(nn.Module):
+    """Mapped pixels (B, 3, H, W) -> logits (B, K, h, w): 7x7 stem, groups with 2x2 max-pooling between, 1x1 head."""
+
+    def __init__(self, num_codes: int, width: int, num_groups: int, blocks_per_group: int) -> None:
+        super().__init__()
+        widths = [width, *(width * 2**i for i in range(num_groups))]
+        self.stem = SameConv2d(3, width, 7)
+        self.groups = _groups(widths, blocks_per_group, _ENCODER_KERNELS, 1 / (num_groups * blocks_per_group) ** 2)
+        self.head = SameConv2d(widths[-1], num_codes, 1)
+
+    def forward(self, mapped: Tensor) -> Tensor:
+        x = self.stem(mapped)
+        for i, group in enumerate(self.groups):
+            x = group(F.max_pool2d(x, 2) if i else x)
+        return _full_precision(self.head, F.relu(x))
+
+
+class Decoder(nn.Module):
+    """Weights over codes (B, K, h, w) -> parameters (B, 6, H, W): 1x1 stem, groups with nearest 2x between, 1x1 head.
+
+    Channels 0-2 of the parameters are mu, channels 3-5 are ln b, of the logit-Laplace distribution of the mapped
+    pixels.
+    """
+
+    def __init__(self, num_codes: int, width: int, init_width: int, num_groups: int, blocks_per_group: int) -> None:
+        super().__init__()
+        widths = [init_width, *(width * 2**i for i in reversed(range(num_groups)))]
+        self.stem = SameConv2d(num_codes, init_width, 1)
+        self.groups = _groups(widths, blocks_per_group, _DECODER_KERNELS, 1 / (num_groups * blocks_per_group) ** 2)
+        self.head = SameConv2d(width, 6, 1)
+
+    def forward(self, soft: Tensor) -> Tensor:
+        return self._from_embedding(_full_precision(self.stem, soft))
+
+    def from_codes(self, codes: Tensor) -> Tensor:
+        """The same for one-hot weights, given as codes (B, h, w): a table look-up in place of the 1x1 convolution."""
+        table = self.stem.weight[:, :, 0, 0].t() + self.stem.bias  # (K, init_width)
+        return self._from_embedding(F.embedding(codes, table).permute(0, 3, 1, 2))
+
+    def _from_embedding(self, x: Tensor) -> Tensor:
+        for i, group in enumerate(self.groups):
+            x = group(F.interpolate(x, scale_factor=2, mode="nearest") if i else x)
+        return self.head(F.relu(x))
+
+
+class DiscreteVAE(nn.Module):
+    """Images in [-1, 1] to a grid of codes and back.
+
+    image_size: H = W, a multiple of 2 ** (num_groups - 1), the pixels a code covers a side. width: channels at full
+    resolution, a multiple of 4; each group of the encoder doubles them. init_width: channels of the decoder's stem.
+    Raises ValueError for sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 256,
+        num_codes: int = 8192,
+        width: int = 256,
+        init_width: int = 128,
+        num_groups: int = 4,
+        blocks_per_group: int = 2,
+    ) -> None:
+        super().__init__()
+        if min(image_size, num_codes, width, init_width, num_groups, blocks_per_group) < 1:
+            raise ValueError("DiscreteVAE needs every size to be at least 1; correct the recipe")
+        patch = 2 ** (num_groups - 1)
+        if image_size % patch:
+            raise ValueError(
+                f"DiscreteVAE needs image_size to be a multiple of 2 ** (num_groups - 1) = {patch}, got {image_size}; "
+                "change image_size or num_groups"
+            )
+        self.image_size = image_size
+        self.spec = CodesSpec(kind="codes", shape=(image_size // patch,) * 2, vocabulary=num_codes)
+        self.encoder = Encoder(num_codes, width, num_groups, blocks_per_group)
+        self.decoder = Decoder(num_codes, width, init_width, num_groups, blocks_per_group)
+
+    def logits(self, image: Tensor) -> Tensor:
+        """Image (B, 3, H, W) in [-1, 1] -> logits of q(code | image), float32 (B, K, h, w)."""
+        if image.dim() != 4 or image.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(
+                f"DiscreteVAE needs images of shape (B, 3, {self.image_size}, {self.image_size}), "
+                f"got {tuple(image.shape)}; resize them or build the model with their image_size"
+            )
+        return self.encoder(map_pixels(image))
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Image (B, 3, H, W) in [-1, 1] -> codes int64 (B, h, w), the argmax of the logits (no noise, as published)."""
+        return self.logits(image).argmax(dim=1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes int64 (B, h, w) -> image (B, 3, H, W), the mode in logit space; unclamped, inside (-1.25, 1.25)."""
+        if codes.dtype != torch.int64 or codes.dim() != 3 or codes.shape[1:] != self.spec.shape:
+            raise ValueError(
+                f"DiscreteVAE needs codes as int64 of shape (B, {self.spec.shape[0]}, {self.spec.shape[1]}), "
+                f"got {codes.dtype} of shape {tuple(codes.shape)}"
+            )
+        return self.image(self.decoder.from_codes(codes))
+
+    @staticmethod
+    def image(parameters: Tensor) -> Tensor:
+        """Parameters (B, 6, H, W) -> image float32 (B, 3, H, W): unmap_pixels(sigmoid(mu)), unclamped."""
+        return unmap_pixels(torch.sigmoid(parameters[:, :3].float()))
+
+    def forward(self, image: Tensor, gumbel_noise: Tensor, temperature: float | Tensor) -> dict[str, Tensor]:
+        """Relaxed pass: softmax((logits + noise) / temperature) over the codes, in float32, then the decoder.
+
+        image: (B, 3, H, W) in [-1, 1]. gumbel_noise: standard Gumbel draws (B, K, h, w). temperature: above 0.
+        Returns parameters (B, 6, H, W) and logits (B, K, h, w). Raises ValueError when the noise does not fit.
+        """
+        logits = self.logits(image)
+        if gumbel_noise.shape != logits.shape:
+            raise ValueError(
+                f"DiscreteVAE needs gumbel_noise of shape {tuple(logits.shape)}, got {tuple(gumbel_noise.shape)}"
+            )
+        return {"parameters": self.decoder(relax(logits, gumbel_noise, temperature)), "logits": logits}
+
+
+def relax(logits: Tensor, gumbel_noise: Tensor, temperature: float | Tensor) -> Tensor:
+    """Gumbel-softmax over dim 1: (B, K, h, w) -> float32 weights of the same shape, one-hot as temperature -> 0."""
+    return torch.softmax((logits.float() + gumbel_noise.float()) / temperature, dim=1)
+
+
+def openai_state_dict(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The published encoder's and decoder's state dicts -> a state dict of `DiscreteVAE`.
+
+    Raises ValueError when a name is unknown or a tensor is no 4-d weight or 1-d bias. Sizes are not in the names:
+    build `DiscreteVAE` with the sizes of the weights and let `load_state_dict` check them.
+    """
+    state: dict[str, Tensor] = {}
+    for half, tensors in (("encoder", encoder), ("decoder", decoder)):
+        for name, tensor in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            if {"w": 4, "b": 1}.get(leaf) != tensor.dim():
+                raise ValueError(
+                    f"published {half}: {name!r} should end in .w (4-d) or .b (1-d), got shape {tuple(tensor.shape)}"
+                )
+            state[f"{half}.{_our_path(path, half)}.{'weight' if leaf == 'w' else 'bias'}"] = tensor
+    return state
+
+
+def _our_path(path: str, half: str) -> str:
+    """`blocks.group_2.block_1.res_path.conv_3` -> `groups.1.0.branch.2`, and so on."""
+    match path.split("."):
+        case ["blocks", "input"]:
+            return "stem"
+        case ["blocks", "output", "conv"]:
+            return "head"
+        case ["blocks", group, block, "id_path"]:
+            return f"groups.{_index(group)}.{_index(block)}.skip"
+        case ["blocks", group, block, "res_path", conv]:
+            return f"groups.{_index(group)}.{_index(block)}.branch.{_index(conv)}"
+    raise ValueError(f"published {half}: unknown tensor {path!r}; expected the names of the released dVAE")
+
+
+def _index(part: str) -> int:
+    """`group_2` -> 1: the published names count from 1."""
+    return int(part.rpartition("_")[2]) - 1

@@ -1,0 +1,111 @@
+"""The trainer that `kartina train` launches: fits the stages of a recipe in order, each pinned by hash to the last.
+
+    accelerate launch --config_file accelerate_config.yaml -m kartina.training shapes/dalle
+
+Run the same command again and it resumes.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..pipeline import checkpoint
+from ..pipeline.recipe import Recipe, RecipeError, nearest
+from . import run as runs
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="kartina.training", description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", help="key.sub=value, as in stages.tokenizer.steps=24")
+    parser.add_argument("--stage", help="train this stage only")
+    parser.add_argument("--run", type=Path, help="the run folder; runs/<recipe> if absent")
+    parser.add_argument("--processes", type=int, default=1, help="the number of processes asked for")
+    return parser.parse_intermixed_args(argv)
+
+
+def source_of(recipe: Recipe, data: runs.Data) -> Any:
+    """The source of pictures and captions that a recipe names. Raises RecipeError for `shards` without a folder."""
+    if data.kind == "shapes":
+        from .data.shapes import ShapesSource
+
+        return ShapesSource(size=recipe.image_size, seed=data.seed, levels=data.levels)
+    from .stream import ShardSource
+
+    if data.shards is None:
+        raise RecipeError(f"{recipe.name}: training.data.shards is not set; pass training.data.shards=FOLDER")
+    return ShardSource(sorted(Path(data.shards).glob("*.tar")), size=recipe.image_size, seed=data.seed)
+
+
+def _prepare_captions(recipe: Recipe, source: Any, model: Path) -> None:
+    """Trains the caption tokenizer once, on the first captions of the data; later stages read its file."""
+    from ..tokenizers.captions import CaptionTokenizer
+
+    path = model / "captions.json"
+    if path.exists():
+        return
+    model.mkdir(parents=True, exist_ok=True)
+    captions: list[str] = []
+    for start in range(0, 20_000, 500):
+        captions += source.read(range(start, start + 500)).captions
+    CaptionTokenizer.train(captions, recipe.captions.vocab_size, recipe.captions.context_length).save(path)
+
+
+def _train(recipe: Recipe, training: runs.Training, names: list[str], folder: Path, asked: int) -> None:
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    from .loop import train_stage
+    from .stages import STAGES
+
+    for name in names:
+        config = training.stages[name]
+        accelerator = Accelerator(mixed_precision="no" if config.precision == "fp32" else config.precision)
+        if accelerator.num_processes != asked:
+            raise RecipeError(
+                f"asked for {asked} processes, got {accelerator.num_processes}: on CPU `accelerate launch` starts one; "
+                "use `kartina train --processes N`, which starts them all"
+            )
+        source, model = source_of(recipe, training.data), folder / "model"
+        if accelerator.is_main_process:
+            _prepare_captions(recipe, source, model)
+        accelerator.wait_for_everyone()
+        if _finished(model, name):
+            accelerator.print(f"{name}: already trained in {model}")
+            continue
+        set_seed(training.seed)
+        stage = STAGES[name](recipe, config, source, model, training.seed, accelerator.device)
+        ema = train_stage(name, stage, config, source, folder, accelerator)
+        if accelerator.is_main_process:
+            stage.network.load_state_dict(ema.average)
+            facts = {"trained_against": stage.against, "steps": config.steps, "data": training.data.kind}
+            checkpoint.save_part(model, recipe, name, checkpoint.export(stage.network), **facts)
+        accelerator.wait_for_everyone()
+
+
+def _finished(model: Path, part: str) -> bool:
+    return (model / "card.json").exists() and part in checkpoint.read_card(model)["parts"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains; returns 2 with one clear line for a wrong recipe, 0 when the stages are done."""
+    given = _arguments(argv)
+    try:
+        recipe, training = runs.load(given.recipe, given.overrides)
+        if training is None:
+            raise RecipeError(f"recipe {recipe.name} has no training section")
+        if given.stage and given.stage not in training.stages:
+            raise RecipeError(f"no stage {given.stage!r}; {nearest(given.stage, list(training.stages))}")
+        names = [given.stage] if given.stage else list(training.stages)
+        _train(recipe, training, names, given.run or Path("runs") / recipe.name, given.processes)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"kartina: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""The `emoji` data: Noto and Fluent flat emoji with English and Russian captions, made into shards by `prepare`.
+
+Nothing is bundled: the art and the names come from three npm packages, packed by the user's own `npm pack` or found in
+a folder. Records are drawn by concept, then evenly over its (tone, style) cells, never by file: most files are people
+in five skin tones. Two built-in splits measure composition, written to splits.json as cells `style/hexcode`:
+E1 (role x tone): role i, in sorted order, never shows tone i mod 5 in training. E2 (concept x style): one concept in
+ten, by sha256, loses one style in training. The licences of the art travel in LICENSES/.
+
+It does not know the order of reading (`stream` does), nor how a score is computed. No paper.
+"""
+
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..shards import ShardWriter
+from .emoji_captions import BACKGROUNDS, LANGUAGES, TEMPLATES, caption
+from .emoji_packages import LICENCES, PACKAGES, STYLES, Emoji, join, pack, package_file, read_package, write_notices
+
+TONES = 5
+_TONE = re.compile(r"-1f3f[b-f]")
+
+
+@dataclass
+class EmojiReport:
+    """What `prepare` did: numbers of records, concepts, rasterised emoji, held-out cells, and what was left out."""
+
+    samples: int
+    concepts: int
+    emoji: int
+    held_out: dict[str, int]
+    left_out: dict[str, str]
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+
+def role_of(hexcode: str) -> tuple[str, str]:
+    """(role, gender) of a hexcode without its tones: `1f469-200d-1f680` -> (`person-200d-1f680`, `woman`)."""
+    code = _TONE.sub("", hexcode)
+    for sign, gender in (("-200d-2640", "woman"), ("-200d-2642", "man")):
+        if sign in code:
+            return code.replace(sign, ""), gender
+    for sign, gender in (("1f9d1", "person"), ("1f469", "woman"), ("1f468", "man")):
+        if code.startswith(sign + "-200d-"):
+            return code.replace(sign, "person", 1), gender
+    return code, "person"
+
+
+def splits(emoji: Sequence[Emoji]) -> dict[str, Any]:
+    """{"E1": cells, "E2": cells, "roles": {role: held-out tone}}: cells that training never sees.
+
+    A role is in E1 if every style has its full grid of 3 genders x 5 tones; its concepts are not in E2.
+    """
+    styles = sorted({e.style for e in emoji})
+    grid: dict[str, set[tuple[str, str, int]]] = defaultdict(set)
+    shown: dict[str, set[str]] = defaultdict(set)
+    for e in emoji:
+        shown[e.concept].add(e.style)
+        if e.tone:
+            role, gender = role_of(e.hexcode)
+            grid[role].add((e.style, gender, e.tone))
+    # a role "facing right" (27a1) mirrors another one, and would show its held-out tone
+    whole = (role for role, cells in grid.items() if len(cells) == len(styles) * 3 * TONES)
+    full = sorted(role for role in whole if "27a1" not in role)
+    roles = {role: i % TONES + 1 for i, role in enumerate(full)}
+    lost = {}
+    for concept, have in shown.items():
+        digest = hashlib.sha256(concept.encode()).digest()
+        if len(have) > 1 and role_of(concept)[0] not in roles and int.from_bytes(digest[:8]) % 10 == 0:
+            lost[concept] = sorted(have)[digest[8] % len(have)]
+    e1 = [e.cell for e in emoji if e.tone and roles.get(role_of(e.hexcode)[0]) == e.tone]
+    e2 = [e.cell for e in emoji if lost.get(e.concept) == e.style]
+    return {"E1": e1, "E2": e2, "roles": roles}
+
+
+# --- drawing and writing ----------------------------------------------------------------------------------------------
+
+
+def rasterise(svg: str, size: int = 64) -> Image.Image:
+    """An RGBA picture, size x size. Raises ValueError where it cannot be drawn or comes out blank."""
+    import resvg_py
+
+    data = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
+    picture = Image.open(io.BytesIO(bytes(data)), formats=("PNG",)).convert("RGBA")
+    if picture.size != (size, size) or picture.getchannel("A").getextrema()[1] == 0:
+        raise ValueError(f"blank, or not {size}x{size}: {picture.size}")
+    return picture
+
+
+def compose(picture: Image.Image, colour: str) -> bytes:
+    """PNG bytes (RGB) of an RGBA picture laid over a background of BACKGROUNDS."""
+    ground = Image.new("RGBA", picture.size, (*BACKGROUNDS[colour][0], 255))
+    data = io.BytesIO()
+    Image.alpha_composite(ground, picture).convert("RGB").save(data, "PNG")
+    return data.getvalue()
+
+
+def _write(writer: ShardWriter, e: Emoji, picture: Image.Image, draws: random.Random, languages: Sequence[str]) -> None:
+    colour, language = draws.choice(list(BACKGROUNDS)), draws.choice(list(languages))
+    template = draws.randrange(len(TEMPLATES[language]))
+    text = caption(e.labels[language], e.tags[language], e.style, colour, language, template)
+    facts = {"style": e.style, "concept": e.concept, "tone": e.tone, "background": colour, "language": language}
+    fields = {"png": compose(picture, colour), "txt": text.encode()}
+    writer.write(fields, name=e.cell, label=e.labels[language], **facts)
+
+
+def prepare(
+    out: Path | str,
+    packed: Path | str | None = None,
+    size: int = 64,
+    per_concept: int = 16,
+    seed: int = 0,
+    languages: Sequence[str] = LANGUAGES,
+    samples_per_shard: int = 1000,
+) -> EmojiReport:
+    """Writes training shards to `out`, held-out cells once each to `out/held_out`; splits.json, LICENSES/.
+
+    packed: a folder with the three .tgz files of `npm pack`; without it npm is run in a temporary folder. size: side in
+    pixels, 16 to 512. per_concept: records of each concept. Raises ValueError for these, or where `out` has content.
+    """
+    out = Path(out)
+    if not 16 <= size <= 512 or per_concept < 1 or not languages or not set(languages) <= set(LANGUAGES):
+        raise ValueError(
+            f"size 16..512, per_concept >= 1, languages of {LANGUAGES}; got {size}, {per_concept}, {languages}"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} already has content; choose a new or empty folder")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) if packed is None else Path(packed)
+        if packed is None:
+            pack(folder)
+        names = read_package(package_file(folder, PACKAGES[2]), ("en/data.json", "ru/data.json"))
+        art = {
+            s: read_package(package_file(folder, package), ("icons.json", "chars.json"))
+            for s, package in STYLES.items()
+        }
+    emoji, left_out = join(art, names["en/data.json"], names["ru/data.json"])
+    pictures = {}
+    for e in emoji:
+        try:
+            pictures[e.cell] = rasterise(e.svg, size)
+        except ValueError as error:
+            left_out[e.cell] = str(error)
+    return _write_all(
+        out,
+        [e for e in emoji if e.cell in pictures],
+        pictures,
+        left_out,
+        per_concept,
+        seed,
+        languages,
+        samples_per_shard,
+    )
+
+
+def _write_all(
+    out: Path,
+    emoji: list[Emoji],
+    pictures: dict[str, Image.Image],
+    left_out: dict[str, str],
+    per_concept: int,
+    seed: int,
+    languages: Sequence[str],
+    samples_per_shard: int,
+) -> EmojiReport:
+    split = splits(emoji)
+    hidden = {*split["E1"], *split["E2"]}
+    concepts: dict[str, list[Emoji]] = defaultdict(list)
+    for e in emoji:
+        if e.cell not in hidden:
+            concepts[e.concept].append(e)
+    draws = random.Random(seed)
+    rounds = {
+        c: [draws.sample(cells, len(cells)) for _ in range(-(-per_concept // len(cells)))]
+        for c, cells in concepts.items()
+    }
+    records = [e for rounds_of in rounds.values() for e in [e for r in rounds_of for e in r][:per_concept]]
+    draws.shuffle(records)
+    staging = out.with_name(f".{out.name}.preparing")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        with ShardWriter(staging, samples_per_shard, "emoji") as writer:
+            for e in records:
+                _write(writer, e, pictures[e.cell], draws, languages)
+        with ShardWriter(staging / "held_out", samples_per_shard, "held-out") as writer:
+            for e in emoji:
+                if e.cell in hidden:
+                    _write(writer, e, pictures[e.cell], draws, languages)
+        training = sorted({e.cell for e in records})
+        text = json.dumps({**split, "training": training, "left_out": left_out}, ensure_ascii=False, indent=1)
+        (staging / "splits.json").write_text(text, encoding="utf-8")
+        write_notices(staging)
+        for folder, notices in ((staging, ""), (staging / "held_out", "../")):
+            content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            content["licences"] = [{**one, "notice": notices + one["notice"]} for one in LICENCES]
+            (folder / "manifest.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        os.replace(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    held_out = {name: len(split[name]) for name in ("E1", "E2")}
+    return EmojiReport(len(records), len(concepts), len(emoji), held_out, left_out)

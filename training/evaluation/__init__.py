@@ -1,0 +1,1 @@
+"""Scores of generated images; nothing here trains anything."""

@@ -1,0 +1,202 @@
+"""The one loop: it steps the optimizer of whatever a stage yields, then resumes the stage.
+
+A stage is a generator of (name, (loss_sum, count), scalars). With k micro-batches the loop holds k generators: all
+advance to the first yield (gradients are exchanged on the last only), the optimizer steps once, and so on. Sums are
+divided by the global count, so the gradient does not depend on how a batch is split. Accelerate gives the device, DDP
+and autocast; positions, accumulation, learning rate, EMA and checkpoints are ours.
+
+It does not know what a stage trains, nor how its loss is made.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from . import state
+from .optim import EMA, build_optimizers, rate
+from .run import Stage, division
+from .stages import Update
+from .stream import Batch, Source, rank_positions
+
+
+class TrainingError(ValueError):
+    """A run that must not go on; the message says why and what to do."""
+
+
+@dataclass
+class Log:
+    """A JSON-lines file that any notebook reads, TensorBoard where it is installed, and a line on the terminal."""
+
+    folder: Path
+    stage: str
+    enabled: bool
+
+    def __post_init__(self) -> None:
+        self.console = Console()
+        self.board: Any = None
+        if self.enabled:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(self.folder / "tensorboard" / self.stage))
+
+    def write(self, step: int, steps: int, scalars: dict[str, float]) -> None:
+        if not self.enabled:
+            return
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": self.stage, "step": step, **scalars}) + "\n")
+        for name, value in scalars.items():
+            if self.board:
+                self.board.add_scalar(name, value, step)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+        self.console.print(f"{self.stage} {step}/{steps}  {shown}", highlight=False)
+
+
+def _advance(generators: list[Iterator[Update]], network: Any, accelerator: Accelerator) -> list[Update]:
+    """Every generator to its next yield, with its backward pass; gradients are exchanged on the last one."""
+    updates = []
+    for k, generator in enumerate(generators):
+        last = k == len(generators) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(network):
+            update = next(generator, None)
+            if update is not None:
+                accelerator.backward(update[1][0])
+                updates.append(update)
+    if len({update[0] for update in updates}) > 1 or len(updates) not in (0, len(generators)):
+        raise TrainingError(f"micro-batches of one step disagree on what they train: {[u[0] for u in updates]}")
+    return updates
+
+
+def _divide_gradients(network: torch.nn.Module, updates: list[Update], accelerator: Accelerator) -> torch.Tensor:
+    """Turns gradients of sums, averaged over ranks by DDP, into the gradient of the global mean. Returns the count."""
+    local = torch.stack([torch.as_tensor(u[1][1], device=accelerator.device, dtype=torch.float32) for u in updates])
+    count = accelerator.reduce(local.sum(), reduction="sum")
+    if count > 0:
+        for parameter in network.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(accelerator.num_processes / count)
+    return count
+
+
+def _mean_scalars(updates: list[Update], accelerator: Accelerator) -> dict[str, float]:
+    names = sorted(updates[0][2])
+    local = torch.stack([torch.stack([u[2][n].detach().float() for n in names]) for u in updates]).mean(0)
+    mean = accelerator.reduce(local.to(accelerator.device), reduction="mean")
+    return {f"{updates[0][0]}/{name}": value for name, value in zip(names, mean.tolist(), strict=True)}
+
+
+def train_stage(name: str, stage: Any, config: Stage, source: Source, folder: Path, accelerator: Accelerator) -> EMA:
+    """Trains a stage to its last step, resuming from the newest whole checkpoint; returns the averaged weights.
+
+    stage: an object of `kartina.training.stages`. folder: the run folder. Raises TrainingError on a changed recipe or a
+    loss that stays non-finite.
+    """
+    micro, passes = division(config, accelerator.num_processes)
+    if stage.coupled and passes * accelerator.num_processes > 1:
+        raise TrainingError(
+            f"{name}: its loss compares the samples of a batch, so the batch cannot be split yet, got "
+            f"{accelerator.num_processes} processes x {passes} passes; use one process and no micro_batch"
+        )
+    network = accelerator.prepare_model(stage.network)
+    stage.forward = network
+    optimizers = build_optimizers(stage.network, config.optimizer)
+    ema = EMA(stage.network, config.ema)
+    checkpoints = folder / "state" / name
+    identity = {"stage": name, "config": config.model_dump(mode="json"), "against": stage.against}
+    identity["data"] = source.fingerprint
+    first, trained_seconds = _resume(checkpoints, identity, stage, optimizers, ema)
+    log = Log(folder, name, accelerator.is_main_process)
+    started = saved = time.monotonic()
+    skipped = 0
+
+    for step in range(first, config.steps):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate(step, config.steps, config.optimizer)
+        waited = time.monotonic()
+        batches = [
+            _to_device(source.read(positions), accelerator.device)
+            for positions in rank_positions(
+                step, config.global_batch, accelerator.process_index, accelerator.num_processes, micro
+            )
+        ]
+        waited = time.monotonic() - waited
+        assert len(batches) == passes
+        generators = [stage.updates(batch, step) for batch in batches]
+        while updates := _advance(generators, network, accelerator):
+            _divide_gradients(stage.network, updates, accelerator)
+            norm = torch.nn.utils.clip_grad_norm_(stage.network.parameters(), config.optimizer.clip)
+            if torch.isfinite(norm):  # after the exchange the norm, and so the choice, is the same on every rank
+                for optimizer in optimizers:
+                    optimizer.step()
+                ema.update()
+                skipped = 0
+            else:
+                skipped += 1
+                log.console.print(f"step {step}: non-finite gradient, skipped; samples {batches[0].keys[:8]}")
+                if skipped == 10:
+                    raise TrainingError(f"{name}: 10 steps in a row had a non-finite gradient, up to step {step}")
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+                seconds = trained_seconds + time.monotonic() - started
+                facts = {"norm": float(norm), "wait": waited, "seconds": seconds}
+                log.write(step + 1, config.steps, _mean_scalars(updates, accelerator) | facts)
+        preview = (step + 1) % config.preview_every == 0 or step + 1 == config.steps
+        if preview and accelerator.is_main_process:
+            stage.preview(batches[0], folder / "previews" / f"{name}-{step + 1:06d}.png")
+        due = time.monotonic() - saved > 60 * config.save_minutes or step + 1 == config.steps
+        if due and accelerator.is_main_process:
+            seconds = trained_seconds + time.monotonic() - started
+            state.save(checkpoints, step + 1, _collect(step + 1, seconds, identity, stage, optimizers, ema))
+            saved = time.monotonic()
+    accelerator.wait_for_everyone()
+    return ema
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    return Batch(
+        image=batch.image.to(device),
+        captions=batch.captions,
+        keys=batch.keys,
+        samples=batch.samples.to(device),
+        weight=batch.weight.to(device),
+    )
+
+
+def _collect(step: int, seconds: float, identity: dict[str, Any], stage: Any, optimizers: Any, ema: EMA) -> dict:
+    return {
+        "step": step,
+        "seconds": seconds,
+        "identity": identity,
+        "network": stage.network.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "ema": ema.state(),
+    }
+
+
+def _resume(folder: Path, identity: dict, stage: Any, optimizers: Any, ema: EMA) -> tuple[int, float]:
+    """Restores the newest whole checkpoint. Returns (step, seconds trained so far)."""
+    saved = state.load_newest(folder)
+    if saved is None:
+        return 0, 0.0
+    if saved["identity"] != identity:
+        changed = [key for key in identity if saved["identity"].get(key) != identity[key]]
+        old, new = saved["identity"].get("config", {}), identity["config"]
+        keys = [key for key in new if old.get(key) != new[key]] if "config" in changed else changed
+        raise TrainingError(f"{folder.parent.parent}: the recipe changed since this run began ({', '.join(keys)}); "
+                            "put it back, or start another run with --run FOLDER")  # fmt: skip
+    stage.network.load_state_dict(saved["network"])
+    for optimizer, weights in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(weights)
+    ema.load(saved["ema"])
+    return saved["step"], saved["seconds"]

@@ -1,0 +1,40 @@
+"""The DALL-E loss: cross-entropy of text and of codes, weighted 1/8 and 7/8 (arXiv 2102.12092, Section 2.2).
+
+Each kind is averaged over its own tokens before weighting. Pads are predicted too, as id 0: the published model
+learns where a caption ends.
+
+B samples, T text tokens, V text vocabulary, N codes, K number of codes.
+
+It does not know the network, nor where the codes came from.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def dalle(
+    text_logits: Tensor,
+    image_logits: Tensor,
+    text: Tensor,
+    codes: Tensor,
+    weight: Tensor,
+    text_weight: float = 1 / 8,
+    image_weight: float = 7 / 8,
+) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+    """Nats per token. Separable: returns ((loss sum, count), {"text_loss", "image_loss"}), computed in float32.
+
+    text_logits: (B, T, V); image_logits: (B, N, K); text: int64 (B, T); codes: int64 (B, N) or (B, h, w).
+    weight: (B,), 0 for a sample that does not count; count is its sum. The named losses are weighted means, detached.
+    """
+    text_loss = _per_sample(text_logits, text)  # (B,)
+    image_loss = _per_sample(image_logits, codes.flatten(1))
+    weight = weight.float()
+    count = weight.sum()
+    loss = (weight * (text_weight * text_loss + image_weight * image_loss)).sum()
+    shown = {"text_loss": text_loss, "image_loss": image_loss}
+    mean = {name: (weight * each).sum().detach() / count.clamp(min=1e-8) for name, each in shown.items()}
+    return (loss, count), mean
+
+
+def _per_sample(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().transpose(1, 2), target, reduction="none").mean(dim=1)

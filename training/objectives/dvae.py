@@ -1,0 +1,92 @@
+"""Objective of the discrete VAE: logit-Laplace likelihood and KL to the uniform prior (Ramesh 2021,
+arXiv:2102.12092, sections 2.1 and A.2-A.3), with its schedules of temperature and KL weight.
+
+B images of D = 3 * H * W values, K codes on a grid of h x w.
+
+It does not know the model: it takes the decoder's parameters and the encoder's logits.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...tokenizers.dvae import map_pixels
+
+
+def logit_laplace_nll(parameters: Tensor, mapped: Tensor) -> Tensor:
+    """-ln f(x | mu, b), f = exp(-|logit(x) - mu| / b) / (2 b x (1 - x)) (section A.3), in nats and float32.
+
+    parameters: (B, 6, H, W), mu then ln b. mapped: (B, 3, H, W) inside (0, 1), from `map_pixels`. Returns (B, 3, H, W).
+    """
+    mu, log_b = parameters.float().chunk(2, dim=1)
+    x = mapped.float()
+    return math.log(2) + log_b + torch.log(x) + torch.log1p(-x) + (torch.logit(x) - mu).abs() * torch.exp(-log_b)
+
+
+def uniform_kl(logits: Tensor) -> Tensor:
+    """KL(softmax(logits) || uniform) at each position, in nats: (B, K, h, w) -> float32 (B, h, w), in [0, ln K]."""
+    log_q = torch.log_softmax(logits.float(), dim=1)
+    return (log_q.exp() * log_q).sum(dim=1) + math.log(logits.shape[1])
+
+
+def codebook_counts(codes: Tensor, num_codes: int, weight: Tensor) -> Tensor:
+    """How often each code stands in the batch, by image weight: codes (B, h, w), weight (B,) -> float32 (K,)."""
+    each = weight.float()[:, None, None].expand(codes.shape).reshape(-1)
+    # index_put_ rather than bincount: the sum has a deterministic kernel on every device.
+    zeros = torch.zeros(num_codes, dtype=torch.float32, device=codes.device)
+    return zeros.index_put_((codes.reshape(-1),), each, accumulate=True)
+
+
+def dvae(
+    parameters: Tensor, logits: Tensor, image: Tensor, beta: float | Tensor, weight: Tensor
+) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+    """Negative ELBO over D, per image: (sum of the NLL + beta * sum of the KL over positions) / D.
+
+    parameters: (B, 6, H, W). logits: (B, K, h, w). image: (B, 3, H, W) in [-1, 1]. beta: KL weight, 6.6 in the paper
+    (which is beta / 192 on the mean KL of a position at 256 pixels and 32 x 32 codes). weight: (B,), 0 leaves an image
+    out. Returns ((weighted loss sum, weight sum), scalars); scalars are detached weighted means: `nll` nats per value,
+    `kl` nats per position, and of the batch's argmax codes `perplexity` in [1, K] and `usage` in (0, 1]. The KL is of
+    the plain categorical at any temperature. Raises ValueError when the shapes do not fit.
+    """
+    if parameters.shape != (image.shape[0], 6, *image.shape[2:]) or weight.shape != image.shape[:1]:
+        raise ValueError(
+            "dvae objective needs parameters (B, 6, H, W), image (B, 3, H, W) and weight (B,), "
+            f"got {tuple(parameters.shape)}, {tuple(image.shape)} and {tuple(weight.shape)}"
+        )
+    nll = logit_laplace_nll(parameters, map_pixels(image.float())).mean(dim=(1, 2, 3))  # (B,)
+    kl = uniform_kl(logits)  # (B, h, w)
+    loss = nll + beta * kl.sum(dim=(1, 2)) / image[0].numel()
+    weight = weight.float()
+    count = weight.sum()
+    with torch.no_grad():
+        mean = weight / count.clamp(min=1e-12)
+        counts = codebook_counts(logits.argmax(dim=1), logits.shape[1], weight)
+        share = counts / counts.sum().clamp(min=1e-12)
+        scalars = {
+            "nll": (mean * nll).sum(),
+            "kl": (mean * kl.mean(dim=(1, 2))).sum(),
+            "perplexity": torch.exp(torch.special.entr(share).sum()),
+            "usage": (counts > 0).float().mean(),
+        }
+    return ((weight * loss).sum(), count), scalars
+
+
+def anneal(step: int, start: float, end: float, steps: int, shape: str = "cosine") -> float:
+    """start at step 0, end from `steps` on; between them half a cosine or a line. shape: "cosine" or "linear"."""
+    if shape not in ("cosine", "linear"):
+        raise ValueError(f'anneal needs shape "cosine" or "linear", got {shape!r}')
+    t = min(max(step / steps, 0.0), 1.0) if steps > 0 else 1.0
+    return start + (end - start) * (t if shape == "linear" else (1 - math.cos(math.pi * t)) / 2)
+
+
+def temperature(
+    step: int, start: float = 1.0, end: float = 1 / 16, steps: int = 150_000, shape: str = "cosine"
+) -> float:
+    """Temperature of the relaxation at `step`. The end is published; the 150,000 steps are from memory of A.2."""
+    return anneal(step, start, end, steps, shape)
+
+
+def kl_weight(step: int, start: float = 0.0, end: float = 6.6, steps: int = 5000, shape: str = "cosine") -> float:
+    """Weight beta of the KL at `step`: published as 0 to 6.6 over 5,000 updates, then constant."""
+    return anneal(step, start, end, steps, shape)

@@ -1,0 +1,104 @@
+"""The training half of a recipe: data, stages, optimizers.
+
+It does not know the models: they are in the recipe's other half, `kartina.pipeline.recipe`.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ..pipeline.recipe import Recipe, RecipeError, Section, nearest, read, validate
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Data(Section):
+    """Where pictures and captions come from: drawn (`shapes`) or packed (`shards`)."""
+
+    kind: Literal["shapes", "shards"]
+    levels: tuple[str, ...] = ("S1", "S2")
+    shards: str | None = None
+    seed: int = 0
+
+
+class Optimizer(Section):
+    """AdamW; with `muon` > 0, the matrices of hidden layers go to Muon (Jordan 2024) at that rate."""
+
+    lr: float = Field(gt=0)
+    muon: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: int = Field(50, ge=0)
+    decay: float = Field(0.4, ge=0, le=1, description="the last part of the steps, in which the rate falls to zero")
+    shape: Literal["linear", "cosine"] = "linear"
+    clip: float = Field(1.0, gt=0)
+
+
+class Stage(Section):
+    """One stage: it trains one part, for `steps` optimizer steps of `global_batch` samples."""
+
+    steps: int = Field(ge=1)
+    global_batch: int = Field(ge=1)
+    micro_batch: int | None = Field(None, ge=1, description="samples per device and forward pass; derived if absent")
+    optimizer: Optimizer
+    ema: float = Field(0.999, ge=0, lt=1)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    log_every: int = Field(20, ge=1)
+    preview_every: int = Field(500, ge=1)
+    save_minutes: float = Field(5.0, gt=0)
+    objective: dict[str, float] = {}
+
+
+class Training(Section):
+    """The `training` section of a recipe."""
+
+    seed: int = 0
+    data: Data
+    stages: dict[str, Stage]
+
+
+def training_of(recipe: Recipe) -> Training:
+    """The training half of a recipe. Raises RecipeError where it is missing or breaks a rule."""
+    if not recipe.training:
+        raise RecipeError(
+            f"recipe {recipe.name} has no training section: it describes a system, but no way to train it"
+        )
+    return validate(Training, recipe.training, f"{recipe.name}: training")
+
+
+def find(name: str) -> Path:
+    """The file of a recipe, by name (`shapes/dalle`) or path. Raises RecipeError naming the nearest."""
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"} and path.is_file():
+        return path
+    known = {str(p.relative_to(RECIPES).with_suffix("")): p for p in sorted(RECIPES.rglob("*.yaml"))}
+    if name not in known:
+        raise RecipeError(f"no recipe {name!r}; {nearest(name, list(known))}")
+    return known[name]
+
+
+def load(name: str, overrides: list[str]) -> tuple[Recipe, Training | None]:
+    """A recipe by name or path, with overrides applied, and its training half if it has one."""
+    recipe = read(find(name), overrides)
+    return recipe, training_of(recipe) if recipe.training else None
+
+
+def division(stage: Stage, world: int) -> tuple[int, int]:
+    """(samples per device and forward pass, forward passes per step) so that all devices make one global batch.
+
+    Raises RecipeError when the global batch does not divide.
+    """
+    per_device, rest = divmod(stage.global_batch, world)
+    micro = stage.micro_batch or per_device
+    if rest or per_device % micro:
+        raise RecipeError(
+            f"global_batch {stage.global_batch} does not divide over {world} processes x micro_batch {micro}; "
+            "choose a global_batch that is a multiple of their product"
+        )
+    return micro, per_device // micro
+
+
+def resolved(training: Training) -> dict[str, Any]:
+    """The training half with every default written out, as plain data: what a run is compared by at resume."""
+    return training.model_dump(mode="json")

@@ -1,0 +1,234 @@
+"""One sample of a tar shard: where it lies (the index), how it is read, and the closed table of decoders.
+
+A shard is a plain tar in which members of one sample share a key: `000000012.jpg`, `000000012.txt`, `000000012.json`.
+Beside each shard lies an index: where each member begins and ends, and the shard's hash. Members are read by offset and
+decoded by our own table; nothing in a shard is ever executed. The format is WebDataset's (Aizman 2019,
+arXiv 2001.01858).
+
+It does not know how shards are written (`shards` does), nor the order in which samples are read (`stream` does).
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMAT = 1
+PICTURES = ("jpg", "jpeg", "png", "webp")
+MEMBER_LIMIT = 64 * 2**20  # bytes of one member
+PIXEL_LIMIT = 64_000_000  # below Pillow's own limit, which stays on
+
+
+class BadSample(ValueError):
+    """One sample cannot be used; the message is the reason."""
+
+
+def decode_picture(data: bytes) -> Image.Image:
+    """An upright RGB picture: EXIF rotation applied, transparency laid over white, 16-bit grey scaled to 8 bits."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as opened:
+            if opened.width * opened.height > PIXEL_LIMIT:
+                raise BadSample(f"too large: {opened.width}x{opened.height} is over {PIXEL_LIMIT} pixels")
+            picture = ImageOps.exif_transpose(opened)
+            picture.load()
+    except BadSample:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadSample(f"too large: {error}") from error
+    except UnidentifiedImageError as error:
+        raise BadSample("undecodable picture: neither JPEG, PNG nor WebP") from error
+    except Exception as error:  # decoders of hostile bytes raise anything: SyntaxError, struct.error, EOFError...
+        raise BadSample(f"undecodable picture: {error}") from error
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def _decode_text(data: bytes) -> str:
+    return data.decode("utf-8-sig").strip()
+
+
+def _decode_array(data: bytes) -> np.ndarray:
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+DECODERS: dict[str, Callable[[bytes], Any]] = {
+    **dict.fromkeys(PICTURES, decode_picture),
+    "txt": _decode_text,
+    "json": json.loads,
+    "npy": _decode_array,
+}
+
+
+def decode(extension: str, data: bytes) -> Any:
+    """Decodes one member by its extension: picture (PIL, RGB), txt (str), json, npy (no pickles). Raises BadSample."""
+    if extension not in DECODERS:
+        raise BadSample(f"unknown kind of member .{extension}; known: {', '.join(DECODERS)}")
+    if not data:
+        raise BadSample(f"empty .{extension}")
+    try:
+        return DECODERS[extension](data)
+    except BadSample:
+        raise
+    except Exception as error:
+        raise BadSample(f"undecodable .{extension}: {error}") from error
+
+
+@dataclass
+class Entry:
+    """One sample of a shard: its key, (offset, bytes) of each member, and what names and sizes tell is wrong."""
+
+    key: str
+    members: dict[str, tuple[int, int]]
+    problem: str | None = None
+
+
+@dataclass
+class Index:
+    """What lies where in one shard."""
+
+    path: Path
+    bytes: int
+    sha256: str
+    entries: list[Entry]
+    problem: str | None = None
+
+
+def index_path(shard: Path) -> Path:
+    """Where the index of a shard lies: `x.tar` -> `x.index.json`."""
+    return shard.with_name(shard.name.removesuffix(".tar") + ".index.json")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file beside its place, then renames it there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _scan(shard: Path, size: int) -> tuple[list[Entry], str | None]:
+    entries: dict[str, Entry] = {}
+    foreign: dict[str, str] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for info in tar:
+                if not info.isfile() or info.issparse():
+                    continue
+                folder, _, name = info.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
+                entry = entries.setdefault(key, Entry(key, {}))
+                if extension not in DECODERS:
+                    foreign[key] = info.name
+                    continue
+                if extension in entry.members:
+                    entry.problem = f"two members .{extension} under one key"
+                if info.offset_data + info.size > size:
+                    entry.problem = f"truncated: the shard ends inside {info.name}"
+                entry.members[extension] = (info.offset_data, info.size)
+    except (tarfile.TarError, EOFError) as error:
+        return list(entries.values()), f"torn shard, or not an uncompressed tar: {error}"
+    for key, name in foreign.items():
+        if "." in name.rpartition("/")[2].partition(".")[2] and not set(PICTURES) & set(entries[key].members):
+            entries[
+                key
+            ].problem = (
+                f"dotted name {name!r}: WebDataset ends the key at the first dot; pack the files again with pack_folder"
+            )
+    return list(entries.values()), None if entries else "the shard holds no samples"
+
+
+def build_index(shard: Path | str) -> Index:
+    """Reads a shard's headers and hash and writes the index beside it (only in memory for read-only folders)."""
+    shard = Path(shard)
+    size = shard.stat().st_size
+    entries, problem = _scan(shard, size)
+    index = Index(shard, size, _sha256(shard), entries, problem)
+    rows = [[e.key, e.members, e.problem] for e in entries]
+    content = {"format": FORMAT, "bytes": size, "sha256": index.sha256, "problem": problem, "samples": rows}
+    try:
+        write_text(index_path(shard), json.dumps(content))
+    except OSError:
+        index_path(shard).with_name(f".{index_path(shard).name}.{os.getpid()}").unlink(missing_ok=True)
+    return index
+
+
+def load_index(shard: Path | str) -> Index:
+    """The index of a shard; built where it is missing, older than the shard, or of another size or format."""
+    shard = Path(shard)
+    try:
+        here, there = shard.stat(), index_path(shard).stat()
+        content = json.loads(index_path(shard).read_text(encoding="utf-8"))
+        fits = content["format"] == FORMAT and content["bytes"] == here.st_size and there.st_mtime >= here.st_mtime
+        if fits:
+            rows = [Entry(k, {e: (int(at), int(n)) for e, (at, n) in m.items()}, p) for k, m, p in content["samples"]]
+            return Index(shard, here.st_size, str(content["sha256"]), rows, content["problem"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        if not shard.is_file():
+            raise ValueError(
+                f"no shard at {shard}: expected a .tar file written by pack_folder or WebDataset"
+            ) from None
+    return build_index(shard)
+
+
+def find_shards(where: Path | str | Sequence[Path | str]) -> list[Path]:
+    """Shards of a folder, a file, or a list of either, sorted by name. Raises ValueError where there are none."""
+    wanted = [where] if isinstance(where, (str, Path)) else list(where)
+    found = [shard for one in map(Path, wanted) for shard in (one.glob("*.tar") if one.is_dir() else [one])]
+    if not found:
+        raise ValueError(f"no shards in {where}: expected a folder with .tar files; pack_folder writes one")
+    if len({shard.resolve() for shard in found}) < len(found):
+        raise ValueError(f"a shard is named twice in {where}; each sample would be read twice a pass")
+    return sorted(found, key=lambda shard: (shard.name, str(shard)))
+
+
+def read_member(file: BinaryIO, entry: Entry, extension: str) -> bytes:
+    """The bytes of one member, by offset. Raises BadSample for one that is empty, too large or cut off."""
+    offset, size = entry.members[extension]
+    if size == 0:
+        raise BadSample(f"empty .{extension}")
+    if size > MEMBER_LIMIT:
+        raise BadSample(f"too large: .{extension} has {size} bytes, over {MEMBER_LIMIT}")
+    file.seek(offset)
+    data = file.read(size)
+    if len(data) != size:
+        raise BadSample(f"truncated: .{extension} has {len(data)} of {size} bytes")
+    return data
+
+
+def read_sample(file: BinaryIO, entry: Entry) -> tuple[Image.Image, str]:
+    """Picture (RGB) and caption (txt, or `caption` of the json) of one sample. Raises BadSample with the reason."""
+    if entry.problem:
+        raise BadSample(entry.problem)
+    pictures = [extension for extension in PICTURES if extension in entry.members]
+    if len(pictures) != 1:
+        raise BadSample(f"expected one picture ({', '.join(PICTURES)}), got {len(pictures)}")
+    caption: Any = None
+    if "txt" in entry.members:
+        caption = decode("txt", read_member(file, entry, "txt"))
+    elif "json" in entry.members:
+        content = decode("json", read_member(file, entry, "json"))
+        caption = content.get("caption") if isinstance(content, dict) else None
+    if not isinstance(caption, str) or not caption:
+        raise BadSample("no caption: expected a .txt, or `caption` in the .json")
+    return decode(pictures[0], read_member(file, entry, pictures[0])), caption

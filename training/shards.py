@@ -1,0 +1,220 @@
+"""WebDataset tar shards: writing, packing a folder of captioned pictures, and checking.
+
+WebDataset ends a sample's key at the first dot of a file name, so the writer makes the keys itself (numbers, no dots)
+and keeps the original name in the sample's json: `000000012.jpg`, `000000012.txt`, `000000012.json`. A folder of shards
+has a manifest.json (samples and sha256 of each shard) and an index beside each shard. The format: Aizman 2019,
+arXiv 2001.01858.
+
+It does not know the order in which samples are read (`stream` does), nor what they train.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from .samples import DECODERS, FORMAT, MEMBER_LIMIT, PICTURES, BadSample, decode, find_shards, read_sample, write_text
+from .samples import build_index as build_index
+
+
+def _shown(items: Sequence[Any], label: str) -> Iterator[Any]:
+    """Passes items on, with a progress bar once two seconds have gone by."""
+    start, bar, task = time.monotonic(), None, None
+    try:
+        for done, item in enumerate(items):
+            if bar is None and time.monotonic() - start > 2:
+                bar = Progress(console=Console(stderr=True), transient=True)
+                bar.start()
+                task = bar.add_task(label, total=len(items))
+            if bar is not None and task is not None:
+                bar.update(task, completed=done)
+            yield item
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+class ShardWriter:
+    """Writes samples into a new folder of shards, which appears whole at the end or not at all.
+
+    `with ShardWriter(out, 1000) as writer: writer.write({"jpg": data, "txt": caption.encode()}, name="a.b.jpg")`.
+    Raises ValueError where `out` is not empty, or for a member outside the table of decoders.
+    """
+
+    def __init__(self, out: Path | str, samples_per_shard: int = 1000, prefix: str = "shard"):
+        self.out, self.prefix, self.per_shard = Path(out), prefix, samples_per_shard
+        if samples_per_shard < 1 or "." in prefix or "/" in prefix:
+            raise ValueError(f"samples_per_shard >= 1 and a prefix without . or /, got {samples_per_shard}, {prefix!r}")
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise ValueError(f"{self.out} already has content; choose a new or empty folder for the shards")
+        self._folder = self.out.with_name(f".{self.out.name}.writing")
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        self._tar: tarfile.TarFile | None = None
+        self._shards: list[dict[str, Any]] = []
+        self._in_shard = self.count = 0
+
+    def write(self, fields: Mapping[str, bytes], name: str | None = None, **facts: Any) -> str:
+        """Adds one sample; `name` and `facts` go into its json. Returns the key."""
+        unknown = set(fields) - set(DECODERS)
+        if unknown:
+            raise ValueError(f"members may be {', '.join(DECODERS)}; got {', '.join(sorted(unknown))}")
+        members = dict(fields)
+        if name is not None or facts:
+            known = json.loads(members.get("json", b"{}"))
+            members["json"] = json.dumps({**known, "name": name, **facts}, ensure_ascii=False).encode()
+        if self._in_shard == self.per_shard:
+            self._finish_shard()
+        if self._tar is None:
+            path = self._folder / f"{self.prefix}-{len(self._shards):06d}.tar"
+            self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        key = f"{self.count:09d}"
+        for extension, data in members.items():
+            info = tarfile.TarInfo(f"{key}.{extension}")  # times and owners stay zero: equal input, equal shards
+            info.size = len(data)
+            self._tar.addfile(info, io.BytesIO(data))
+        self.count, self._in_shard = self.count + 1, self._in_shard + 1
+        return key
+
+    def _finish_shard(self) -> None:
+        if self._tar is None:
+            return
+        self._tar.close()
+        path = Path(str(self._tar.name))
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        index = build_index(path)
+        self._shards.append(
+            {"name": path.name, "samples": self._in_shard, "bytes": index.bytes, "sha256": index.sha256}
+        )
+        self._tar, self._in_shard = None, 0
+
+    def close(self) -> None:
+        """Finishes the last shard, writes manifest.json and moves the folder into place."""
+        self._finish_shard()
+        manifest = {"format": FORMAT, "samples": self.count, "shards": self._shards}
+        write_text(self._folder / "manifest.json", json.dumps(manifest, indent=1))
+        os.replace(self._folder, self.out)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            return self.close()
+        if self._tar is not None:
+            self._tar.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@dataclass
+class PackReport:
+    """What packing did with each file of the folder, by relative name."""
+
+    packed: int = 0
+    no_caption: list[str] = field(default_factory=list)
+    no_picture: list[str] = field(default_factory=list)
+    duplicates: list[str] = field(default_factory=list)
+    bad: dict[str, str] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+
+
+def pack_folder(folder: Path | str, out: Path | str, samples_per_shard: int = 1000) -> PackReport:
+    """Packs pictures with sibling captions (`x.jpg`, `x.txt`; subfolders too) into shards under `out`, bytes untouched.
+
+    Every file that is not packed is named in the report. Duplicates are packed and named. Raises ValueError where
+    nothing can be packed.
+    """
+    folder, report, seen = Path(folder), PackReport(), set()
+    out_path = Path(out).resolve()
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and out_path not in p.resolve().parents]
+    texts = {p.with_suffix(""): p for p in files if p.suffix.lower() == ".txt"}
+    used: set[Path] = set()
+    with ShardWriter(out, samples_per_shard) as writer:
+        for path in _shown(files, "packing"):
+            name, extension = path.relative_to(folder).as_posix(), path.suffix.lower().removeprefix(".")
+            if extension not in PICTURES:
+                if extension != "txt":
+                    report.ignored.append(name)
+                continue
+            text = texts.get(path.with_suffix(""))
+            if text is None:
+                report.no_caption.append(name)
+                continue
+            used.add(text)
+            try:
+                data, caption = _packable(path, extension), text.read_bytes()
+                if not decode("txt", caption):
+                    raise BadSample("empty .txt")
+            except (BadSample, OSError) as error:
+                report.bad[name] = str(error)
+                continue
+            digest = hashlib.sha256(data).digest()
+            if digest in seen:
+                report.duplicates.append(name)
+            seen.add(digest)
+            writer.write({extension: data, "txt": caption}, name=name)
+        report.packed = writer.count
+        report.no_picture = [text.relative_to(folder).as_posix() for text in texts.values() if text not in used]
+        if not report.packed:
+            raise ValueError(
+                f"nothing to pack in {folder}: expected pictures ({', '.join(PICTURES)}) with a .txt of the same name "
+                f"beside each; {len(report.no_caption)} without caption, {len(report.bad)} broken"
+            )
+    return report
+
+
+def _packable(path: Path, extension: str) -> bytes:
+    if path.stat().st_size > MEMBER_LIMIT:
+        raise BadSample(f"too large: {path.stat().st_size} bytes, over {MEMBER_LIMIT}")
+    data = path.read_bytes()
+    decode(extension, data)
+    return data
+
+
+@dataclass
+class CheckReport:
+    """How many samples were read, and what is wrong: `bad` by `shard/key`, `shards` by file name."""
+
+    samples: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+    shards: dict[str, str] = field(default_factory=dict)
+
+
+def _against_manifest(shard: Path, sha256: str) -> str | None:
+    try:
+        rows = json.loads((shard.parent / "manifest.json").read_text(encoding="utf-8"))["shards"]
+        promised = {row["name"]: row["sha256"] for row in rows}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if promised.get(shard.name, sha256) != sha256:
+        return "changed since it was packed: its sha256 is not the manifest's"
+    return None
+
+
+def check_shards(paths: Path | str | Iterable[Path | str]) -> CheckReport:
+    """Reads and decodes every sample of the shards, and names each that training would not use, with its reason."""
+    report = CheckReport()
+    for shard in find_shards(paths if isinstance(paths, (str, Path)) else list(paths)):
+        index = build_index(shard)
+        problem = index.problem or _against_manifest(shard, index.sha256)
+        if problem:
+            report.shards[shard.name] = problem
+        with open(shard, "rb") as file:
+            for entry in _shown(index.entries, shard.name):
+                report.samples += 1
+                try:
+                    read_sample(file, entry)
+                except BadSample as error:
+                    report.bad[f"{shard.name.removesuffix('.tar')}/{entry.key}"] = str(error)
+    return report

@@ -1,0 +1,53 @@
+"""Saving and resuming a stage: written beside, fsynced with a manifest of hashes, renamed, and only then rotated.
+
+It does not know what the state holds: a dictionary of tensors and plain values, read back with weights_only.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..pipeline.checkpoint import write_text
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
+    """Writes `folder/step-<step>` whole or not at all, then removes all but the newest `keep`. Returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final, temporary = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    with open(temporary / "state.pt", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    write_text(temporary / "manifest.json", json.dumps({"step": step, "state.pt": _digest(temporary / "state.pt")}))
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(temporary, final)
+    for old in complete(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints that have a manifest, oldest first. A half-written folder is not among them."""
+    return sorted(path.parent for path in folder.glob("step-*/manifest.json"))
+
+
+def load_newest(folder: Path) -> dict[str, Any] | None:
+    """The newest checkpoint whose hash agrees with its manifest, or None where there is none."""
+    for path in reversed(complete(folder)):
+        manifest = json.loads((path / "manifest.json").read_text())
+        if (path / "state.pt").is_file() and _digest(path / "state.pt") == manifest["state.pt"]:
+            return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    return None
