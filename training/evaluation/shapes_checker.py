@@ -97,7 +97,8 @@ def compare(seen: Parsed, wanted: Facts) -> set[str]:
         failures.add("malformed")
     matched = min(len(seen.objects), len(wanted.objects))
     matchings = [_mismatches(order, wanted) for order in permutations(seen.objects, matched)]
-    return failures | set(min(matchings, key=lambda matching: len(matching)))
+    fewest: list[str] = min(matchings, key=len)
+    return failures | set(fewest)
 
 
 def _mismatches(order: tuple[Found, ...], wanted: Facts) -> list[str]:
