@@ -52,7 +52,8 @@ def _write(paintings: list[Any], out: Path, grid: bool) -> list[tuple[Path, dict
         path = out if out.suffix == ".png" else out / "grid.png"
         captions, scores = [p.prompt for p in paintings], [p.clip_score for p in paintings]
         drawn = None if None in scores else scores
-        picture = images.grid([p.image for p in paintings], columns=4, captions=captions, scores=drawn)
+        scale = max(1, 160 // paintings[0].image.width)
+        picture = images.grid([p.image for p in paintings], columns=4, captions=captions, scores=drawn, scale=scale)
         entry = {"paintings": [metadata(p) for p in paintings]}
         path.parent.mkdir(parents=True, exist_ok=True)
         images.save_png(picture, path, entry)

@@ -137,4 +137,6 @@ STAGES: dict[str, type] = {stage.part: stage for stage in (TokenizerStage, Prior
 
 def _save(images: Tensor, path: Path, captions: list[str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(grid(to_pil(images), columns=8, captions=captions), path, {})
+    pictures = to_pil(images)
+    scale = max(1, 128 // pictures[0].width)
+    save_png(grid(pictures, columns=8, captions=captions, scale=scale), path, {})
