@@ -68,7 +68,7 @@ def _write(paintings: list[Any], out: Path, grid: bool) -> list[tuple[Path, dict
     return written
 
 
-@app.command(context_settings={"allow_extra_args": True})
+@app.command()
 def train(
     recipe: str,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value")] = None,
@@ -147,6 +147,10 @@ def reproduce(file: Path, out: Annotated[Path, typer.Option(help="a .png file")]
     from .pipeline.text_to_image import TextToImage, find_by_hash
 
     facts = read_metadata(file)
+    keys = {"prompt", "seed", "candidate", "model_hash", "knobs", "micro_batch"}
+    knobs = {"temperature", "top_k", "top_p", "guidance_scale"}
+    if not keys <= set(facts) or not set(facts["knobs"]) <= knobs or not 1 <= int(facts["micro_batch"]) <= 4096:
+        raise ValueError(f"{file} does not hold one painting's facts (a grid does not); give a single painting's PNG")
     folder = find_by_hash(facts["model_hash"])
     count = facts["micro_batch"]
     first = facts["seed"] - facts["candidate"]

@@ -31,7 +31,9 @@ def main() -> None:
     sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != ROOM]
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"kartina: not installed: {', '.join(missing)}; run `make demo` once in {ROOM.parent}", file=sys.stderr)
+        print(
+            f"kartina: not installed: {', '.join(missing)}; run `make install` once in {ROOM.parent}", file=sys.stderr
+        )
         raise SystemExit(2)
     if __package__ != "kartina.pipeline":
         _map_package(ROOM.parent)

@@ -37,6 +37,13 @@ def part_hash(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def file_hash(path: Path) -> str:
+    """sha256 of a file, as hexadecimal. Raises ModelError where there is none."""
+    if not path.is_file():
+        raise ModelError(f"{path} is missing; a whole model folder has it")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def export(module: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """A part's weights as shipped: floating tensors rounded to `dtype`, everything on the CPU and contiguous."""
     return {
@@ -63,9 +70,16 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: not a model folder (no card.json); `kartina models` lists known ones") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelError(f"{folder}/card.json is not readable as JSON ({error}); copy the folder again") from None
-    if not isinstance(card, dict) or card.get("format") != FORMAT or not isinstance(card.get("parts"), dict):
+    if not isinstance(card, dict) or card.get("format") != FORMAT or not _has_parts(card):
         raise ModelError(f"{folder}/card.json: expected format {FORMAT} and a table of parts; update kartina")
     return card
+
+
+def _has_parts(card: dict[str, Any]) -> bool:
+    entries = card["parts"].values() if isinstance(card.get("parts"), dict) else [None]
+    return isinstance(card.get("licence"), str) and all(
+        isinstance(entry, dict) and isinstance(entry.get("hash"), str) for entry in entries
+    )
 
 
 def save_part(folder: Path, recipe: Recipe, part: str, weights: dict[str, Tensor], **facts: Any) -> str:
@@ -93,6 +107,8 @@ def load_weights(folder: Path, part: str) -> dict[str, Tensor]:
     """
     card = read_card(folder)
     path = folder / f"{part}.safetensors"
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ModelError(f"{path} is a link that leaves the model folder; put the file itself there")
     if part not in card["parts"] or not path.is_file():
         raise ModelError(f"{folder}: part {part!r} is not trained yet; run `kartina train RECIPE --stage {part}` first")
     try:

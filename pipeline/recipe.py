@@ -46,7 +46,7 @@ class Captions(Section):
 class Recipe(Section):
     """One system. `parts` maps a part's name to its kind and constructor arguments."""
 
-    name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9.]+)*/[a-z0-9.]+(-[a-z0-9.]+)*$")
+    name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9.]+)*/[a-z0-9]+([-.][a-z0-9]+)*$")
     paper: str
     image_size: int = Field(ge=8)
     captions: Captions = Captions()
@@ -133,7 +133,7 @@ def _constructor(part: str, kind: str) -> type:
 def _check_part(part: str, arguments: dict[str, Any], where: str) -> None:
     if part not in PARTS:
         raise RecipeError(f"{where}: unknown part {part!r}; {nearest(part, list(PARTS))}")
-    kind = arguments.get("kind")
+    kind = str(arguments.get("kind"))
     if kind not in PARTS[part]:
         raise RecipeError(f"{where}: parts.{part}.kind is {kind!r}; {nearest(str(kind), list(PARTS[part]))}")
     valid = [name for name in inspect.signature(_constructor(part, kind)).parameters]

@@ -22,7 +22,7 @@ from ..tokenizers.captions import CaptionTokenizer
 from . import checkpoint
 from .images import to_pil
 from .recipe import Recipe, nearest
-from .rerank import clip_scores
+from .rerank import clip_scores, rank
 
 SHIPPED = Path(__file__).parent / "models"
 
@@ -41,7 +41,7 @@ class Painting:
 def known_models() -> dict[str, Path]:
     """Model folders by name: shipped ones, then those trained under ./runs."""
     shipped = {str(p.parent.relative_to(SHIPPED)): p.parent for p in sorted(SHIPPED.glob("*/*/card.json"))}
-    runs = {str(p.parent): p.parent for p in sorted(Path("runs").glob("*/*/model/card.json"))}
+    runs = {str(p.parent): p.parent for p in sorted(Path("runs").glob("**/model/card.json"))}
     return shipped | runs
 
 
@@ -73,7 +73,8 @@ class TextToImage:
         card, recipe = checkpoint.read_card(folder), checkpoint.load_recipe(folder)
         for part, entry in card["parts"].items():
             for other, digest in entry.get("trained_against", {}).items():
-                if card["parts"].get(other, {}).get("hash") != digest:
+                captions = checkpoint.file_hash(folder / "captions.json")
+                if (captions if other == "captions" else card["parts"].get(other, {}).get("hash")) != digest:
                     raise checkpoint.ModelError(f"{folder}: {part} was trained against another {other}; train it again")
         needed = ["tokenizer", "prior"] + (["clip"] if "clip" in card["parts"] else [])
         parts = {part: checkpoint.load_part(folder, recipe, part, device, dtype) for part in needed}
@@ -117,7 +118,7 @@ class TextToImage:
             clip = self.parts["clip"]
             tokens = clip.with_end(*self.captions.encode([prompt])).to(device).expand(candidates, -1)
             scores = list(clip_scores(clip, images.to(next(clip.parameters()).dtype), tokens).float().tolist())
-        order = sorted(range(candidates), key=lambda k: (-(scores[k] or 0.0), k))[:keep]
+        order = list(range(keep)) if None in scores else rank(torch.tensor([scores]), keep)[0].tolist()
         pictures = to_pil(images)
         facts = {"model": self.recipe.name, "model_hash": self.model_hash, "knobs": knobs, "micro_batch": candidates}
         return [Painting(pictures[k], prompt, seeds[k], scores[k], {**facts, "candidate": k}) for k in order]

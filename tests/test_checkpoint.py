@@ -79,6 +79,9 @@ def test_the_newest_whole_state_is_taken(tmp_path):
     assert state.load_newest(tmp_path)["step"] == 20
     (tmp_path / "step-00000020" / "state.pt").write_bytes(b"rotten")
     assert state.load_newest(tmp_path)["step"] == 10
+    (tmp_path / "step-00000010" / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="every checkpoint is damaged"):
+        state.load_newest(tmp_path)
 
 
 def test_rotation_keeps_the_newest(tmp_path):

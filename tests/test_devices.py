@@ -13,7 +13,8 @@ from kartina.training import state
 SMALL = [
     "parts.tokenizer.width=8",
     "parts.tokenizer.init_width=8",
-    *[f"stages.tokenizer.{key}" for key in ("steps=4", "global_batch=4", "precision=fp32", "log_every=1")],
+    *[f"stages.tokenizer.{key}" for key in ("steps=4", "global_batch=4", "log_every=1")],
+    "training.precision=fp32",
 ]
 
 
@@ -37,5 +38,7 @@ def test_two_processes_train_as_one(tmp_path):
 
 def test_a_missing_process_is_refused(tmp_path, capsys):
     """`accelerate launch` starts one process on CPU whatever is asked for; that must not pass unnoticed."""
-    assert trainer.main(["shapes/dalle", *SMALL, "--run", str(tmp_path), "--processes", "2"]) == 2
+    assert (
+        trainer.main(["shapes/dalle", *SMALL, "--stage", "tokenizer", "--run", str(tmp_path), "--processes", "2"]) == 2
+    )
     assert "asked for 2 processes, got 1" in capsys.readouterr().err

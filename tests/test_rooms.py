@@ -172,9 +172,9 @@ def test_both_tokenizers_import_from_the_root():
     assert [path.name for path in Path(ours).glob("captions.py")], "kartina.tokenizers is not the room"
 
 
-def test_pipeline_without_its_dependencies_says_make_demo(tmp_path):
+def test_pipeline_without_its_dependencies_says_make_install(tmp_path):
     done = subprocess.run([sys.executable, "-I", "-S", str(ROOT / "pipeline"), "x"], capture_output=True, text=True)
-    assert done.returncode == 2 and "make demo" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.returncode == 2 and "make install" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_pipeline_runs_the_package_it_lies_in(tmp_path):

@@ -26,7 +26,8 @@ TINY = [
     "parts.clip.vision_depth=1",
     "parts.clip.text_depth=1",
     *[f"stages.{stage}.{key}" for stage in ("tokenizer", "prior", "clip") for key in ("steps=4", "global_batch=4")],
-    *[f"stages.{stage}.{key}" for stage in ("tokenizer", "prior", "clip") for key in ("precision=fp32", "log_every=1")],
+    "training.precision=fp32",
+    *[f"stages.{stage}.log_every=1" for stage in ("tokenizer", "prior", "clip")],
 ]
 
 
@@ -40,7 +41,7 @@ def run(tmp_path_factory):
 def test_every_stage_is_exported_with_what_it_was_trained_against(run):
     parts = checkpoint.read_card(run / "model")["parts"]
     assert set(parts) == {"tokenizer", "prior", "clip"}
-    assert parts["prior"]["trained_against"] == {"tokenizer": parts["tokenizer"]["hash"]}
+    assert parts["prior"]["trained_against"]["tokenizer"] == parts["tokenizer"]["hash"]
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["stage"] == "prior"] == [1, 2, 3, 4]
     assert (run / "previews" / "prior-000004.png").stat().st_size > 0
@@ -109,6 +110,33 @@ def test_accumulation_gives_the_same_gradient(tmp_path):
     one, two = (state.load_newest(tmp_path / name / "state" / "tokenizer")["network"] for name in ("one", "two"))
     for name, value in one.items():
         assert torch.allclose(two[name], value, atol=1e-4), name
+
+
+def test_a_part_trained_with_another_recipe_is_not_reused(run, capsys):
+    assert trainer.main(["shapes/dalle", *TINY, "stages.tokenizer.steps=9", "--run", str(run)]) == 2
+    assert "tokenizer was trained with another recipe (differs in steps)" in capsys.readouterr().err
+
+
+def test_swapped_captions_are_refused(run, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(run / "model", tmp_path / "model")
+    (copy / "captions.json").write_text((copy / "captions.json").read_text() + " ")
+    with pytest.raises(checkpoint.ModelError, match="trained against another captions"):
+        TextToImage.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.prior.objective.caption_drp=0.9", "did you mean 'caption_drop'"),
+        ("stages.clip.micro_batch=2", "cannot be split yet"),
+    ],
+)
+def test_what_a_late_stage_cannot_do_is_refused_at_once(tmp_path, capsys, override, message):
+    assert trainer.main(["shapes/dalle", *TINY, override, "--run", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "log.jsonl").exists()
 
 
 def test_a_changed_recipe_is_refused_with_the_differing_key(run, capsys):

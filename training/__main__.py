@@ -53,6 +53,35 @@ def _prepare_captions(recipe: Recipe, source: Any, model: Path) -> None:
     CaptionTokenizer.train(captions, recipe.captions.vocab_size, recipe.captions.context_length).save(path)
 
 
+def _against(model: Path, depends: tuple[str, ...]) -> dict[str, str]:
+    """The hashes of what a stage depends on. Raises ModelError where one is not trained yet."""
+    hashes = {}
+    for other in depends:
+        if other == "captions":
+            hashes[other] = checkpoint.file_hash(model / "captions.json")
+        else:
+            checkpoint.load_weights(model, other)
+            hashes[other] = checkpoint.read_card(model)["parts"][other]["hash"]
+    return hashes
+
+
+def _check(training: runs.Training, names: list[str], processes: int) -> None:
+    """Refuses, before anything is trained, what a later stage could not do."""
+    from .stages import STAGES
+
+    for name in names:
+        config, stage = training.stages[name], STAGES[name]
+        for key in config.objective:
+            if key not in stage.knobs:
+                raise RecipeError(f"stages.{name}.objective: unknown key {key!r}; {nearest(key, list(stage.knobs))}")
+        passes = runs.division(config, processes)[1]
+        if stage.coupled and passes * processes > 1:
+            raise RecipeError(
+                f"stage {name}: its loss compares the samples of a batch, so the batch cannot be split yet, got "
+                f"{processes} processes x {passes} passes; train it on one process with no micro_batch (--stage {name})"
+            )
+
+
 def _train(recipe: Recipe, training: runs.Training, names: list[str], folder: Path, asked: int) -> None:
     from accelerate import Accelerator
     from accelerate.utils import set_seed
@@ -60,33 +89,45 @@ def _train(recipe: Recipe, training: runs.Training, names: list[str], folder: Pa
     from .loop import train_stage
     from .stages import STAGES
 
+    _check(training, names, asked)
+    accelerator = Accelerator(mixed_precision="no" if training.precision == "fp32" else training.precision)
+    if accelerator.num_processes != asked:
+        raise RecipeError(
+            f"asked for {asked} processes, got {accelerator.num_processes}: on CPU `accelerate launch` starts one; "
+            "use `kartina train --processes N`, which starts them all"
+        )
+    source, model = source_of(recipe, training.data), folder / "model"
+    if accelerator.is_main_process:
+        _prepare_captions(recipe, source, model)
+    accelerator.wait_for_everyone()
     for name in names:
-        config = training.stages[name]
-        accelerator = Accelerator(mixed_precision="no" if config.precision == "fp32" else config.precision)
-        if accelerator.num_processes != asked:
-            raise RecipeError(
-                f"asked for {asked} processes, got {accelerator.num_processes}: on CPU `accelerate launch` starts one; "
-                "use `kartina train --processes N`, which starts them all"
-            )
-        source, model = source_of(recipe, training.data), folder / "model"
-        if accelerator.is_main_process:
-            _prepare_captions(recipe, source, model)
-        accelerator.wait_for_everyone()
-        if _finished(model, name):
+        config, against = training.stages[name], _against(model, STAGES[name].depends)
+        identity = runs.identity(recipe, training, name, source.fingerprint, against)
+        if _finished(model, name, identity):
             accelerator.print(f"{name}: already trained in {model}")
             continue
         set_seed(training.seed)
         stage = STAGES[name](recipe, config, source, model, training.seed, accelerator.device)
-        ema = train_stage(name, stage, config, source, folder, accelerator)
+        ema = train_stage(identity, stage, config, source, folder, accelerator)
         if accelerator.is_main_process:
             stage.network.load_state_dict(ema.average)
-            facts = {"trained_against": stage.against, "steps": config.steps, "data": training.data.kind}
+            facts = {"trained_against": against, "identity": identity}
             checkpoint.save_part(model, recipe, name, checkpoint.export(stage.network), **facts)
         accelerator.wait_for_everyone()
 
 
-def _finished(model: Path, part: str) -> bool:
-    return (model / "card.json").exists() and part in checkpoint.read_card(model)["parts"]
+def _finished(model: Path, part: str, identity: dict[str, Any]) -> bool:
+    """Whether the model folder holds this very part. Raises RecipeError where it holds one trained otherwise."""
+    entry = checkpoint.read_card(model)["parts"].get(part) if (model / "card.json").exists() else None
+    if entry is None:
+        return False
+    keys = [key for key in identity if entry.get("identity", {}).get(key) != identity[key]]
+    if keys:
+        raise RecipeError(
+            f"{model}: {part} was trained with another recipe (differs in {', '.join(keys)}); "
+            "put the recipe back, or start another run with --run FOLDER"
+        )
+    return True
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,6 +10,7 @@ It does not know what a stage trains, nor how its loss is made.
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ class Log:
         if not self.enabled:
             return
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": self.stage, "step": step, **scalars}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+            file.write(json.dumps({"stage": self.stage, "step": step, **finite}) + "\n")
         for name, value in scalars.items():
             if self.board:
                 self.board.add_scalar(name, value, step)
@@ -94,25 +96,21 @@ def _mean_scalars(updates: list[Update], accelerator: Accelerator) -> dict[str, 
     return {f"{updates[0][0]}/{name}": value for name, value in zip(names, mean.tolist(), strict=True)}
 
 
-def train_stage(name: str, stage: Any, config: Stage, source: Source, folder: Path, accelerator: Accelerator) -> EMA:
+def train_stage(
+    identity: dict[str, Any], stage: Any, config: Stage, source: Source, folder: Path, accelerator: Accelerator
+) -> EMA:
     """Trains a stage to its last step, resuming from the newest whole checkpoint; returns the averaged weights.
 
-    stage: an object of `kartina.training.stages`. folder: the run folder. Raises TrainingError on a changed recipe or a
-    loss that stays non-finite.
+    identity: see `training.run.identity`. stage: an object of `kartina.training.stages`. folder: the run folder.
+    Raises TrainingError on a changed recipe or a gradient that stays non-finite.
     """
+    name = identity["stage"]
     micro, passes = division(config, accelerator.num_processes)
-    if stage.coupled and passes * accelerator.num_processes > 1:
-        raise TrainingError(
-            f"{name}: its loss compares the samples of a batch, so the batch cannot be split yet, got "
-            f"{accelerator.num_processes} processes x {passes} passes; use one process and no micro_batch"
-        )
     network = accelerator.prepare_model(stage.network)
     stage.forward = network
     optimizers = build_optimizers(stage.network, config.optimizer)
     ema = EMA(stage.network, config.ema)
     checkpoints = folder / "state" / name
-    identity = {"stage": name, "config": config.model_dump(mode="json"), "against": stage.against}
-    identity["data"] = source.fingerprint
     first, trained_seconds = _resume(checkpoints, identity, stage, optimizers, ema)
     log = Log(folder, name, accelerator.is_main_process)
     started = saved = time.monotonic()
@@ -133,16 +131,20 @@ def train_stage(name: str, stage: Any, config: Stage, source: Source, folder: Pa
         assert len(batches) == passes
         generators = [stage.updates(batch, step) for batch in batches]
         while updates := _advance(generators, network, accelerator):
-            _divide_gradients(stage.network, updates, accelerator)
+            count = _divide_gradients(stage.network, updates, accelerator)
             norm = torch.nn.utils.clip_grad_norm_(stage.network.parameters(), config.optimizer.clip)
-            if torch.isfinite(norm):  # after the exchange the norm, and so the choice, is the same on every rank
+            if count > 0 and torch.isfinite(
+                norm
+            ):  # after the exchange the norm, and so the choice, is the same on every rank
                 for optimizer in optimizers:
                     optimizer.step()
                 ema.update()
                 skipped = 0
             else:
                 skipped += 1
-                log.console.print(f"step {step}: non-finite gradient, skipped; samples {batches[0].keys[:8]}")
+                log.console.print(
+                    f"step {step}: no good sample or a non-finite gradient, skipped; samples {batches[0].keys[:8]}"
+                )
                 if skipped == 10:
                     raise TrainingError(f"{name}: 10 steps in a row had a non-finite gradient, up to step {step}")
             for optimizer in optimizers:
@@ -190,9 +192,7 @@ def _resume(folder: Path, identity: dict, stage: Any, optimizers: Any, ema: EMA)
     if saved is None:
         return 0, 0.0
     if saved["identity"] != identity:
-        changed = [key for key in identity if saved["identity"].get(key) != identity[key]]
-        old, new = saved["identity"].get("config", {}), identity["config"]
-        keys = [key for key in new if old.get(key) != new[key]] if "config" in changed else changed
+        keys = [key for key in identity if saved["identity"].get(key) != identity[key]]
         raise TrainingError(f"{folder.parent.parent}: the recipe changed since this run began ({', '.join(keys)}); "
                             "put it back, or start another run with --run FOLDER")  # fmt: skip
     stage.network.load_state_dict(saved["network"])

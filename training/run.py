@@ -11,6 +11,7 @@ from pydantic import Field
 from ..pipeline.recipe import Recipe, RecipeError, Section, nearest, read, validate
 
 RECIPES = Path(__file__).parent / "recipes"
+_CADENCE = ("log_every", "preview_every", "save_minutes", "micro_batch")
 
 
 class Data(Section):
@@ -43,7 +44,6 @@ class Stage(Section):
     micro_batch: int | None = Field(None, ge=1, description="samples per device and forward pass; derived if absent")
     optimizer: Optimizer
     ema: float = Field(0.999, ge=0, lt=1)
-    precision: Literal["fp32", "bf16"] = "bf16"
     log_every: int = Field(20, ge=1)
     preview_every: int = Field(500, ge=1)
     save_minutes: float = Field(5.0, gt=0)
@@ -54,6 +54,7 @@ class Training(Section):
     """The `training` section of a recipe."""
 
     seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
     data: Data
     stages: dict[str, Stage]
 
@@ -99,6 +100,13 @@ def division(stage: Stage, world: int) -> tuple[int, int]:
     return micro, per_device // micro
 
 
-def resolved(training: Training) -> dict[str, Any]:
-    """The training half with every default written out, as plain data: what a run is compared by at resume."""
-    return training.model_dump(mode="json")
+def identity(recipe: Recipe, training: Training, name: str, data: str, against: dict[str, str]) -> dict[str, Any]:
+    """All that decides what a stage learns: what a run is compared by at resume, and a part by before it is reused.
+
+    data: the source's fingerprint. against: hashes of what the stage depends on. How often a run logs, previews and
+    saves, and how a batch is split over devices, are left out: they may change at resume.
+    """
+    config = training.stages[name].model_dump(mode="json", exclude=set(_CADENCE))
+    shared = {"image_size": recipe.image_size, "captions": recipe.captions.model_dump(), "seed": training.seed}
+    run = {"precision": training.precision, "data": data, "against": against}
+    return {"stage": name, "part": recipe.parts[name], **shared, **run, **config}

@@ -1,7 +1,7 @@
 """The stages: what each trains, against what, and with which losses.
 
-A stage is a plain object with `network` (trained), `forward` (its wrapped form, set by the loop), `against` (hashes of
-the frozen parts it depends on), `coupled` (its loss compares samples, so a batch must not be split),
+A stage is a plain object with `network` (trained), `forward` (its wrapped form, set by the loop), `depends` (what
+must be trained before), `knobs` (the keys its objective takes), `coupled` (its loss compares samples of a batch),
 `updates(batch, step)` and `preview(batch, path)`. Every draw comes from `kartina.layers.random`, keyed by the run's
 seed, the step and the sample's global position.
 
@@ -36,13 +36,14 @@ class TokenizerStage:
 
     part = "tokenizer"
     coupled = False
+    depends: tuple[str, ...] = ()
+    knobs = frozenset({"temperature_steps", "kl_steps", "kl_weight"})
 
     def __init__(
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
     ) -> None:
         self.network: nn.Module = build(recipe, self.part).to(device)
         self.forward: Callable[..., Any] = self.network
-        self.against: dict[str, str] = {}
         self.config, self.source, self.seed = config, source, seed
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
@@ -68,6 +69,8 @@ class PriorStage:
 
     part = "prior"
     coupled = False
+    depends = ("tokenizer", "captions")
+    knobs = frozenset({"caption_drop"})
 
     def __init__(
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
@@ -76,7 +79,6 @@ class PriorStage:
         self.captions = CaptionTokenizer.load(model / "captions.json")
         self.network: nn.Module = build(recipe, self.part).to(device)
         self.forward: Callable[..., Any] = self.network
-        self.against = {"tokenizer": checkpoint.read_card(model)["parts"]["tokenizer"]["hash"]}
         self.config, self.source, self.seed = config, source, seed
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
@@ -108,6 +110,8 @@ class CLIPStage:
 
     part = "clip"
     coupled = True
+    depends = ("captions",)
+    knobs: frozenset[str] = frozenset()
 
     def __init__(
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
@@ -115,7 +119,6 @@ class CLIPStage:
         self.captions = CaptionTokenizer.load(model / "captions.json")
         self.network: nn.Module = build(recipe, self.part).to(device)
         self.forward: Callable[..., Any] = self.network
-        self.against: dict[str, str] = {}
         self.config, self.source, self.seed = config, source, seed
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
@@ -132,7 +135,7 @@ class CLIPStage:
         """CLIP draws nothing."""
 
 
-STAGES: dict[str, type] = {stage.part: stage for stage in (TokenizerStage, PriorStage, CLIPStage)}
+STAGES: dict[str, Any] = {stage.part: stage for stage in (TokenizerStage, PriorStage, CLIPStage)}
 
 
 def _save(images: Tensor, path: Path, captions: list[str] | None = None) -> None:

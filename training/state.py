@@ -34,7 +34,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
     if final.exists():
         shutil.rmtree(final)
     os.rename(temporary, final)
-    for old in complete(folder)[:-keep]:
+    for old in [path for path in complete(folder) if path != final][: 1 - keep or None]:
         shutil.rmtree(old)
     return final
 
@@ -44,10 +44,24 @@ def complete(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("step-*/manifest.json"))
 
 
-def load_newest(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint whose hash agrees with its manifest, or None where there is none."""
-    for path in reversed(complete(folder)):
+def _is_whole(path: Path) -> bool:
+    try:
         manifest = json.loads((path / "manifest.json").read_text())
-        if (path / "state.pt").is_file() and _digest(path / "state.pt") == manifest["state.pt"]:
+        return _digest(path / "state.pt") == manifest["state.pt"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def load_newest(folder: Path) -> dict[str, Any] | None:
+    """The newest checkpoint whose hash agrees with its manifest, or None where there is none at all.
+
+    Raises ValueError where there are checkpoints but all are damaged: starting anew must be the user's choice.
+    """
+    for path in reversed(complete(folder)):
+        if _is_whole(path):
             return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        path.rename(path.with_name(f"damaged-{path.name}"))
+    damaged = sorted(path.name for path in folder.glob("damaged-*"))
+    if damaged:
+        raise ValueError(f"{folder}: every checkpoint is damaged ({', '.join(damaged)}); move them away to start anew")
     return None
