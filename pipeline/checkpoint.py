@@ -41,7 +41,8 @@ def file_hash(path: Path) -> str:
     """sha256 of a file, as hexadecimal. Raises ModelError where there is none."""
     if not path.is_file():
         raise ModelError(f"{path} is missing; a whole model folder has it")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def export(module: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:

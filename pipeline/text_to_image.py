@@ -71,10 +71,11 @@ class TextToImage:
         """
         folder = find_model(str(name))
         card, recipe = checkpoint.read_card(folder), checkpoint.load_recipe(folder)
+        hashes = {part: entry["hash"] for part, entry in card["parts"].items()}
+        hashes["captions"] = checkpoint.file_hash(folder / "captions.json")
         for part, entry in card["parts"].items():
             for other, digest in entry.get("trained_against", {}).items():
-                captions = checkpoint.file_hash(folder / "captions.json")
-                if (captions if other == "captions" else card["parts"].get(other, {}).get("hash")) != digest:
+                if hashes.get(other) != digest:
                     raise checkpoint.ModelError(f"{folder}: {part} was trained against another {other}; train it again")
         needed = ["tokenizer", "prior"] + (["clip"] if "clip" in card["parts"] else [])
         parts = {part: checkpoint.load_part(folder, recipe, part, device, dtype) for part in needed}

@@ -121,10 +121,10 @@ def _finished(model: Path, part: str, identity: dict[str, Any]) -> bool:
     entry = checkpoint.read_card(model)["parts"].get(part) if (model / "card.json").exists() else None
     if entry is None:
         return False
-    keys = [key for key in identity if entry.get("identity", {}).get(key) != identity[key]]
+    keys = runs.differences(entry.get("identity", {}), identity)
     if keys:
         raise RecipeError(
-            f"{model}: {part} was trained with another recipe (differs in {', '.join(keys)}); "
+            f"{model}: {part} was trained with another recipe (differs in {keys}); "
             "put the recipe back, or start another run with --run FOLDER"
         )
     return True

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from . import state
 from .optim import EMA, build_optimizers, rate
-from .run import Stage, division
+from .run import Stage, differences, division
 from .stages import Update
 from .stream import Batch, Source, rank_positions
 
@@ -133,9 +133,8 @@ def train_stage(
         while updates := _advance(generators, network, accelerator):
             count = _divide_gradients(stage.network, updates, accelerator)
             norm = torch.nn.utils.clip_grad_norm_(stage.network.parameters(), config.optimizer.clip)
-            if count > 0 and torch.isfinite(
-                norm
-            ):  # after the exchange the norm, and so the choice, is the same on every rank
+            # After the exchange both numbers, and so the choice, are the same on every rank.
+            if count > 0 and torch.isfinite(norm):
                 for optimizer in optimizers:
                     optimizer.step()
                 ema.update()
@@ -191,9 +190,8 @@ def _resume(folder: Path, identity: dict, stage: Any, optimizers: Any, ema: EMA)
     saved = state.load_newest(folder)
     if saved is None:
         return 0, 0.0
-    if saved["identity"] != identity:
-        keys = [key for key in identity if saved["identity"].get(key) != identity[key]]
-        raise TrainingError(f"{folder.parent.parent}: the recipe changed since this run began ({', '.join(keys)}); "
+    if keys := differences(saved["identity"], identity):
+        raise TrainingError(f"{folder.parent.parent}: the recipe changed since this run began ({keys}); "
                             "put it back, or start another run with --run FOLDER")  # fmt: skip
     stage.network.load_state_dict(saved["network"])
     for optimizer, weights in zip(optimizers, saved["optimizers"], strict=True):

@@ -100,6 +100,11 @@ def division(stage: Stage, world: int) -> tuple[int, int]:
     return micro, per_device // micro
 
 
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The keys in which an older identity differs from a newer one, for an error; empty where they are equal."""
+    return ", ".join(key for key in new if old.get(key) != new[key])
+
+
 def identity(recipe: Recipe, training: Training, name: str, data: str, against: dict[str, str]) -> dict[str, Any]:
     """All that decides what a stage learns: what a run is compared by at resume, and a part by before it is reused.
 

@@ -3,7 +3,6 @@
 It does not know what the state holds: a dictionary of tensors and plain values, read back with weights_only.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,12 +11,7 @@ from typing import Any
 
 import torch
 
-from ..pipeline.checkpoint import write_text
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+from ..pipeline.checkpoint import file_hash, write_text
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
@@ -30,7 +24,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    write_text(temporary / "manifest.json", json.dumps({"step": step, "state.pt": _digest(temporary / "state.pt")}))
+    write_text(temporary / "manifest.json", json.dumps({"step": step, "state.pt": file_hash(temporary / "state.pt")}))
     if final.exists():
         shutil.rmtree(final)
     os.rename(temporary, final)
@@ -47,7 +41,7 @@ def complete(folder: Path) -> list[Path]:
 def _is_whole(path: Path) -> bool:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        return _digest(path / "state.pt") == manifest["state.pt"]
+        return file_hash(path / "state.pt") == manifest["state.pt"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -60,8 +54,6 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
     for path in reversed(complete(folder)):
         if _is_whole(path):
             return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        path.rename(path.with_name(f"damaged-{path.name}"))
-    damaged = sorted(path.name for path in folder.glob("damaged-*"))
-    if damaged:
-        raise ValueError(f"{folder}: every checkpoint is damaged ({', '.join(damaged)}); move them away to start anew")
+    if complete(folder):
+        raise ValueError(f"{folder}: every checkpoint is damaged; move them away to start anew")
     return None
