@@ -8,7 +8,6 @@ arXiv 2001.01858).
 It does not know how shards are written (`shards` does), nor the order in which samples are read (`stream` does).
 """
 
-import hashlib
 import io
 import json
 import os
@@ -20,6 +19,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..pipeline.checkpoint import file_hash, write_text
 
 FORMAT = 1
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -111,21 +112,6 @@ def index_path(shard: Path) -> Path:
     return shard.with_name(shard.name.removesuffix(".tar") + ".index.json")
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file beside its place, then renames it there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def _scan(shard: Path, size: int) -> tuple[list[Entry], str | None]:
     entries: dict[str, Entry] = {}
     foreign: dict[str, str] = {}
@@ -163,7 +149,7 @@ def build_index(shard: Path | str) -> Index:
     shard = Path(shard)
     size = shard.stat().st_size
     entries, problem = _scan(shard, size)
-    index = Index(shard, size, _sha256(shard), entries, problem)
+    index = Index(shard, size, file_hash(shard), entries, problem)
     rows = [[e.key, e.members, e.problem] for e in entries]
     content = {"format": FORMAT, "bytes": size, "sha256": index.sha256, "problem": problem, "samples": rows}
     try:
