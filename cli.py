@@ -1,9 +1,13 @@
-"""The front door, `kartina paint | train | plan | models | data ...`. A room is imported only when its command runs."""
+"""The front door, `kartina paint | train | models | ...`. A room is imported only when its command runs."""
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,59 +17,189 @@ app = typer.Typer(help="kartina: captions to pictures, and every model on the wa
 data = typer.Typer(help="Pack, check and prepare pictures with captions.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object a line")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: cuda where there is one")]
+
 
 @app.command()
 def paint(
     prompts: Annotated[list[str] | None, typer.Argument(help="captions, one picture each")] = None,
     model: Annotated[str, typer.Option(help="a shipped model's name or a model folder")] = "shapes/dalle",
-    candidates: Annotated[int, typer.Option(min=1, help="pictures painted for each prompt")] = 1,
-    keep: Annotated[int, typer.Option(min=1, help="best pictures kept for each prompt")] = 1,
-    seed: int = 0,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    guidance: float = 1.0,
-    device: str = "cpu",
+    candidates: Annotated[int, typer.Option(min=1, help="pictures painted for each caption")] = 1,
+    keep: Annotated[int, typer.Option(min=1, help="best pictures kept for each caption")] = 1,
+    seed: Annotated[int, typer.Option(help="of the first candidate; the next has the next number")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest code, 1 draws as trained")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="draw from the likeliest K codes only")] = None,
+    top_p: Annotated[float | None, typer.Option(help="draw from the likeliest codes that make up P")] = None,
+    guidance: Annotated[float, typer.Option(help="above 1 follows the caption more closely")] = 1.0,
+    reranker: Annotated[str | None, typer.Option(help="an open_clip model that ranks: a name or a folder")] = None,
+    reranker_pretrained: Annotated[str | None, typer.Option(help="its weights: a published tag or a file")] = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = Path("out"),
     grid: Annotated[bool, typer.Option("--grid", help="one picture with all paintings, captions and scores")] = False,
     prompts_file: Annotated[Path | None, typer.Option(help="a text file with one caption a line")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the results as JSON")] = False,
+    as_json: Json = False,
 ) -> None:
     """Paint captions with a trained model."""
-    from .pipeline.text_to_image import TextToImage
+    from .pipeline import gallery
 
-    texts = list(prompts or [])
-    if prompts_file:
-        texts += [line for line in prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    system = TextToImage.load(model, device=device)
+    texts = _captions(prompts or [], prompts_file)
+    if keep > candidates:
+        raise ValueError(f"--keep must be at most --candidates, got {keep} of {candidates}; paint more candidates")
+    paths = gallery.targets(out, len(texts) * keep, grid)
+    system = _load(model, device, dtype, reranker, reranker_pretrained)
     knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance}
-    paintings = system(texts, seed=seed, candidates=candidates, keep=keep, **knobs)
-    for path, entry in _write(paintings, out, grid):
+    with _progress("painting") as progress:
+        paintings = system(texts, seed=seed, candidates=candidates, keep=keep, progress=progress, **knobs)
+    for path, entry in gallery.save_grid(paintings, paths[0]) if grid else gallery.save(paintings, paths):
         typer.echo(json.dumps({"file": str(path), **entry}, ensure_ascii=False) if as_json else str(path))
 
 
-def _write(paintings: list[Any], out: Path, grid: bool) -> list[tuple[Path, dict[str, Any]]]:
-    from .pipeline import images
-    from .pipeline.text_to_image import metadata
+def _captions(given: list[str], file: Path | None) -> list[str]:
+    texts = list(given)
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise ValueError(f"cannot read {str(file)!r}: {reason}; name a text file with one caption a line") from None
+        texts += [line.strip() for line in lines if line.strip()]
+    if not texts or not all(text.strip() for text in texts):
+        raise ValueError("a caption is missing or empty; expected one such as 'a small red ring on a blue background'")
+    return texts
 
-    if grid:
-        path = out if out.suffix == ".png" else out / "grid.png"
-        captions, scores = [p.prompt for p in paintings], [p.clip_score for p in paintings]
-        drawn = None if None in scores else scores
-        scale = max(1, 160 // paintings[0].image.width)
-        picture = images.grid([p.image for p in paintings], columns=4, captions=captions, scores=drawn, scale=scale)
-        entry = {"paintings": [metadata(p) for p in paintings]}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        images.save_png(picture, path, entry)
-        return [(path, entry)]
-    written = []
-    for k, painting in enumerate(paintings):
-        single = out.suffix == ".png"
-        path = out if single and k == 0 else (out.with_name(f"{out.stem}-{k}.png") if single else out / f"{k:04d}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        images.save_png(painting.image, path, metadata(painting))
-        written.append((path, metadata(painting)))
-    return written
+
+def _load(model: str | Path, device: str, dtype: str, reranker: str | None = None, weights: str | None = None) -> Any:
+    """A text-to-image system. Raises ValueError for a device or type that is not here, and as loading does."""
+    from .pipeline.recipe import nearest
+    from .pipeline.text_to_image import DTYPES, TextToImage
+
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype!r} is unknown; {nearest(dtype, list(DTYPES))}")
+    if weights and not reranker:
+        raise ValueError("--reranker-pretrained names the weights of --reranker, which is missing; give both")
+    place, scorer = _device(device), None
+    if reranker:
+        from .pipeline.rerank import OpenCLIPScorer
+
+        scorer = OpenCLIPScorer(reranker, weights, place)
+    return TextToImage.load(model, device=place, dtype=DTYPES[dtype], reranker=scorer)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name).cpu()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name!r} is not here ({reason}); take cpu, or auto to have one chosen") from None
+    return name
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function (done, total) that shows a bar on stderr from the moment the work has taken two seconds."""
+    begin = time.monotonic()
+    bars: list[Any] = []
+
+    def report(done: int, total: int) -> None:
+        if not bars and time.monotonic() - begin > 2:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            bars.append(Progress(console=Console(stderr=True)))
+            bars[0].add_task(what)
+            bars[0].start()
+        for bar in bars:
+            bar.update(bar.task_ids[0], completed=done, total=total)
+
+    try:
+        yield report
+    finally:
+        for bar in bars:
+            bar.stop()
+
+
+@app.command()
+def reproduce(
+    file: Path,
+    model: Annotated[str | None, typer.Option(help="a model's name or folder; the known one of the same hash")] = None,
+    out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = Path("out/reproduced.png"),
+) -> None:
+    """Paint a picture again from what its PNG carries, and compare; exit with 1 where the two differ visibly."""
+    from .pipeline import gallery
+    from .pipeline.images import psnr, read_metadata, read_picture
+    from .pipeline.text_to_image import check_facts, find_by_hash, repaint
+
+    facts, before = check_facts(read_metadata(file)), read_picture(file)
+    paths = gallery.targets(out, 1)
+    try:
+        device = _device(facts["device"])
+    except ValueError:
+        typer.echo(f"it was painted on {facts['device']}, which is not here: painting on the CPU", err=True)
+        device = "cpu"
+    again = repaint(_load(model or find_by_hash(facts["model_hash"]), device, facts["dtype"]), facts)
+    gallery.save([again], paths)
+    likeness = psnr(before, again.image)
+    typer.echo(str(paths[0]))
+    typer.echo("same pixels: yes" if likeness == float("inf") else f"same pixels: no, PSNR {likeness:.1f} dB")
+    if likeness < gallery.SAME:
+        raise typer.Exit(1)
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List shipped and local models with licence, parts, and what they were measured to do."""
+    from .pipeline import catalogue
+
+    rows, problems = catalogue.catalogue()
+    if not as_json:
+        typer.echo(catalogue.report(rows, problems), nl=False)
+        return
+    for row in [*rows, *({"problem": problem} for problem in problems)]:
+        typer.echo(json.dumps(row, ensure_ascii=False))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="a model's name or folder")],
+    tests: Annotated[list[str] | None, typer.Option(help="S1, S2a, S2b, S2c, S2none; all if absent")] = None,
+    per_test: Annotated[int | None, typer.Option(min=1, help="the first captions of each test only")] = None,
+    candidates: Annotated[int, typer.Option(min=1, help="also judge the best of so many, by the model's CLIP")] = 1,
+    seed: int = 0,
+    device: Device = "auto",
+    save: Annotated[bool, typer.Option("--save", help="write the headline figures to the model's card")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a model on `shapes`: its pictures, its tokenizer and its CLIP, on what training never shows."""
+    from .pipeline import gallery
+    from .pipeline.checkpoint import save_measured
+    from .pipeline.text_to_image import find_model
+    from .training.evaluation import shapes_suite as suite
+
+    chosen = [test for entry in tests or [] for test in entry.split(",")]
+    folder = find_model(model)
+    if save:
+        gallery.try_writing(folder)
+    system = _load(folder, device, "float32")
+    options: dict[str, Any] = {"per_test": per_test, "seed": seed, **({"tests": chosen} if chosen else {})}
+    with _progress("evaluating") as progress:
+        result = suite.evaluate(system, candidates=candidates, progress=progress, **options)
+    result["tokenizer"] = suite.tokenizer_rate(system, **options)
+    if "clip" in system.parts:
+        result["clip"] = suite.clip_rate(system, **options)
+    typer.echo(json.dumps(result, ensure_ascii=False) if as_json else suite.report(result))
+    if save:
+        words = ["kartina", "evaluate", model, *(f"--tests={test}" for test in chosen)]
+        words += [] if per_test is None else [f"--per-test={per_test}"]
+        words += [f"--candidates={candidates}", f"--seed={seed}", f"--device={result['device']}", "--save"]
+        counts = {test: columns["one_sample"]["n"] for test, columns in result["tests"].items()}
+        facts = {"command": shlex.join(words), "device": result["device"], "dtype": result["dtype"], "captions": counts}
+        save_measured(folder, {**facts, "figures": suite.headline(result)})
 
 
 @app.command()
@@ -125,41 +259,6 @@ def plan(recipe: str, as_json: Annotated[bool, typer.Option("--json")] = False) 
         typer.echo(f"{part:12s} {count:>16,d} parameters")
 
 
-@app.command()
-def models() -> None:
-    """List shipped and local models with licence and what they were measured to do."""
-    from .pipeline.checkpoint import read_card
-    from .pipeline.text_to_image import known_models
-
-    found = known_models()
-    if not found:
-        typer.echo("no models yet: train one with `kartina train shapes/dalle`")
-    for name, folder in found.items():
-        card = read_card(folder)
-        measured = card.get("measured") or "not measured"
-        typer.echo(f"{name}  {card['licence']}  parts: {', '.join(card['parts'])}  {measured}")
-
-
-@app.command()
-def reproduce(file: Path, out: Annotated[Path, typer.Option(help="a .png file")] = Path("out/reproduced.png")) -> None:
-    """Paint a picture again from what its PNG carries, with the known model of the same hash."""
-    from .pipeline.images import read_metadata
-    from .pipeline.text_to_image import TextToImage, find_by_hash
-
-    facts = read_metadata(file)
-    keys = {"prompt", "seed", "candidate", "model_hash", "knobs", "micro_batch"}
-    knobs = {"temperature", "top_k", "top_p", "guidance_scale"}
-    if not keys <= set(facts) or not set(facts["knobs"]) <= knobs or not 1 <= int(facts["micro_batch"]) <= 4096:
-        raise ValueError(f"{file} does not hold one painting's facts (a grid does not); give a single painting's PNG")
-    folder = find_by_hash(facts["model_hash"])
-    count = facts["micro_batch"]
-    first = facts["seed"] - facts["candidate"]
-    paintings = TextToImage.load(folder)(facts["prompt"], seed=first, candidates=count, keep=count, **facts["knobs"])
-    again = [p for p in paintings if p.seed == facts["seed"]]
-    for path, _ in _write(again, out, False):
-        typer.echo(str(path))
-
-
 @data.command()
 def pack(folder: Path, out: Path, samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000) -> None:
     """Pack pictures with sibling .txt captions into WebDataset shards."""
@@ -209,23 +308,33 @@ def emoji(
 
 
 @app.command()
-def demo(out: Path = Path("out/demo.png")) -> None:
-    """Paint a grid with the shipped models."""
+def demo(out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = Path("out/demo.png")) -> None:
+    """Paint a grid with every shipped model, best of 8 for each caption; its path is the last line."""
+    from .pipeline import gallery
     from .pipeline.checkpoint import ModelError
     from .pipeline.text_to_image import SHIPPED
 
-    if not list(SHIPPED.glob("*/*/card.json")):
+    shipped = [name for name in gallery.DEMO if (SHIPPED / name / "card.json").is_file()]
+    if not shipped:
         raise ModelError("no model is shipped yet; train one: kartina train shapes/dalle, then kartina paint --model")
-    prompts = ["a small red ring on a blue background", "маленькое красное кольцо на синем фоне"]
-    paint(prompts=prompts, grid=True, out=out, candidates=8)
+    path = gallery.targets(out, 1)[0]
+    paintings = []
+    for name in shipped:
+        system = _load(name, "auto", "float32")
+        with _progress(name) as progress:
+            paintings += system(gallery.DEMO[name], candidates=8, progress=progress)
+    for painting in paintings:
+        typer.echo(f"{painting.clip_score:.3f}  {painting.prompt}")
+    gallery.save_grid(paintings, path)
+    typer.echo(str(path))
 
 
 def main() -> None:
     """Runs the command line: wrong input gives one clear line and exit code 2."""
     try:
         app()
-    except (ValueError, OSError) as error:
-        typer.echo(f"kartina: {error}", err=True)
+    except (ValueError, OSError, ImportError) as error:
+        typer.echo(f"kartina: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
 
 

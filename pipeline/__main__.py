@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOM = Path(__file__).resolve().parent
-REQUIRED = ("torch", "safetensors", "yaml", "pydantic", "typer", "rich", "PIL", "numpy")
+REQUIRED = ("torch", "safetensors", "yaml", "pydantic", "typer", "rich", "PIL", "numpy", "tokenizers")
 
 
 def _map_package(root: Path) -> None:

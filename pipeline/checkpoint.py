@@ -1,8 +1,8 @@
 """The model folder: recipe.yaml, one .safetensors per part, the caption tokenizer, and card.json.
 
-A model folder is untrusted input: loading runs no code of it, reads no pickle, leaves the folder by no path, and is
-strict about names, shapes and hashes. A part's hash is sha256 over its sorted (name, dtype, shape, bytes), so it does
-not depend on how the file is laid out.
+A model folder is untrusted input: loading runs no code of it, reads no pickle, leaves the folder by no path or link,
+takes no more memory than its files, and is strict about names, shapes and hashes. A part's hash is sha256 over its
+sorted (name, dtype, shape, bytes), so it does not depend on how the file or the memory is laid out.
 
 It does not know what the parts are for, nor how they are trained.
 """
@@ -14,13 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from .recipe import Recipe, build, dump, read
+from ..tokenizers.captions import CaptionTokenizer
+from .recipe import PARTS, Recipe, build, dump, parse
 
 FORMAT = 1
+_RECIPE_LIMIT = 2**15  # bytes
+_FILLS = {"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_"}
+_CALLS_PER_TENSOR = 200  # a constructor makes about ten torch calls for each of its tensors
 
 
 class ModelError(ValueError):
@@ -48,7 +54,10 @@ def file_hash(path: Path) -> str:
 def export(module: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """A part's weights as shipped: floating tensors rounded to `dtype`, everything on the CPU and contiguous."""
     return {
-        name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous().clone()
+        name: (value.to(dtype) if value.is_floating_point() else value)
+        .detach()
+        .cpu()
+        .clone(memory_format=torch.contiguous_format)
         for name, value in module.state_dict().items()
     }
 
@@ -64,22 +73,42 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """The card of a model folder. Raises ModelError where it is missing, unreadable or of a later format."""
+    """The card of a model folder.
+
+    Raises ModelError where it is missing, unreadable or of a later format, or where a file of the folder is a link
+    that leaves it.
+    """
+    _check_links(folder)
     try:
         card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{folder}: not a model folder (no card.json); `kartina models` lists known ones") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelError(f"{folder}/card.json is not readable as JSON ({error}); copy the folder again") from None
-    if not isinstance(card, dict) or card.get("format") != FORMAT or not _has_parts(card):
+    if not isinstance(card, dict) or card.get("format") != FORMAT or not _is_sound(card):
         raise ModelError(f"{folder}/card.json: expected format {FORMAT} and a table of parts; update kartina")
     return card
 
 
-def _has_parts(card: dict[str, Any]) -> bool:
-    entries = card["parts"].values() if isinstance(card.get("parts"), dict) else [None]
-    return isinstance(card.get("licence"), str) and all(
-        isinstance(entry, dict) and isinstance(entry.get("hash"), str) for entry in entries
+def _check_links(folder: Path) -> None:
+    home = folder.resolve()
+    for path in folder.iterdir() if folder.is_dir() else []:
+        if not path.resolve().is_relative_to(home):
+            raise ModelError(f"{path} is a link that leaves the model folder; put the file itself there")
+
+
+def _is_sound(card: dict[str, Any]) -> bool:
+    parts, measured = card.get("parts"), card.get("measured", {})
+    if not isinstance(parts, dict) or not isinstance(card.get("licence"), str):
+        return False
+    if not isinstance(measured, dict) or not isinstance(measured.get("figures", {}), dict):
+        return False
+    return all(
+        name in PARTS
+        and isinstance(entry, dict)
+        and isinstance(entry.get("hash"), str)
+        and isinstance(entry.get("trained_against", {}), dict)
+        for name, entry in parts.items()
     )
 
 
@@ -92,13 +121,26 @@ def save_part(folder: Path, recipe: Recipe, part: str, weights: dict[str, Tensor
     card: dict[str, Any] = read_card(folder) if (folder / "card.json").exists() else {"format": FORMAT, "parts": {}}
     digest = part_hash(weights)
     temporary = folder / f".{part}.{os.getpid()}"
-    save_file(weights, temporary)
+    save_file({name: value.contiguous() for name, value in weights.items()}, temporary)
     os.replace(temporary, folder / f"{part}.safetensors")
     write_text(folder / "recipe.yaml", dump(recipe))
     card |= {"name": recipe.name, "licence": recipe.licence}
     card["parts"][part] = {"hash": digest, **facts}
-    write_text(folder / "card.json", json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    card.pop("measured", None)  # it was measured with another part
+    _write_card(folder, card)
     return digest
+
+
+def save_measured(folder: Path, measured: dict[str, Any]) -> None:
+    """Writes what the model was measured to do to its card, in place of an earlier measurement.
+
+    measured: JSON values; `figures` maps a figure's name to its value, the rest says how they came about.
+    """
+    _write_card(folder, read_card(folder) | {"measured": measured})
+
+
+def _write_card(folder: Path, card: dict[str, Any]) -> None:
+    write_text(folder / "card.json", json.dumps(card, indent=2, ensure_ascii=False) + "\n")
 
 
 def load_weights(folder: Path, part: str) -> dict[str, Tensor]:
@@ -108,8 +150,6 @@ def load_weights(folder: Path, part: str) -> dict[str, Tensor]:
     """
     card = read_card(folder)
     path = folder / f"{part}.safetensors"
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ModelError(f"{path} is a link that leaves the model folder; put the file itself there")
     if part not in card["parts"] or not path.is_file():
         raise ModelError(f"{folder}: part {part!r} is not trained yet; run `kartina train RECIPE --stage {part}` first")
     try:
@@ -124,19 +164,93 @@ def load_weights(folder: Path, part: str) -> dict[str, Tensor]:
 
 
 def load_part(folder: Path, recipe: Recipe, part: str, device: Any = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """Builds a part and loads its weights strictly; in evaluation mode, gradients off. Raises ModelError."""
+    """Builds a part and loads its weights strictly; in evaluation mode, gradients off.
+
+    Nothing of the part takes memory before its names and shapes are known to be those of the weights. Raises
+    ModelError where they differ, and where a part that reads text was built for other captions than lie beside it.
+    """
     weights = load_weights(folder, part)
+    _check_shapes(folder, recipe, part, weights)
     module = build(recipe, part)
-    try:
-        module.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise ModelError(f"{folder}: {part} does not fit its recipe: {error}") from None
+    if hasattr(module, "text_vocab"):
+        _check_captions(folder, recipe, part, module)
+    module.load_state_dict(weights, strict=True)
     return module.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
+class _Outline(TorchFunctionMode):
+    """Building shapes alone: random fills do nothing (on meta they only import the compiler), and calls are counted.
+
+    The meta device takes no memory for a tensor, but an absurd depth would still make tensors without end.
+    """
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls -= 1
+        if self.calls < 0:
+            raise ValueError("it asks for more tensors than the file holds")
+        if getattr(function, "__name__", "") in _FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def _check_shapes(folder: Path, recipe: Recipe, part: str, weights: dict[str, Tensor]) -> None:
+    """Raises ModelError unless the recipe asks for exactly the tensors that the file holds, by name and shape."""
+    most = max(1024, sum(value.numel() for value in weights.values()))
+    for key, value in recipe.parts.get(part, {}).items():
+        for entry in value if isinstance(value, list) else [value]:
+            if not isinstance(entry, int | float | str | None) or (isinstance(entry, int) and abs(entry) > most):
+                raise ModelError(f"{folder}/recipe.yaml: parts.{part}.{key} asks for more than the weights hold")
+    try:
+        with torch.device("meta"), _Outline(_CALLS_PER_TENSOR * (len(weights) + 10)):
+            asked = {name: tuple(value.shape) for name, value in build(recipe, part).state_dict().items()}
+    except Exception as error:  # constructors given absurd arguments raise anything
+        raise ModelError(f"{folder}/recipe.yaml: its {part} cannot be built: {error}") from None
+    held = {name: tuple(value.shape) for name, value in weights.items()}
+    wrong = [name for name in sorted(asked | held) if asked.get(name) != held.get(name)]
+    if wrong:
+        name = wrong[0]
+        raise ModelError(
+            f"{folder}: {part} does not fit its recipe in {len(wrong)} tensors, first {name}: expected "
+            f"{asked.get(name, 'none')}, got {held.get(name, 'none')}; recipe.yaml and the weights must be of one model"
+        )
+
+
+def _check_captions(folder: Path, recipe: Recipe, part: str, module: Any) -> None:
+    """Raises ModelError unless captions.json, the recipe and a part that reads text agree on their sizes."""
+    path, given = folder / "captions.json", recipe.captions
+    try:
+        captions = CaptionTokenizer.load(path)
+    except Exception as error:  # the tokenizer of a damaged file raises anything
+        raise ModelError(f"{path} is no caption tokenizer ({error}); copy the folder again") from None
+    if captions.context_length != given.context_length or captions.vocab_size > given.vocab_size:
+        raise ModelError(
+            f"{path}: expected {given.vocab_size} tokens and a context of {given.context_length}, as recipe.yaml says, "
+            f"got {captions.vocab_size} and {captions.context_length}; copy the folder again"
+        )
+    # One id more where the part adds its own end token.
+    if module.text_length != given.context_length or module.text_vocab - given.vocab_size not in (0, 1):
+        raise ModelError(
+            f"{folder}: {part} reads {module.text_length} tokens of {module.text_vocab}, the captions have "
+            f"{given.context_length} of {given.vocab_size}; correct parts.{part} or captions in recipe.yaml"
+        )
+
+
 def load_recipe(folder: Path) -> Recipe:
-    """The recipe of a model folder. Raises ModelError where the folder has none."""
+    """The recipe of a model folder. Raises ModelError where the folder has none or it unfolds without end."""
+    _check_links(folder)
     path = folder / "recipe.yaml"
     if not path.is_file():
         raise ModelError(f"{folder}: no recipe.yaml; expected a model folder with recipe.yaml, card.json and weights")
-    return read(path)
+    if path.stat().st_size > _RECIPE_LIMIT:
+        raise ModelError(f"{path}: expected at most {_RECIPE_LIMIT} bytes, got {path.stat().st_size}; copy it again")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ModelError(f"{path} has YAML aliases, which can unfold without end; write their values out")
+        return parse(text, path.name)
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ModelError(f"{path} is not readable as YAML ({error}); copy the folder again") from None

@@ -2,25 +2,28 @@
 
 B pictures, H height, W width.
 
-It does not know what a caption or a score means; it draws them. This is the one place where values are clamped.
+It does not know what a caption means; it draws it. This is the one place where values are clamped.
 """
 
 import importlib.util
 import io
 import json
+import math
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 _KEY = "kartina"
-_MARGIN = 4
+_MARGIN, _GAP = 8, 3  # pixels around a picture, and between a picture and its label
 # Pillow's own font has no Cyrillic, so a font of the system or of matplotlib goes first.
 _FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf", "arial.ttf")
 _CYRILLIC = "абвгдеёжзийклмнопрстуфхцчшщъыьэюя"
@@ -46,6 +49,18 @@ def to_pil(image: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture.numpy()) for picture in to_uint8(image)]
 
 
+def psnr(first: Image.Image, second: Image.Image) -> float:
+    """Peak signal-to-noise ratio of two RGB pictures in dB, infinite where all pixels are equal.
+
+    Raises ValueError for pictures of unequal size.
+    """
+    if first.size != second.size:
+        raise ValueError(f"psnr compares pictures of one size, got {first.size} and {second.size}")
+    both = [np.asarray(picture.convert("RGB"), np.float64) for picture in (first, second)]
+    error = float(np.square(both[0] - both[1]).mean())
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
 def grid(
     images: Tensor | Sequence[Image.Image],
     columns: int,
@@ -53,30 +68,38 @@ def grid(
     scores: Sequence[float] | Tensor | None = None,
     scale: int = 1,
 ) -> Image.Image:
-    """Pictures row by row on white, each above its caption and score.
+    """Pictures row by row on white, each above its caption and CLIP score.
 
-    images (B, 3, H, W) in [-1, 1], or B pictures of one size; captions and scores of B entries or None; each pixel is
-    drawn as scale x scale. Captions are wrapped to the picture's width; Cyrillic is transliterated only where the
-    machine has no font for it. Raises ValueError for no pictures, unequal sizes or counts, or columns or scale below 1.
+    images (B, 3, H, W) in [-1, 1], or B pictures; captions and scores of B entries or None. Each pixel of the largest
+    picture is drawn as scale x scale; a smaller one is enlarged by the largest whole number that fits, and centred.
+    Captions are wrapped to the cell's width; Cyrillic is transliterated only where the machine has no font for it.
+    Raises ValueError for no pictures, unequal counts, or columns or scale below 1.
     """
     pictures = to_pil(images) if isinstance(images, Tensor) else [picture.convert("RGB") for picture in images]
     _check_grid(pictures, columns, captions, scores, scale)
-    width, height = pictures[0].width * scale, pictures[0].height * scale
+    width, height = (scale * max(sides) for sides in zip(*(picture.size for picture in pictures), strict=True))
     font = _font(min(14, max(9, width // 8)))
     labels = _labels(len(pictures), captions, scores, font, width)
     line = sum(font.getmetrics())
     columns = min(columns, len(pictures))
-    starts = range(0, len(pictures), columns)
-    heights = [height + line * max(map(len, labels[i : i + columns])) + _MARGIN for i in starts]
+    lines = [max(map(len, labels[i : i + columns])) for i in range(0, len(pictures), columns)]
+    heights = [height + _MARGIN + (_GAP + line * count if count else 0) for count in lines]
     canvas = Image.new("RGB", (columns * (width + _MARGIN) + _MARGIN, sum(heights) + _MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
     for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
         row, column = divmod(i, columns)
         x, y = _MARGIN + column * (width + _MARGIN), _MARGIN + sum(heights[:row])
-        canvas.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
+        drawn = _enlarged(picture, width, height)
+        canvas.paste(drawn, (x + (width - drawn.width) // 2, y + (height - drawn.height) // 2))
         for j, words in enumerate(label):
-            draw.text((x, y + height + j * line), words, fill="black", font=font)
+            grey = scores is not None and j == len(label) - 1
+            draw.text((x, y + height + _GAP + j * line), words, fill="dimgrey" if grey else "black", font=font)
     return canvas
+
+
+def _enlarged(picture: Image.Image, width: int, height: int) -> Image.Image:
+    factor = min(width // picture.width, height // picture.height)
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
 def save_png(image: Image.Image, path: str | Path, metadata: dict[str, Any]) -> None:
@@ -104,15 +127,8 @@ def save_png(image: Image.Image, path: str | Path, metadata: dict[str, Any]) -> 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The dict that `save_png` stored. Raises OSError for an unreadable file, ValueError if it holds no such dict."""
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            text = image.info.get(_KEY)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no picture {str(path)!r}") from error
-    except (Image.UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} must be a PNG, got {error}") from error
-    except OSError as error:
-        raise OSError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    with _opened(path) as image:
+        text = image.info.get(_KEY)
     if not isinstance(text, str):
         raise ValueError(f"{str(path)!r} holds no text under the key {_KEY!r}; only pictures written by kartina do")
     try:
@@ -122,6 +138,25 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise ValueError(f"the text of {str(path)!r} under {_KEY!r} must be a dict, got {type(metadata).__name__}")
     return metadata
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """The RGB picture of a PNG. Raises OSError for an unreadable or cut file, ValueError for one that is no PNG."""
+    with _opened(path) as image:
+        return image.convert("RGB")
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            yield image
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no picture {str(path)!r}") from error
+    except (Image.UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} must be a PNG, got {error}") from error
+    except OSError as error:
+        raise OSError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
 
 
 def _write_whole(path: Path, content: bytes) -> None:
@@ -142,9 +177,8 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 
 def _check_grid(pictures: list[Image.Image], columns: int, captions: Any, scores: Any, scale: int) -> None:
-    sizes = {picture.size for picture in pictures}
-    if len(sizes) != 1:
-        raise ValueError(f"a grid needs pictures of one size, got {sorted(sizes) or 'no pictures'}")
+    if not pictures:
+        raise ValueError("a grid needs at least one picture, got none")
     if columns < 1 or scale < 1:
         raise ValueError(f"a grid needs columns >= 1 and scale >= 1, got {columns} and {scale}")
     for name, entries in (("captions", captions), ("scores", scores)):
@@ -158,7 +192,7 @@ def _labels(count: int, captions: Any, scores: Any, font: ImageFont.FreeTypeFont
         if captions is not None:
             label.extend(_wrap(_drawable(captions[i], font), font, width))
         if scores is not None:
-            label.append(f"{float(scores[i]):.3f}")
+            label.append(f"CLIP {float(scores[i]):.3f}")
     return labels
 
 

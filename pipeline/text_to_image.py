@@ -1,21 +1,31 @@
 """Caption -> picture: the one sampling path that users, previews and evaluation run.
 
-    caption -> text tokens -> sampler(prior) -> codes -> tokenizer.decode -> CLIP rerank -> Painting
+    captions -> text tokens -> sampler(prior) -> codes -> tokenizer.decode -> CLIP rerank -> Paintings
 
-Candidate k of a prompt has seed `seed + k` and the same noise at any batch size.
+Candidate k of a prompt has seed `seed + k` and the same noise at any batch size. The candidates of all prompts are
+painted in micro-batches whose rows do not see each other; only the size of a batch decides how its matrix products
+round. So a painting remembers that size and its row, and `repaint` gives the same bits on the same machine.
+
+B pictures of a micro-batch, T text tokens, h x w grid of codes, H x W picture.
 
 It does not know how any part was trained.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import re
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL.Image import Image
+from torch import Tensor
 
 from ..priors.samplers import sample_codes
 from ..tokenizers.captions import CaptionTokenizer
@@ -25,6 +35,17 @@ from .recipe import Recipe, nearest
 from .rerank import clip_scores, rank
 
 SHIPPED = Path(__file__).parent / "models"
+DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+MAX_MICRO_BATCH = 4096
+
+Progress = Callable[[int, int], None]
+
+
+class Scorer(Protocol):
+    """What ranks candidates; `kartina.pipeline.rerank.OpenCLIPScorer` is one."""
+
+    def score(self, images: Sequence[Image], captions: Sequence[str]) -> Tensor:
+        """B pictures and their B captions -> B scores, higher is better."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +60,31 @@ class Painting:
 
 
 def known_models() -> dict[str, Path]:
-    """Model folders by name: shipped ones, then those trained under ./runs."""
+    """Model folders by name: shipped ones, then those trained under ./runs.
+
+    One whose card is unreadable is left out with a warning.
+    """
+    return {name: folder for name, folder in _folders().items() if _has_card(folder)}
+
+
+def _folders() -> dict[str, Path]:
     shipped = {str(p.parent.relative_to(SHIPPED)): p.parent for p in sorted(SHIPPED.glob("*/*/card.json"))}
     runs = {str(p.parent): p.parent for p in sorted(Path("runs").glob("**/model/card.json"))}
     return shipped | runs
 
 
+def _has_card(folder: Path) -> bool:
+    try:
+        checkpoint.read_card(folder)
+    except (ValueError, OSError, RecursionError) as error:
+        warnings.warn(f"{folder} is left out: {error}", stacklevel=3)
+        return False
+    return True
+
+
 def find_model(name: str) -> Path:
     """A model folder by shipped name or path. Raises ModelError naming the nearest known model."""
-    known = known_models()
+    known = _folders()
     if name in known:
         return known[name]
     if Path(name).is_dir():
@@ -59,15 +96,32 @@ def find_model(name: str) -> Path:
 class TextToImage:
     """A loaded text-to-image system. `load` builds it from a model folder; calling it paints."""
 
-    def __init__(self, recipe: Recipe, parts: dict[str, Any], captions: CaptionTokenizer, model_hash: str) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        parts: dict[str, Any],
+        captions: CaptionTokenizer,
+        model_hash: str,
+        reranker: Scorer | None = None,
+    ) -> None:
         self.recipe, self.parts, self.captions, self.model_hash = recipe, parts, captions, model_hash
+        self.scorer = reranker
+        if reranker is None and "clip" in parts:
+            self.scorer = _OwnCLIP(parts["clip"], captions)
 
     @classmethod
-    def load(cls, name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    def load(
+        cls,
+        name: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        reranker: Scorer | None = None,
+    ) -> "TextToImage":
         """Loads a model folder, by shipped name or path, strictly.
 
-        Raises ModelError for an unknown, untrained, altered or mismatched model: each part must have been trained
-        against the very parts that lie beside it.
+        reranker: ranks in place of the folder's own CLIP, which is then not loaded. Raises ModelError for an unknown,
+        untrained, altered or mismatched model: each part must have been trained against the very parts that lie beside
+        it.
         """
         folder = find_model(str(name))
         card, recipe = checkpoint.read_card(folder), checkpoint.load_recipe(folder)
@@ -77,52 +131,186 @@ class TextToImage:
             for other, digest in entry.get("trained_against", {}).items():
                 if hashes.get(other) != digest:
                     raise checkpoint.ModelError(f"{folder}: {part} was trained against another {other}; train it again")
-        needed = ["tokenizer", "prior"] + (["clip"] if "clip" in card["parts"] else [])
+        needed = ["tokenizer", "prior"] + (["clip"] if "clip" in card["parts"] and reranker is None else [])
         parts = {part: checkpoint.load_part(folder, recipe, part, device, dtype) for part in needed}
-        return cls(recipe, parts, CaptionTokenizer.load(folder / "captions.json"), model_hash(card))
+        return cls(recipe, parts, CaptionTokenizer.load(folder / "captions.json"), model_hash(card), reranker)
 
-    @torch.inference_mode()
     def __call__(
         self,
         prompts: str | Sequence[str],
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         candidates: int = 1,
         keep: int = 1,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
+        micro_batch: int = 64,
         **knobs: Any,
     ) -> list[Painting]:
-        """Paints `candidates` pictures a prompt and returns the best `keep` of each, best first.
+        """Paints `candidates` pictures a prompt and returns the best `keep` of each, prompt by prompt, best first.
 
-        knobs: temperature, top_k, top_p, guidance_scale (see `kartina.priors.samplers.sample_codes`). Raises ValueError
-        for an empty prompt, candidates < keep, or several candidates with no CLIP to rank them.
+        seed: of candidate 0 of every prompt, or one for each prompt. progress: called with the sampling steps done and
+        in all. micro_batch: pictures painted at once, 1 to 4096, taken from all prompts. knobs: temperature, top_k,
+        top_p, guidance_scale (see `kartina.priors.samplers.sample_codes`). Raises ValueError for an empty prompt, a
+        number or knob out of range, candidates < keep, or candidates to choose from with no CLIP to rank them.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else [index(s) for s in seed]
+        self._check(prompts, seeds, candidates, keep, micro_batch)
+        knobs = _all_knobs(knobs)
+        rows = [(p, first + k, k) for p, first in zip(prompts, seeds, strict=True) for k in range(candidates)]
+        starts = range(0, len(rows), micro_batch)
+        painted: list[Painting] = []
+        for number, start in enumerate(starts):
+            report = _share_of(progress, number, len(starts))
+            painted += self._paint(rows[start : start + micro_batch], knobs, report)
+        groups = [painted[start : start + candidates] for start in range(0, len(rows), candidates)]
+        return [group[k] for group in groups for k in self._order(group, keep)]
+
+    def _check(self, prompts: list[str], seeds: list[int], candidates: int, keep: int, micro_batch: int) -> None:
         if not prompts or any(not prompt.strip() for prompt in prompts):
             raise ValueError("a prompt is empty; expected a caption such as 'a small red ring on a blue background'")
         if not 1 <= keep <= candidates:
             raise ValueError(f"keep must lie between 1 and candidates ({candidates}), got {keep}")
-        if keep < candidates and "clip" not in self.parts:
+        if keep < candidates and self.scorer is None:
             raise ValueError(f"{self.recipe.name} has no trained CLIP to rank candidates; set keep equal to candidates")
-        paintings = []
-        for prompt in prompts:
-            paintings += self._paint(prompt, seed, candidates, keep, progress, knobs)
-        return paintings
+        if not 1 <= micro_batch <= MAX_MICRO_BATCH:
+            raise ValueError(f"micro_batch must lie between 1 and {MAX_MICRO_BATCH}, got {micro_batch}")
+        if len(seeds) != len(prompts):
+            raise ValueError(f"give one seed, or one for each of the {len(prompts)} prompts, got {len(seeds)}")
+        if not all(_is_seed(s) and _is_seed(s + candidates - 1) for s in seeds):
+            raise ValueError(f"seeds are integers of 64 bits, got {seeds[0]} and so on; give smaller ones")
 
-    def _paint(self, prompt: str, seed: int, candidates: int, keep: int, progress: Any, knobs: dict) -> list[Painting]:
-        seeds = [seed + k for k in range(candidates)]
-        device = next(self.parts["prior"].parameters()).device
-        text = self.captions.encode([prompt])[0].to(device).expand(candidates, -1)  # (N, T)
-        codes = sample_codes(self.parts["prior"], text, seeds, progress=progress, **knobs)  # (N, h, w)
-        images = self.parts["tokenizer"].decode(codes).float()  # (N, 3, H, W)
-        scores: list[float | None] = [None] * candidates
-        if "clip" in self.parts:
-            clip = self.parts["clip"]
-            tokens = clip.with_end(*self.captions.encode([prompt])).to(device).expand(candidates, -1)
-            scores = list(clip_scores(clip, images.to(next(clip.parameters()).dtype), tokens).float().tolist())
-        order = list(range(keep)) if None in scores else rank(torch.tensor([scores]), keep)[0].tolist()
-        pictures = to_pil(images)
-        facts = {"model": self.recipe.name, "model_hash": self.model_hash, "knobs": knobs, "micro_batch": candidates}
-        return [Painting(pictures[k], prompt, seeds[k], scores[k], {**facts, "candidate": k}) for k in order]
+    @torch.inference_mode()
+    def _paint(self, rows: list[tuple[str, int, int]], knobs: dict, progress: Progress | None) -> list[Painting]:
+        """One micro-batch: a painting for each row (prompt, seed, candidate)."""
+        prompts, seeds, _ = (list(column) for column in zip(*rows, strict=True))
+        weight = next(self.parts["prior"].parameters())
+        text = self.captions.encode(prompts)[0].to(weight.device)  # (B, T)
+        codes = sample_codes(self.parts["prior"], text, seeds, progress=progress, **knobs)  # (B, h, w)
+        pictures = to_pil(self.parts["tokenizer"].decode(codes).float())  # from (B, 3, H, W)
+        scores: list[float | None] = [None] * len(rows)
+        if self.scorer is not None:
+            scores = self.scorer.score(pictures, prompts).tolist()
+        shared = {
+            "model": self.recipe.name,
+            "model_hash": self.model_hash,
+            "device": str(weight.device),
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "knobs": knobs,
+            "micro_batch": len(rows),
+        }
+        return [
+            Painting(picture, prompt, seed, score, {**shared, "row": row, "candidate": candidate})
+            for row, (picture, score, (prompt, seed, candidate)) in enumerate(zip(pictures, scores, rows, strict=True))
+        ]
+
+    def _order(self, group: list[Painting], keep: int) -> list[int]:
+        if self.scorer is None:
+            return list(range(keep))
+        return rank(torch.tensor([[painting.clip_score for painting in group]]), keep)[0].tolist()
+
+
+class _OwnCLIP:
+    """The folder's own CLIP as a scorer; it sees the finished 8-bit pictures, as any other scorer does."""
+
+    def __init__(self, clip: Any, captions: CaptionTokenizer) -> None:
+        self.clip, self.captions = clip, captions
+
+    def score(self, images: Sequence[Image], captions: Sequence[str]) -> Tensor:
+        weight = next(self.clip.parameters())
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)  # (B, 3, H, W)
+        text = self.clip.with_end(*self.captions.encode(captions)).to(weight.device)  # (B, T)
+        return clip_scores(self.clip, (pixels.float() / 127.5 - 1).to(weight), text)
+
+
+def _share_of(progress: Progress | None, number: int, batches: int) -> Progress | None:
+    """The progress of one batch as a share of all of them."""
+    if progress is None:
+        return None
+    return lambda done, steps: progress(number * steps + done, batches * steps)
+
+
+def repaint(system: TextToImage, facts: Any) -> Painting:
+    """Paints a picture again from its `metadata`, in the same row of a micro-batch of the same size.
+
+    On the machine, device and dtype of the first time the picture is the same bit for bit. The other rows are copies.
+    Raises ValueError for facts that are not one painting's (see `check_facts`), or those of another model.
+    """
+    wanted = check_facts(facts)
+    if wanted["model_hash"] != system.model_hash:
+        hashes = f"{wanted['model_hash'][:12]}..., not by {system.model_hash[:12]}..."
+        raise ValueError(f"the picture was painted by the model {hashes}; load that one (`find_by_hash`)")
+    row = (wanted["prompt"], wanted["seed"], wanted["candidate"])
+    return system._paint([row] * wanted["micro_batch"], wanted["knobs"], None)[wanted["row"]]
+
+
+def check_facts(facts: Any) -> dict[str, Any]:
+    """What `repaint` needs out of a painting's `metadata`, checked: a PNG is untrusted, so nothing in it is believed.
+
+    -> prompt, seed, candidate, model_hash, device, dtype (a key of DTYPES), micro_batch, row, knobs (all four).
+    Raises ValueError for what is missing, of another type or out of range.
+    """
+    if not isinstance(facts, dict) or not _FACTS.keys() <= facts.keys():
+        names = ", ".join(_FACTS)
+        raise ValueError(
+            f"not the facts of one painting, which has {names}; give a single painting's PNG, not a grid's"
+        )
+    for name, (holds, expected) in _FACTS.items():
+        if not holds(facts[name]):
+            raise ValueError(f"a painting's {name} must be {expected}, got {facts[name]!r:.60}; the facts were altered")
+    if facts["row"] >= facts["micro_batch"]:
+        raise ValueError(f"a painting's row must lie below micro_batch {facts['micro_batch']}, got {facts['row']}")
+    return {name: facts[name] for name in _FACTS} | {"knobs": _all_knobs(facts["knobs"])}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and value.encode(errors="ignore").decode() == value
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_seed(value: Any) -> bool:
+    return _is_integer(value) and -(2**63) <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return (_is_integer(value) or isinstance(value, float)) and 0 <= value <= sys.float_info.max
+
+
+def _matches(pattern: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+_FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "prompt": (_is_text, "a caption"),
+    "seed": (_is_seed, "an integer of 64 bits"),
+    "candidate": (lambda v: _is_seed(v) and v >= 0, "an integer, at least 0"),
+    "model_hash": (_matches(r"[0-9a-f]{64}"), "a sha256"),
+    "device": (_matches(r"(cpu|cuda|mps|xpu)(:[0-9]{1,3})?"), "a device"),
+    "dtype": (_matches("|".join(DTYPES)), f"one of {', '.join(DTYPES)}"),
+    "micro_batch": (lambda v: _is_integer(v) and 1 <= v <= MAX_MICRO_BATCH, f"an integer from 1 to {MAX_MICRO_BATCH}"),
+    "row": (lambda v: _is_integer(v) and 0 <= v < MAX_MICRO_BATCH, f"an integer from 0 to {MAX_MICRO_BATCH - 1}"),
+    "knobs": (lambda v: isinstance(v, dict), "a table"),
+}
+_KNOBS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # default, rule, and the rule in words
+    "temperature": (1.0, _is_number, "a finite number, at least 0"),
+    "top_k": (None, lambda v: v is None or _is_integer(v) and 1 <= v < 2**31, "an integer, at least 1, or None"),
+    "top_p": (None, lambda v: v is None or _is_number(v) and 0 < v <= 1, "a number above 0, at most 1, or None"),
+    "guidance_scale": (1.0, _is_number, "a finite number, at least 0"),
+}
+
+
+def _all_knobs(given: Mapping[str, Any]) -> dict[str, Any]:
+    """All four knobs, as given or by default. ValueError for an unknown name, a wrong type or a value out of range."""
+    for name, value in given.items():
+        if name not in _KNOBS:
+            raise ValueError(f"unknown knob {name!r:.60}; {nearest(str(name), list(_KNOBS))}")
+        _, holds, expected = _KNOBS[name]
+        if not holds(value):
+            raise ValueError(f"{name} must be {expected}, got {value!r:.60}")
+    knobs = {name: given.get(name, default) for name, (default, _, _) in _KNOBS.items()}
+    return {name: float(v) if name != "top_k" and v is not None else v for name, v in knobs.items()}
 
 
 def model_hash(card: dict[str, Any]) -> str:

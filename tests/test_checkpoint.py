@@ -7,12 +7,22 @@ import pytest
 import torch
 
 from kartina.pipeline import checkpoint
-from kartina.pipeline.recipe import Recipe
+from kartina.pipeline.recipe import Recipe, build
+from kartina.tokenizers.captions import CaptionTokenizer
 from kartina.training import state
-from kartina.training.optim import EMA, build_optimizers, rate
+from kartina.training.optim import EMA, rate
 from kartina.training.run import Optimizer
 
 RECIPE = Recipe(name="tests/linear", paper="none", image_size=8, parts={})
+DVAE = {"kind": "dvae", "image_size": 8, "num_codes": 7, "width": 4, "init_width": 4, "num_groups": 2}
+DALLE = {"kind": "dalle", "text_vocab": 260, "text_length": 6, "num_codes": 7, "grid": [4, 4], "width": 8, "depth": 2}
+SYSTEM = Recipe(
+    name="tests/system",
+    paper="none",
+    image_size=8,
+    captions={"vocab_size": 260, "context_length": 6},
+    parts={"tokenizer": DVAE, "prior": DALLE | {"num_heads": 2}},
+)
 
 
 @pytest.fixture
@@ -63,6 +73,145 @@ def test_a_pickle_is_never_read(folder):
         checkpoint.load_weights(folder, "prior")
 
 
+@pytest.fixture
+def system(tmp_path):
+    """A model folder with fresh weights of SYSTEM."""
+    CaptionTokenizer.train(["a red ring", "кольцо"], 260, 6).save(tmp_path / "captions.json")
+    for part in SYSTEM.parts:
+        checkpoint.save_part(tmp_path, SYSTEM, part, checkpoint.export(build(SYSTEM, part)))
+    return tmp_path
+
+
+def altered(part, **arguments):
+    """SYSTEM with other arguments of one part."""
+    return SYSTEM.model_copy(update={"parts": {**SYSTEM.parts, part: SYSTEM.parts[part] | arguments}})
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "prior"])
+def test_a_part_comes_back_as_it_was_exported(system, part):
+    module = checkpoint.load_part(system, SYSTEM, part)
+    assert not module.training and not any(p.requires_grad for p in module.parameters())
+    assert checkpoint.part_hash(checkpoint.export(module)) == checkpoint.read_card(system)["parts"][part]["hash"]
+    assert all(p.dtype == torch.float32 and p.device.type == "cpu" for p in module.parameters())
+
+
+def test_the_memory_format_changes_neither_hash_nor_weights(system, monkeypatch):
+    from kartina.tokenizers.dvae import DiscreteVAE
+
+    start = DiscreteVAE.__init__
+
+    def channels_last(self, *arguments, **keywords):
+        start(self, *arguments, **keywords)
+        self.to(memory_format=torch.channels_last)
+
+    plain = checkpoint.load_part(system, SYSTEM, "tokenizer")
+    monkeypatch.setattr(DiscreteVAE, "__init__", channels_last)
+    module = checkpoint.load_part(system, SYSTEM, "tokenizer")
+    weight = module.decoder.groups[0][0].branch[1].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    digest = checkpoint.read_card(system)["parts"]["tokenizer"]["hash"]
+    assert checkpoint.part_hash(checkpoint.export(module)) == digest
+    exported = checkpoint.export(module.half(), torch.float32)
+    assert all(value.is_contiguous() for value in exported.values())
+    state = module.float().state_dict()
+    assert checkpoint.part_hash(state) == checkpoint.part_hash(plain.state_dict())
+    assert checkpoint.save_part(system, SYSTEM, "tokenizer", state) == checkpoint.part_hash(state)
+    assert all(value.is_contiguous() for value in checkpoint.load_weights(system, "tokenizer").values())
+
+
+@pytest.mark.parametrize(
+    ("part", "arguments", "message"),
+    [
+        ("tokenizer", {"width": 10_000_000}, "width asks for more than the weights hold"),
+        ("tokenizer", {"width": 400}, "does not fit its recipe in 74 tensors"),
+        ("tokenizer", {"num_groups": 10**12}, "num_groups asks for more"),
+        ("prior", {"width": 10_000_000}, "width asks for more"),
+        ("prior", {"depth": 10_000_000}, "depth asks for more"),
+        ("prior", {"depth": 6000}, "asks for more tensors than the file holds"),
+        ("prior", {"depth": 3}, "does not fit its recipe in .* first blocks.2"),
+        ("prior", {"grid": [10_000_000, 4]}, "grid asks for more"),
+        ("prior", {"grid": [[4, 4], [4, 4]]}, "grid asks for more"),
+        ("prior", {"grid": 4}, "cannot be built"),
+        ("prior", {"width": "wide"}, "cannot be built"),
+        ("prior", {"num_heads": 0}, "cannot be built"),
+    ],
+)
+def test_a_hostile_recipe_is_refused_before_it_takes_memory(system, monkeypatch, part, arguments, message):
+    def build_on_meta(recipe, part):
+        if not torch.empty(1).is_meta:
+            pytest.fail("the part was built for real")
+        return build(recipe, part)
+
+    monkeypatch.setattr(checkpoint, "build", build_on_meta)
+    parts = {**SYSTEM.parts, part: SYSTEM.parts[part] | arguments}
+    with pytest.raises(checkpoint.ModelError, match=message):
+        checkpoint.load_part(system, SYSTEM.model_copy(update={"parts": parts}), part)
+
+
+def test_yaml_that_unfolds_without_end_is_refused(system):
+    assert checkpoint.load_recipe(system) == SYSTEM
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(60))
+    for text, message in (
+        (bomb + "name: *a60\n", "aliases"),
+        ("[" * 2000, "not readable as YAML"),
+        ("#" * 2**16, "expected at most"),
+    ):
+        (system / "recipe.yaml").write_text(text)
+        with pytest.raises(checkpoint.ModelError, match=message):
+            checkpoint.load_recipe(system)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "context", "message"),
+    [(300, 6, "expected 260 tokens and a context of 6"), (260, 7, "got 26. and 7")],
+)
+def test_captions_of_other_sizes_are_refused(system, vocabulary, context, message):
+    captions = ["a red ring", "a blue square", "кольцо"] * 2
+    CaptionTokenizer.train(captions, vocabulary, context).save(system / "captions.json")
+    checkpoint.load_part(system, SYSTEM, "tokenizer")
+    with pytest.raises(checkpoint.ModelError, match=message):
+        checkpoint.load_part(system, SYSTEM, "prior")
+    (system / "captions.json").write_text("{")
+    with pytest.raises(checkpoint.ModelError, match="no caption tokenizer"):
+        checkpoint.load_part(system, SYSTEM, "prior")
+
+
+def test_a_recipe_whose_captions_do_not_fit_its_prior_is_refused(system):
+    CaptionTokenizer.train(["a red ring"], 258, 6).save(system / "captions.json")
+    recipe = SYSTEM.model_copy(update={"captions": SYSTEM.captions.model_copy(update={"vocab_size": 258})})
+    with pytest.raises(checkpoint.ModelError, match="prior reads 6 tokens of 260, the captions have 6 of 258"):
+        checkpoint.load_part(system, recipe, "prior")
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "captions.json", "prior.safetensors", "card.json"])
+def test_links_out_of_the_folder_are_refused(system, tmp_path_factory, name):
+    outside = tmp_path_factory.mktemp("outside") / name
+    (system / name).rename(outside)
+    (system / name).symlink_to(outside)
+    with pytest.raises(checkpoint.ModelError, match=f"{name} is a link that leaves"):
+        checkpoint.read_card(system)
+    with pytest.raises(checkpoint.ModelError, match=f"{name} is a link that leaves"):
+        checkpoint.load_recipe(system)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"../../prior": {"hash": ""}}, {"prior": {}}, {"prior": {"hash": "", "trained_against": []}}]
+)
+def test_a_card_with_foreign_parts_is_refused(system, entry):
+    card = json.loads((system / "card.json").read_text())
+    (system / "card.json").write_text(json.dumps(card | {"parts": entry}))
+    with pytest.raises(checkpoint.ModelError, match="a table of parts"):
+        checkpoint.read_card(system)
+
+
+def test_what_was_measured_belongs_to_the_weights(system):
+    before = checkpoint.read_card(system)
+    checkpoint.save_measured(system, {"exact": 0.5})
+    assert checkpoint.read_card(system) == before | {"measured": {"exact": 0.5}}
+    checkpoint.save_part(system, SYSTEM, "tokenizer", checkpoint.export(build(SYSTEM, "tokenizer")))
+    assert "measured" not in checkpoint.read_card(system)
+
+
 def test_a_later_format_is_refused(folder):
     card = json.loads((folder / "card.json").read_text())
     (folder / "card.json").write_text(json.dumps(card | {"format": 99}))
@@ -109,10 +258,3 @@ def test_the_rate_warms_up_stays_and_falls_to_zero():
     curve = [rate(step, 100, config) for step in range(101)]
     assert curve[0] == pytest.approx(0.1) and curve[9:51] == [1.0] * 42
     assert curve[75] == pytest.approx(0.5) and curve[100] == pytest.approx(0.0)
-
-
-def test_muon_gets_hidden_matrices_only():
-    module = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(5, 4), "mlp": torch.nn.Linear(4, 4)})
-    adamw, muon = build_optimizers(module, Optimizer(lr=0.1, muon=0.02))
-    assert [p is module["mlp"].weight for g in muon.param_groups for p in g["params"]] == [True]
-    assert sum(len(g["params"]) for g in adamw.param_groups) == 2

@@ -132,11 +132,12 @@ def test_each_position_has_its_own_pad() -> None:
     prior = _prior()
     text, codes = _batch(1)  # pads at 3 and 4
     before = prior(text, codes)[1]
-    prior.text_embedding.weight[V + 1] += 1  # the pad of position 1, unused by this caption
+    change = torch.linspace(-1, 1, prior.start.numel())  # not a constant, which the norms would remove
+    prior.text_embedding.weight[V + 1] += change  # the pad of position 1, unused by this caption
     assert torch.equal(before, prior(text, codes)[1])
-    prior.text_embedding.weight[0] += 1  # id 0 itself is never looked up
+    prior.text_embedding.weight[0] += change  # id 0 itself is never looked up
     assert torch.equal(before, prior(text, codes)[1])
-    prior.text_embedding.weight[V + 3] += 1
+    prior.text_embedding.weight[V + 3] += change
     assert not torch.allclose(before, prior(text, codes)[1])
     assert len(prior.text_embedding.weight) == V + T
     assert (prior.null_text(2) == 0).all() and prior.null_text(2).shape == (2, T)

@@ -14,12 +14,17 @@ SMALL = [
     "parts.tokenizer.width=8",
     "parts.tokenizer.init_width=8",
     *[f"stages.tokenizer.{key}" for key in ("steps=4", "global_batch=4", "log_every=1")],
+    "stages.tokenizer.objective.autoencoder_steps=2",
+    "parts.tokenizer.num_codes=32",
+    "stages.tokenizer.optimizer.muon=0.02",
     "training.precision=fp32",
 ]
 
 
 def losses(folder):
-    return [json.loads(line)["tokenizer/nll"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    trained = [line["tokenizer/nll"] for line in lines if "tokenizer/nll" in line]
+    return [*trained, *(line["valid/psnr"] for line in lines if "valid/psnr" in line)]
 
 
 def test_two_processes_train_as_one(tmp_path):

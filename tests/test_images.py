@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from PIL import Image, ImageChops, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from kartina.pipeline import images as module
 from kartina.pipeline.images import grid, read_metadata, save_png, to_pil, to_uint8
@@ -38,12 +38,22 @@ def test_bad_pictures_are_refused(image):
 def test_grid_places_pictures_row_by_row():
     colours = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1]]).view(3, 3, 1, 1).expand(3, 3, 4, 6)
     sheet = grid(colours, columns=2, scale=3)
-    assert sheet.size == (2 * (18 + 4) + 4, 2 * (12 + 4) + 4)
-    assert sheet.getpixel((4, 4)) == (255, 0, 0)
-    assert sheet.getpixel((4 + 18 + 4, 4)) == (0, 255, 0)
-    assert sheet.getpixel((4, 4 + 12 + 4)) == (0, 0, 255)
-    assert sheet.getpixel((30, 25)) == (255, 255, 255)
+    assert sheet.size == (2 * (18 + 8) + 8, 2 * (12 + 8) + 8)
+    assert sheet.getpixel((8, 8)) == (255, 0, 0)
+    assert sheet.getpixel((8 + 18 + 8, 8)) == (0, 255, 0)
+    assert sheet.getpixel((8, 8 + 12 + 8)) == (0, 0, 255)
+    assert sheet.getpixel((40, 35)) == (255, 255, 255)
     assert ImageChops.difference(sheet, grid(to_pil(colours), columns=2, scale=3)).getbbox() is None
+
+
+def test_pictures_of_other_sizes_are_enlarged_by_whole_numbers():
+    blue, red = Image.new("RGB", (10, 10), "blue"), Image.new("RGB", (4, 2), "red")
+    sheet = grid([blue, red], columns=2, scale=2)
+    assert sheet.size == (2 * (20 + 8) + 8, 20 + 2 * 8)
+    cell = sheet.crop((36, 8, 56, 28))
+    inside = cell.crop((0, 5, 20, 15))
+    assert inside.getcolors() == [(200, (255, 0, 0))]
+    assert cell.getchannel("G").getcolors() == [(200, 0), (200, 255)]
 
 
 def test_labels_stand_below_their_picture_and_inside_its_width():
@@ -52,11 +62,27 @@ def test_labels_stand_below_their_picture_and_inside_its_width():
         white, 2, ["a very long caption that must be wrapped somewhere, Donaudampfschifffahrt", ""], [0.25, 0.5]
     )
     ink = ImageChops.invert(sheet.convert("L")).getbbox()
-    assert ink[1] >= 4 + 64
-    left = ImageChops.invert(sheet.crop((0, 0, 68, sheet.height)).convert("L"))
-    assert left.getbbox()[2] <= 68 + 1
-    assert ImageChops.invert(sheet.crop((68 + 1, 0, 72, sheet.height)).convert("L")).getbbox() is None
+    assert ink[1] >= 8 + 64
+    left = ImageChops.invert(sheet.crop((0, 0, 8 + 64, sheet.height)).convert("L"))
+    assert left.getbbox()[2] <= 8 + 64 + 1
+    assert ImageChops.invert(sheet.crop((8 + 64 + 1, 0, 80, sheet.height)).convert("L")).getbbox() is None
     assert grid(white, 2, ["кот", "кит"]).tobytes() != grid(white, 2, ["кот", "кот"]).tobytes()
+
+
+def test_every_letter_of_a_caption_is_drawn(monkeypatch):
+    """Wrapped lines hold the whole caption, in both languages, and none is wider than its picture."""
+    drawn = []
+    text = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda self, at, words, **k: (drawn.append(words), text(self, at, words, **k))
+    )
+    captions = ["a small red ring right of a large blue square on an orange background", "маленький ромб под ёлкой"]
+    grid(torch.ones(2, 3, 32, 32), 2, captions, [0.25, 0.5], scale=5)
+    font = module._font(14)
+    assert (
+        " ".join(drawn).replace("CLIP 0.250 ", "") == f"{captions[0]} {module._drawable(captions[1], font)} CLIP 0.500"
+    )
+    assert max(font.getlength(line) for line in drawn) <= 160
 
 
 def test_without_a_cyrillic_font_captions_are_transliterated(monkeypatch):
@@ -76,7 +102,7 @@ def test_without_a_cyrillic_font_captions_are_transliterated(monkeypatch):
 def test_bad_grids_are_refused(arguments):
     with pytest.raises(ValueError, match="a grid needs"):
         grid(torch.zeros(2, 3, 4, 4), **arguments)
-    with pytest.raises(ValueError, match="one size"):
+    with pytest.raises(ValueError, match="at least one picture"):
         grid([], 1)
 
 

@@ -9,7 +9,7 @@ from kartina.training.data.shapes_scenes import Facts, grammar, place, render, s
 from kartina.training.evaluation import shapes_checker
 from kartina.training.evaluation.shapes_checker import check, compare, parse
 
-FACTS = Facts(6, ((1, 0, 0), (0, 4, 1)), 0)  # a large red circle above a small blue square on a white background
+FACTS = Facts(6, ((1, 0, 0), (0, 4, 1)), (0,))  # a large red circle above a small blue square on a white background
 
 
 def _pictures(seed, count, objects, side, noise=0.0, tint=0.02, blur=0.0):
@@ -60,12 +60,12 @@ def test_each_changed_fact_is_named():
     assert check(image, [FACTS]) == [set()]
     first, second = FACTS.objects
     cases = {
-        "background": Facts(7, FACTS.objects, 0),
+        "background": Facts(7, FACTS.objects, (0,)),
         "count": Facts(6, (first,)),
-        "colour": Facts(6, ((1, 5, 0), second), 0),
-        "shape": Facts(6, (first, (0, 4, 3)), 0),
-        "size": Facts(6, (first, (1, 4, 1)), 0),
-        "relation": Facts(6, FACTS.objects, 2),
+        "colour": Facts(6, ((1, 5, 0), second), (0,)),
+        "shape": Facts(6, (first, (0, 4, 3)), (0,)),
+        "size": Facts(6, (first, (1, 4, 1)), (0,)),
+        "relation": Facts(6, FACTS.objects, (2,)),
     }
     for failure, wanted in cases.items():
         assert check(image, [wanted]) == [{failure}]

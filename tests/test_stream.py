@@ -122,6 +122,8 @@ def test_a_bad_sample_keeps_its_place(parts, tmp_path):
     assert batch.image[at].abs().max() == 0 and batch.captions[at] == ""
     kept = [k for k in range(20) if k != at]
     assert torch.equal(batch.image[kept], good.image[kept])
+    readable = stream.ShardSource(parts, 4, seed=4).captions(range(20))
+    assert readable == good.captions
 
 
 def test_too_many_bad_samples_stop_the_run(tmp_path):

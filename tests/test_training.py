@@ -43,7 +43,10 @@ def test_every_stage_is_exported_with_what_it_was_trained_against(run):
     assert set(parts) == {"tokenizer", "prior", "clip"}
     assert parts["prior"]["trained_against"]["tokenizer"] == parts["tokenizer"]["hash"]
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["stage"] == "prior"] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "prior/image_loss" in line] == [1, 2, 3, 4]
+    headlines = {"tokenizer": "psnr", "prior": "nats_per_code", "clip": "accuracy"}
+    for stage, headline in headlines.items():
+        assert [line["step"] for line in lines if line["stage"] == stage and f"valid/{headline}" in line] == [4]
     assert (run / "previews" / "prior-000004.png").stat().st_size > 0
 
 
@@ -76,17 +79,20 @@ def test_a_part_trained_against_another_tokenizer_is_refused(run, tmp_path):
         TextToImage.load(copy)
 
 
-def test_stopped_and_resumed_equals_uninterrupted(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("autoencoder_steps", [0, 1, 3])  # codes from k-means: never, before and after the stop
+def test_stopped_and_resumed_equals_uninterrupted(autoencoder_steps, tmp_path, monkeypatch):
     """4 steps == 2 + stop + resume + 2, bit for bit, in weights, averages and optimizer."""
     real = loop.rate
 
-    def stop_at_two(step, steps, config):
+    def stop_at_two(step, *rest):
         if step == 2:
             raise KeyboardInterrupt
-        return real(step, steps, config)
+        return real(step, *rest)
 
     monkeypatch.setattr(loop, "rate", stop_at_two)
     command = ["shapes/dalle", *TINY, "stages.tokenizer.save_minutes=1e-9", "--stage", "tokenizer", "--run"]
+    command[1:1] = ["stages.tokenizer.optimizer.muon=0.02"]
+    command[1:1] = [f"stages.tokenizer.objective.autoencoder_steps={autoencoder_steps}"]
     with pytest.raises(KeyboardInterrupt):
         trainer.main([*command, str(tmp_path / "stopped")])
     monkeypatch.setattr(loop, "rate", real)

@@ -6,11 +6,15 @@ B images of 3 x H x W pixels in [-1, 1], K codes on a grid of h x w; a code cove
 It does not know its loss, its schedules or where the Gumbel noise comes from: the noise is an argument.
 """
 
+import contextlib
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers.conv import BottleneckBlock, SameConv2d
+from .kmeans import kmeans
 from .spec import CodesSpec
 
 PIXEL_MARGIN = 0.1
@@ -29,15 +33,19 @@ def unmap_pixels(mapped: Tensor) -> Tensor:
 
 
 def _full_precision(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """The convolutions beside the codes stay in float32 under autocast, as in the paper."""
-    if not torch.amp.is_autocast_available(x.device.type):  # meta, where shapes are probed
-        return conv(x.float())
-    with torch.autocast(x.device.type, enabled=False):
-        return conv(x.float())
+    """The 1x1 convolutions beside the codes stay in float32 under autocast, as in the paper: (B, C, h, w) -> the same.
+
+    Written as a linear map over channels: on CPU the float32 convolution's backward pass is many times slower.
+    """
+    quiet = torch.amp.is_autocast_available(x.device.type)  # not on meta, where shapes are probed
+    with torch.autocast(x.device.type, enabled=False) if quiet else contextlib.nullcontext():
+        y = F.linear(x.float().permute(0, 2, 3, 1), conv.weight[:, :, 0, 0], conv.bias)  # (B, h, w, C)
+    return y.permute(0, 3, 1, 2)
 
 
-def _groups(widths: list[int], blocks: int, kernels: tuple[int, ...], gain: float) -> nn.ModuleList:
-    """Groups of blocks; widths: the input width, then the width of each group."""
+def _groups(widths: list[int], blocks: int, kernels: tuple[int, ...], gain: float | None) -> nn.ModuleList:
+    """Groups of blocks; widths: the input width, then the width of each group. gain: see `DiscreteVAE`."""
+    gain = 1 / ((len(widths) - 1) * blocks) ** 2 if gain is None else gain
     return nn.ModuleList(
         nn.Sequential(*(BottleneckBlock(a if i == 0 else b, b, kernels, gain) for i in range(blocks)))
         for a, b in zip(widths[:-1], widths[1:], strict=True)
@@ -47,11 +55,13 @@ def _groups(widths: list[int], blocks: int, kernels: tuple[int, ...], gain: floa
 class Encoder(nn.Module):
     """Mapped pixels (B, 3, H, W) -> logits (B, K, h, w): 7x7 stem, groups with 2x2 max-pooling between, 1x1 head."""
 
-    def __init__(self, num_codes: int, width: int, num_groups: int, blocks_per_group: int) -> None:
+    def __init__(
+        self, num_codes: int, width: int, num_groups: int, blocks_per_group: int, gain: float | None = None
+    ) -> None:
         super().__init__()
         widths = [width, *(width * 2**i for i in range(num_groups))]
         self.stem = SameConv2d(3, width, 7)
-        self.groups = _groups(widths, blocks_per_group, _ENCODER_KERNELS, 1 / (num_groups * blocks_per_group) ** 2)
+        self.groups = _groups(widths, blocks_per_group, _ENCODER_KERNELS, gain)
         self.head = SameConv2d(widths[-1], num_codes, 1)
 
     def forward(self, mapped: Tensor) -> Tensor:
@@ -68,11 +78,19 @@ class Decoder(nn.Module):
     pixels.
     """
 
-    def __init__(self, num_codes: int, width: int, init_width: int, num_groups: int, blocks_per_group: int) -> None:
+    def __init__(
+        self,
+        num_codes: int,
+        width: int,
+        init_width: int,
+        num_groups: int,
+        blocks_per_group: int,
+        gain: float | None = None,
+    ) -> None:
         super().__init__()
         widths = [init_width, *(width * 2**i for i in reversed(range(num_groups)))]
         self.stem = SameConv2d(num_codes, init_width, 1)
-        self.groups = _groups(widths, blocks_per_group, _DECODER_KERNELS, 1 / (num_groups * blocks_per_group) ** 2)
+        self.groups = _groups(widths, blocks_per_group, _DECODER_KERNELS, gain)
         self.head = SameConv2d(width, 6, 1)
 
     def forward(self, soft: Tensor) -> Tensor:
@@ -94,6 +112,7 @@ class DiscreteVAE(nn.Module):
 
     image_size: H = W, a multiple of 2 ** (num_groups - 1), the pixels a code covers a side. width: channels at full
     resolution, a multiple of 4; each group of the encoder doubles them. init_width: channels of the decoder's stem.
+    branch_gain: what each residual branch is multiplied by, None for the paper's 1 / (number of blocks) ** 2.
     Raises ValueError for sizes that do not fit.
     """
 
@@ -105,6 +124,7 @@ class DiscreteVAE(nn.Module):
         init_width: int = 128,
         num_groups: int = 4,
         blocks_per_group: int = 2,
+        branch_gain: float | None = None,
     ) -> None:
         super().__init__()
         if min(image_size, num_codes, width, init_width, num_groups, blocks_per_group) < 1:
@@ -117,8 +137,9 @@ class DiscreteVAE(nn.Module):
             )
         self.image_size = image_size
         self.spec = CodesSpec(kind="codes", shape=(image_size // patch,) * 2, vocabulary=num_codes)
-        self.encoder = Encoder(num_codes, width, num_groups, blocks_per_group)
-        self.decoder = Decoder(num_codes, width, init_width, num_groups, blocks_per_group)
+        self.encoder = Encoder(num_codes, width, num_groups, blocks_per_group, branch_gain)
+        self.decoder = Decoder(num_codes, width, init_width, num_groups, blocks_per_group, branch_gain)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPU
 
     def logits(self, image: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [-1, 1] -> logits of q(code | image), float32 (B, K, h, w)."""
@@ -147,18 +168,45 @@ class DiscreteVAE(nn.Module):
         """Parameters (B, 6, H, W) -> image float32 (B, 3, H, W): unmap_pixels(sigmoid(mu)), unclamped."""
         return unmap_pixels(torch.sigmoid(parameters[:, :3].float()))
 
-    def forward(self, image: Tensor, gumbel_noise: Tensor, temperature: float | Tensor) -> dict[str, Tensor]:
+    def forward(self, image: Tensor, gumbel_noise: Tensor | None, temperature: float | Tensor) -> dict[str, Tensor]:
         """Relaxed pass: softmax((logits + noise) / temperature) over the codes, in float32, then the decoder.
 
-        image: (B, 3, H, W) in [-1, 1]. gumbel_noise: standard Gumbel draws (B, K, h, w). temperature: above 0.
-        Returns parameters (B, 6, H, W) and logits (B, K, h, w). Raises ValueError when the noise does not fit.
+        image: (B, 3, H, W) in [-1, 1]. gumbel_noise: standard Gumbel draws (B, K, h, w), or None: then the decoder
+        reads the logits as they are, a plain autoencoder, from which `start_codes` makes a codebook. temperature:
+        above 0. Returns parameters (B, 6, H, W) and logits (B, K, h, w). Raises ValueError when the noise does not fit.
         """
         logits = self.logits(image)
+        if gumbel_noise is None:
+            return {"parameters": self.decoder(logits), "logits": logits}
         if gumbel_noise.shape != logits.shape:
             raise ValueError(
                 f"DiscreteVAE needs gumbel_noise of shape {tuple(logits.shape)}, got {tuple(gumbel_noise.shape)}"
             )
         return {"parameters": self.decoder(relax(logits, gumbel_noise, temperature)), "logits": logits}
+
+    @torch.no_grad()
+    def start_codes(self, images: Sequence[Tensor], seed: int, sharpness: float = 25.0) -> None:
+        """Turns the plain autoencoder (see `forward`) into a discrete one, in place: its codes are k-means centres.
+
+        What the decoder's stem makes of the logits is one vector a position, z. Its centres c_k become the stem's
+        columns, and the logits become s * (c_k . z - |c_k|^2 / 2), whose argmax is the centre nearest to z. s is such
+        that the median distance between neighbouring centres is worth `sharpness` / 2 nats. images: batches of
+        (B, 3, H, W) in [-1, 1]. Raises ValueError when they hold fewer positions than there are codes.
+        """
+        head, stem = self.encoder.head, self.decoder.stem
+        to_z, offset = stem.weight[:, :, 0, 0].cpu(), stem.bias.cpu()
+        logits = torch.cat([self.logits(image).cpu().permute(0, 2, 3, 1).flatten(0, 2) for image in images])  # (N, K)
+        centres = kmeans(logits @ to_z.T + offset, self.spec.vocabulary, seed)[0]  # (K, C)
+        apart = torch.cdist(centres, centres).fill_diagonal_(torch.inf).amin(1).square()
+        scale = sharpness / apart.median().clamp(min=1e-12)
+        shifted = scale * (centres - centres.mean(0))  # a constant added to all logits changes nothing
+        from_z = shifted @ to_z  # (K, K): new logits from old ones
+        bias = shifted @ offset - scale / 2 * centres.square().sum(1)
+        bias = bias - bias.mean() + from_z @ head.bias.cpu()
+        head.weight.copy_((from_z @ head.weight[:, :, 0, 0].cpu())[:, :, None, None])
+        head.bias.copy_(bias)
+        stem.weight.copy_(centres.T[:, :, None, None])
+        stem.bias.zero_()
 
 
 def relax(logits: Tensor, gumbel_noise: Tensor, temperature: float | Tensor) -> Tensor:

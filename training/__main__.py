@@ -39,6 +39,19 @@ def source_of(recipe: Recipe, data: runs.Data) -> Any:
     return ShardSource(sorted(Path(data.shards).glob("*.tar")), size=recipe.image_size, seed=data.seed)
 
 
+def validation_of(recipe: Recipe, data: runs.Data) -> Any:
+    """Where the headline metrics are measured, or None: `shapes` has meanings that training never shows."""
+    if data.kind == "shapes":
+        from .data.shapes import ShapesSource
+
+        return ShapesSource(size=recipe.image_size, seed=data.seed, split="S2none")
+    if data.validation is None:
+        return None
+    from .stream import ShardSource
+
+    return ShardSource(sorted(Path(data.validation).glob("*.tar")), size=recipe.image_size, seed=data.seed)
+
+
 def _prepare_captions(recipe: Recipe, source: Any, model: Path) -> None:
     """Trains the caption tokenizer once, on the first captions of the data; later stages read its file."""
     from ..tokenizers.captions import CaptionTokenizer
@@ -47,9 +60,7 @@ def _prepare_captions(recipe: Recipe, source: Any, model: Path) -> None:
     if path.exists():
         return
     model.mkdir(parents=True, exist_ok=True)
-    captions: list[str] = []
-    for start in range(0, 20_000, 500):
-        captions += source.read(range(start, start + 500)).captions
+    captions = source.captions(range(20_000))
     CaptionTokenizer.train(captions, recipe.captions.vocab_size, recipe.captions.context_length).save(path)
 
 
@@ -83,6 +94,7 @@ def _check(training: runs.Training, names: list[str], processes: int) -> None:
 
 
 def _train(recipe: Recipe, training: runs.Training, names: list[str], folder: Path, asked: int) -> None:
+    import torch
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
@@ -90,6 +102,8 @@ def _train(recipe: Recipe, training: runs.Training, names: list[str], folder: Pa
     from .stages import STAGES
 
     _check(training, names, asked)
+    # The tails of a softmax are denormal numbers, with which a CPU is many times slower. Threads made later inherit it.
+    torch.set_flush_denormal(True)
     accelerator = Accelerator(mixed_precision="no" if training.precision == "fp32" else training.precision)
     if accelerator.num_processes != asked:
         raise RecipeError(
@@ -97,6 +111,7 @@ def _train(recipe: Recipe, training: runs.Training, names: list[str], folder: Pa
             "use `kartina train --processes N`, which starts them all"
         )
     source, model = source_of(recipe, training.data), folder / "model"
+    validation = validation_of(recipe, training.data)
     if accelerator.is_main_process:
         _prepare_captions(recipe, source, model)
     accelerator.wait_for_everyone()
@@ -108,7 +123,7 @@ def _train(recipe: Recipe, training: runs.Training, names: list[str], folder: Pa
             continue
         set_seed(training.seed)
         stage = STAGES[name](recipe, config, source, model, training.seed, accelerator.device)
-        ema = train_stage(identity, stage, config, source, folder, accelerator)
+        ema = train_stage(identity, stage, config, source, validation, folder, accelerator)
         if accelerator.is_main_process:
             stage.network.load_state_dict(ema.average)
             facts = {"trained_against": against, "identity": identity}

@@ -14,18 +14,22 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from rich.console import Console
 
 from . import state
 from .optim import EMA, build_optimizers, rate
 from .run import Stage, differences, division
 from .stages import Update
-from .stream import Batch, Source, rank_positions
+from .stream import Batch, Source, prefetch, rank_positions, validation_positions
+
+_VALIDATION_BATCH = 64
 
 
 class TrainingError(ValueError):
@@ -90,18 +94,30 @@ def _divide_gradients(network: torch.nn.Module, updates: list[Update], accelerat
 
 
 def _mean_scalars(updates: list[Update], accelerator: Accelerator) -> dict[str, float]:
+    """The scalars of one step, averaged over micro-batches and ranks by the weight of their samples."""
     names = sorted(updates[0][2])
-    local = torch.stack([torch.stack([u[2][n].detach().float() for n in names]) for u in updates]).mean(0)
-    mean = accelerator.reduce(local.to(accelerator.device), reduction="mean")
-    return {f"{updates[0][0]}/{name}": value for name, value in zip(names, mean.tolist(), strict=True)}
+    rows = []
+    for _, (_, count), scalars in updates:
+        weight = torch.as_tensor(count, dtype=torch.float32, device=accelerator.device)
+        rows.append(torch.stack([weight, *(weight * scalars[name].detach().float() for name in names)]))
+    total = accelerator.reduce(torch.stack(rows).sum(0), reduction="sum")
+    mean = (total[1:] / total[0].clamp(min=1e-12)).tolist()
+    return {f"{updates[0][0]}/{name}": value for name, value in zip(names, mean, strict=True)}
 
 
 def train_stage(
-    identity: dict[str, Any], stage: Any, config: Stage, source: Source, folder: Path, accelerator: Accelerator
+    identity: dict[str, Any],
+    stage: Any,
+    config: Stage,
+    source: Source,
+    validation: Source | None,
+    folder: Path,
+    accelerator: Accelerator,
 ) -> EMA:
     """Trains a stage to its last step, resuming from the newest whole checkpoint; returns the averaged weights.
 
     identity: see `training.run.identity`. stage: an object of `kartina.training.stages`. folder: the run folder.
+    validation: where the stage's headline metric is measured, with the averaged weights.
     Raises TrainingError on a changed recipe or a gradient that stays non-finite.
     """
     name = identity["stage"]
@@ -115,20 +131,24 @@ def train_stage(
     log = Log(folder, name, accelerator.is_main_process)
     started = saved = time.monotonic()
     skipped = 0
+    rank, world = accelerator.process_index, accelerator.num_processes
+    positions = (rank_positions(s, config.global_batch, rank, world, micro) for s in range(first, config.steps))
+    stream = prefetch(source, chain.from_iterable(positions))
 
     for step in range(first, config.steps):
+        if step == stage.restart_step:
+            ema.copy_to_network()
+            stage.restart()
+            for tensor in stage.network.state_dict().values():
+                broadcast(tensor)  # ranks may round differently
+            optimizers, ema = build_optimizers(stage.network, config.optimizer), EMA(stage.network, config.ema)
+        restart = stage.restart_step if stage.restart_step is not None and step >= stage.restart_step else 0
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate(step, config.steps, config.optimizer)
+                group["lr"] = group["peak"] * rate(step, config.steps, config.optimizer, restart)
         waited = time.monotonic()
-        batches = [
-            _to_device(source.read(positions), accelerator.device)
-            for positions in rank_positions(
-                step, config.global_batch, accelerator.process_index, accelerator.num_processes, micro
-            )
-        ]
+        batches = [_to_device(next(stream), accelerator.device) for _ in range(passes)]
         waited = time.monotonic() - waited
-        assert len(batches) == passes
         generators = [stage.updates(batch, step) for batch in batches]
         while updates := _advance(generators, network, accelerator):
             count = _divide_gradients(stage.network, updates, accelerator)
@@ -152,6 +172,8 @@ def train_stage(
                 seconds = trained_seconds + time.monotonic() - started
                 facts = {"norm": float(norm), "wait": waited, "seconds": seconds}
                 log.write(step + 1, config.steps, _mean_scalars(updates, accelerator) | facts)
+        if validation is not None and ((step + 1) % config.validate_every == 0 or step + 1 == config.steps):
+            log.write(step + 1, config.steps, _validate(stage, ema, validation, accelerator))
         preview = (step + 1) % config.preview_every == 0 or step + 1 == config.steps
         if preview and accelerator.is_main_process:
             stage.preview(batches[0], folder / "previews" / f"{name}-{step + 1:06d}.png")
@@ -162,6 +184,26 @@ def train_stage(
             saved = time.monotonic()
     accelerator.wait_for_everyone()
     return ema
+
+
+def _validate(stage: Any, ema: EMA, source: Source, accelerator: Accelerator, most: int = 512) -> dict[str, float]:
+    """The stage's metrics on the first samples of another source, each scored once, with the averaged weights."""
+    total = most if source.size is None else min(most, source.size)
+    mine = validation_positions(total, accelerator.process_index, accelerator.num_processes)
+    sums: dict[str, torch.Tensor] = {}
+    names: list[str] = []
+    count = torch.zeros((), device=accelerator.device)
+    with ema.applied(), accelerator.autocast():
+        for start in range(0, len(mine), _VALIDATION_BATCH):
+            batch = _to_device(source.read(mine[start : start + _VALIDATION_BATCH]), accelerator.device)
+            values = stage.measure(batch)
+            for name, value in values.items():
+                sums[name] = sums.get(name, torch.zeros_like(count)) + (value.float() * batch.weight).sum()
+            count += batch.weight.sum()
+            names = list(values)
+    count = accelerator.reduce(count, reduction="sum")
+    means = [accelerator.reduce(sums[name], reduction="sum") / count for name in names]
+    return {f"valid/{name}": float(mean) for name, mean in zip(names, means, strict=True)}
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:

@@ -4,19 +4,51 @@ It does not know what is trained. All rates are functions of the optimizer step,
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from .run import Optimizer
 
+_OUTER = ("embedding", "position", "stem", "head")  # what meets the data or the codes is AdamW's
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon (Jordan 2024), for convolution kernels too: it sees each as the matrix (n_out, rest), in place."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], lr: float, weight_decay: float) -> None:
+        self._sources = list(parameters)
+        super().__init__([nn.Parameter(_matrix(p.detach())) for p in parameters], lr=lr, weight_decay=weight_decay)
+
+    def step(self, closure: None = None) -> None:
+        """One step from the gradients of the parameters."""
+        matrices = [matrix for group in self.param_groups for matrix in group["params"]]
+        for source, matrix in zip(self._sources, matrices, strict=True):
+            matrix.grad = None if source.grad is None else _matrix(source.grad)
+        super().step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients of the parameters."""
+        super().zero_grad(set_to_none)
+        for source in self._sources:
+            source.grad = None
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """(n_out, ...) -> (n_out, rest), of a parameter a view of its memory: kernels may lie channels-last."""
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.flatten(1) if tensor.is_contiguous() else tensor.contiguous().flatten(1)
+
 
 def build_optimizers(module: nn.Module, config: Optimizer) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon for the matrices of hidden layers if the recipe asks for it. Each group keeps its peak rate."""
+    """AdamW, and Muon for matrices and kernels of hidden layers if the recipe asks for it. A group keeps its peak."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
-        hidden = parameter.ndim == 2 and not any(word in name for word in ("embedding", "head", "position"))
+        hidden = parameter.ndim in (2, 4) and not any(word in name for word in _OUTER)
         (matrices if config.muon and hidden else others).append(parameter)
     decayed = [p for p in others if p.ndim >= 2]
     plain = [p for p in others if p.ndim < 2]
@@ -25,16 +57,19 @@ def build_optimizers(module: nn.Module, config: Optimizer) -> list[torch.optim.O
         torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
     ]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=config.muon, weight_decay=config.weight_decay))
+        optimizers.append(Muon(matrices, lr=config.muon, weight_decay=config.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return optimizers
 
 
-def rate(step: int, steps: int, config: Optimizer) -> float:
-    """The share of the peak learning rate at a step in [0, steps): warm-up, plateau, then linear or cosine to zero."""
-    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+def rate(step: int, steps: int, config: Optimizer, restart: int = 0) -> float:
+    """The share of the peak learning rate at a step in [0, steps): warm-up, plateau, then linear or cosine to zero.
+
+    restart: the step at which the optimizers began anew, and with them the warm-up.
+    """
+    warm = min(1.0, (step - restart + 1) / config.warmup) if config.warmup else 1.0
     start = steps * (1 - config.decay)
     if step < start or config.decay == 0:
         return warm
@@ -63,6 +98,25 @@ class EMA:
                 self.average[name].lerp_(value.detach(), 1 - decay)
             else:
                 self.average[name].copy_(value)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it the module holds the averaged weights."""
+        live = {name: value.detach().clone() for name, value in self.live.items()}
+        try:
+            self._write(self.average)
+            yield
+        finally:
+            self._write(live)
+
+    def copy_to_network(self) -> None:
+        """The module takes the averaged weights for good."""
+        self._write(self.average)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor]) -> None:
+        for name, value in self.live.items():
+            value.copy_(values[name])
 
     def state(self) -> dict[str, Tensor | int]:
         return {"updates": self.updates, **{f"average.{k}": v for k, v in self.average.items()}}

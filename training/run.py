@@ -11,7 +11,7 @@ from pydantic import Field
 from ..pipeline.recipe import Recipe, RecipeError, Section, nearest, read, validate
 
 RECIPES = Path(__file__).parent / "recipes"
-_CADENCE = ("log_every", "preview_every", "save_minutes", "micro_batch")
+_CADENCE = ("log_every", "preview_every", "validate_every", "save_minutes", "micro_batch")
 
 
 class Data(Section):
@@ -20,11 +20,12 @@ class Data(Section):
     kind: Literal["shapes", "shards"]
     levels: tuple[str, ...] = ("S1", "S2")
     shards: str | None = None
+    validation: str | None = Field(None, description="a folder of shards on which the headline metric is measured")
     seed: int = 0
 
 
 class Optimizer(Section):
-    """AdamW; with `muon` > 0, the matrices of hidden layers go to Muon (Jordan 2024) at that rate."""
+    """AdamW; with `muon` > 0, matrices and kernels of hidden layers go to Muon (Jordan 2024) at that rate."""
 
     lr: float = Field(gt=0)
     muon: float = Field(0.0, ge=0)
@@ -46,6 +47,7 @@ class Stage(Section):
     ema: float = Field(0.999, ge=0, lt=1)
     log_every: int = Field(20, ge=1)
     preview_every: int = Field(500, ge=1)
+    validate_every: int = Field(500, ge=1)
     save_minutes: float = Field(5.0, gt=0)
     objective: dict[str, float] = {}
 

@@ -209,6 +209,12 @@ def read_sample(file: BinaryIO, entry: Entry) -> tuple[Image.Image, str]:
     pictures = [extension for extension in PICTURES if extension in entry.members]
     if len(pictures) != 1:
         raise BadSample(f"expected one picture ({', '.join(PICTURES)}), got {len(pictures)}")
+    caption = read_caption(file, entry)
+    return decode(pictures[0], read_member(file, entry, pictures[0])), caption
+
+
+def read_caption(file: BinaryIO, entry: Entry) -> str:
+    """The caption of one sample: txt, or `caption` of the json. Raises BadSample with the reason."""
     caption: Any = None
     if "txt" in entry.members:
         caption = decode("txt", read_member(file, entry, "txt"))
@@ -217,4 +223,4 @@ def read_sample(file: BinaryIO, entry: Entry) -> tuple[Image.Image, str]:
         caption = content.get("caption") if isinstance(content, dict) else None
     if not isinstance(caption, str) or not caption:
         raise BadSample("no caption: expected a .txt, or `caption` in the .json")
-    return decode(pictures[0], read_member(file, entry, pictures[0])), caption
+    return caption

@@ -2,8 +2,9 @@
 
 A stage is a plain object with `network` (trained), `forward` (its wrapped form, set by the loop), `depends` (what
 must be trained before), `knobs` (the keys its objective takes), `coupled` (its loss compares samples of a batch),
-`updates(batch, step)` and `preview(batch, path)`. Every draw comes from `kartina.layers.random`, keyed by the run's
-seed, the step and the sample's global position.
+`updates(batch, step)`, `measure(batch)` (values (B,) by name, the headline metric first), `preview(batch, path)`, and
+`restart_step` (None, or the step at which `restart()` changes the weights and the optimizers begin anew). Every draw
+comes from `kartina.layers.random`, keyed by the run's seed, the step and the sample's global position.
 
 B batch, H x W image, h x w grid of codes, K codebook, T caption tokens.
 
@@ -32,30 +33,60 @@ Update = tuple[str, tuple[Tensor, Tensor], dict[str, Tensor]]
 
 
 class TokenizerStage:
-    """Fits the dVAE (arXiv:2102.12092, section 2.1): Gumbel-softmax relaxation, logit-Laplace likelihood, KL."""
+    """Fits the dVAE (arXiv:2102.12092, section 2.1): Gumbel-softmax relaxation, logit-Laplace likelihood, KL.
+
+    With `autoencoder_steps` it first trains as a plain autoencoder, whose k-means centres then become the codes: small
+    runs that start from random codes keep a handful of them.
+    """
 
     part = "tokenizer"
     coupled = False
     depends: tuple[str, ...] = ()
-    knobs = frozenset({"temperature_steps", "kl_steps", "kl_weight"})
+    knobs = frozenset(
+        {"autoencoder_steps", "temperature", "temperature_end", "temperature_steps", "kl_weight", "kl_steps", "squared"}
+    )
 
     def __init__(
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
     ) -> None:
         self.network: nn.Module = build(recipe, self.part).to(device)
         self.forward: Callable[..., Any] = self.network
-        self.config, self.source, self.seed = config, source, seed
+        self.config, self.source, self.seed, self.device = config, source, seed, device
+        knobs, steps = config.objective, config.steps
+        self.start = int(knobs.get("autoencoder_steps", 0))
+        self.restart_step = self.start or None
+        self.temperature = (
+            knobs.get("temperature", 1.0),
+            knobs.get("temperature_end", 1 / 16),
+            int(knobs.get("temperature_steps", 0.75 * (steps - self.start))),
+        )
+        self.kl_weight = (0.0, knobs.get("kl_weight", 6.6), int(knobs.get("kl_steps", 0.1 * steps)))
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """The codes become k-means centres, over the 1,024 images that were read last (fewer in a shorter run)."""
+        end = self.start * self.config.global_batch
+        positions = range(max(0, end - 1024), end)
+        chunks = [positions[i : i + 128] for i in range(0, len(positions), 128)]
+        images = (self.source.read(chunk).image.to(self.device) for chunk in chunks)
+        self.network.start_codes(images, self.seed)
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
-        spec, knobs, steps = self.network.spec, self.config.objective, self.config.steps
-        noise = random.gumbel(self.seed, step, batch.samples, (spec.vocabulary, *spec.shape), "dvae gumbel")
-        temperature = dvae_objective.temperature(step, steps=int(knobs.get("temperature_steps", 0.75 * steps)))
-        beta = dvae_objective.kl_weight(
-            step, end=knobs.get("kl_weight", 6.6), steps=int(knobs.get("kl_steps", 0.1 * steps))
-        )
+        spec, noise, age = self.network.spec, None, step - self.start
+        if age >= 0:
+            noise = random.gumbel(self.seed, step, batch.samples, (spec.vocabulary, *spec.shape), "dvae gumbel")
+        temperature = dvae_objective.anneal(max(age, 0), *self.temperature)
+        beta = dvae_objective.anneal(max(age, 0), *self.kl_weight) if age >= 0 else 0.0
         out = self.forward(batch.image, noise, temperature)
-        loss, scalars = dvae_objective.dvae(out["parameters"], out["logits"], batch.image, beta, batch.weight)
+        squared = self.config.objective.get("squared", 0.0)
+        loss, scalars = dvae_objective.dvae(out["parameters"], out["logits"], batch.image, beta, batch.weight, squared)
         yield self.part, loss, scalars
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """`psnr`: dB of the pictures that the codes give back, in the range of the pixels."""
+        again = self.network.decode(self.network.encode(batch.image)).float().clamp(-1, 1)
+        return {"psnr": -10 * torch.log10((again - batch.image).square().mean(dim=(1, 2, 3)) / 4)}
 
     @torch.no_grad()
     def preview(self, batch: Batch, path: Path) -> None:
@@ -70,6 +101,7 @@ class PriorStage:
     part = "prior"
     coupled = False
     depends = ("tokenizer", "captions")
+    restart_step = None
     knobs = frozenset({"caption_drop"})
 
     def __init__(
@@ -82,9 +114,7 @@ class PriorStage:
         self.config, self.source, self.seed = config, source, seed
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
-        with torch.no_grad():
-            codes = self.tokenizer.encode(batch.image).flatten(1)  # (B, h*w)
-        text = self.captions.encode(batch.captions)[0].to(codes.device)  # (B, T)
+        text, codes = self._read(batch)
         drop = random.uniform(self.seed, step, batch.samples, (1,), "caption drop")
         text = torch.where(
             drop < self.config.objective.get("caption_drop", 0.1), self.network.null_text(len(text)), text
@@ -92,6 +122,20 @@ class PriorStage:
         text_logits, image_logits = self.forward(text, codes)
         loss, scalars = dalle_objective.dalle(text_logits, image_logits, text, codes, batch.weight)
         yield self.part, loss, scalars
+
+    @torch.no_grad()
+    def _read(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Caption tokens (B, T) and image codes (B, h*w)."""
+        codes = self.tokenizer.encode(batch.image).flatten(1)
+        return self.captions.encode(batch.captions)[0].to(codes.device), codes
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """`nats_per_code`: the negative log-likelihood of the image's codes, given the caption."""
+        text, codes = self._read(batch)
+        logits = self.network(text, codes)[1].float()  # (B, N, K)
+        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), codes, reduction="none")  # (B, N)
+        return {"nats_per_code": each.mean(dim=1)}
 
     @torch.no_grad()
     def preview(self, batch: Batch, path: Path) -> None:
@@ -111,7 +155,8 @@ class CLIPStage:
     part = "clip"
     coupled = True
     depends = ("captions",)
-    knobs: frozenset[str] = frozenset()
+    restart_step = None
+    knobs = frozenset({"wrong_captions"})
 
     def __init__(
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
@@ -123,13 +168,45 @@ class CLIPStage:
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
         clip_objective.clamp_logit_scale(self.network.logit_scale)
-        text = self.network.with_end(*self.captions.encode(batch.captions)).to(batch.image.device)
-        image_features, text_features, scale = self.forward(batch.image, text)
+        image_features, text_features, scale, wrong = self._features(self.forward, batch)
         known: dict[Hashable, int] = {}
         meanings = [self.source.meaning(caption) for caption in batch.captions]
-        groups = torch.tensor([known.setdefault(m, len(known)) for m in meanings], device=text.device)
-        loss, scalars = clip_objective.clip(image_features, text_features, scale, groups, None, batch.weight)
+        groups = torch.tensor([known.setdefault(m, len(known)) for m in meanings], device=batch.image.device)
+        loss, scalars = clip_objective.clip(image_features, text_features, scale, groups, wrong, batch.weight)
         yield self.part, loss, scalars
+
+    def _features(self, towers: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Features of images (B, D) and captions (B, D), the scale, features of wrong captions (B, W, D) or None."""
+        count, captions = len(batch.captions), list(batch.captions)
+        for caption, sample in zip(batch.captions, batch.samples.tolist(), strict=True):
+            captions += self._wrong(caption, sample)
+        text = self.network.with_end(*self.captions.encode(captions)).to(batch.image.device)
+        image_features, text_features, scale = towers(batch.image, text)
+        own, wrong = text_features[:count], text_features[count:]
+        return image_features, own, scale, wrong.view(count, -1, own.shape[1]) if len(wrong) else None
+
+    def _wrong(self, caption: str, sample: int) -> list[str]:
+        """As many minimal wrong captions as the recipe asks for, in a row that differs from sample to sample."""
+        wanted = int(self.config.objective.get("wrong_captions", 0))
+        if not wanted:
+            return []
+        found = self.source.wrong(caption, sample)
+        if not found:
+            raise ValueError("this data has no minimal wrong captions; set stages.clip.objective.wrong_captions=0")
+        return [found[i % len(found)] for i in range(wanted)]
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """`accuracy`: how often an image's caption beats those of the batch that mean another thing, and wrong ones."""
+        image_features, text_features, _, wrong = self._features(self.network, batch)
+        similarity = image_features.float() @ text_features.float().T  # (B, B)
+        right = similarity.diagonal().clone()
+        meanings = [self.source.meaning(caption) for caption in batch.captions]
+        same = torch.tensor([[a == b for b in meanings] for a in meanings], device=right.device)
+        best = similarity.masked_fill(same, -1.0).amax(dim=1)
+        if wrong is not None:
+            best = best.maximum(torch.einsum("bd,bwd->bw", image_features.float(), wrong.float()).amax(dim=1))
+        return {"accuracy": (right > best).float()}
 
     def preview(self, batch: Batch, path: Path) -> None:
         """CLIP draws nothing."""

@@ -11,6 +11,7 @@ B samples, S image side, W shards in a window.
 It does not know devices, the model or the objective.
 """
 
+import contextlib
 import hashlib
 import logging
 from collections import OrderedDict, deque
@@ -25,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .samples import BadSample, Index, find_shards, load_index, read_sample
+from .samples import BadSample, Index, find_shards, load_index, read_caption, read_sample
 
 _log = logging.getLogger(__name__)
 _SHARDS, _MEMBERS = 0, 1  # the two uses of Philox, kept apart by its counter
@@ -60,8 +61,14 @@ class Source(Protocol):
     def read(self, positions: Sequence[int]) -> Batch:
         """The batch that stands at these positions: equal for equal arguments, on every rank and after a restart."""
 
+    def captions(self, positions: Sequence[int]) -> list[str]:
+        """The captions at these positions, without those of samples that cannot be read; no picture is decoded."""
+
     def meaning(self, caption: str) -> Hashable:
         """Equal for captions that say the same, so that a contrastive loss does not tell them apart."""
+
+    def wrong(self, caption: str, sample: int) -> list[str]:
+        """Captions one fact away from a true one, so false of its image; their order is a draw of the sample."""
 
 
 def permutation(seed: int, pass_: int, use: int, part: int, count: int) -> np.ndarray:
@@ -188,9 +195,23 @@ class ShardSource:
         samples = torch.tensor([int(p) for p in positions], dtype=torch.int64)
         return Batch(torch.stack(images), list(captions), list(keys), samples, torch.tensor(weights))
 
+    def captions(self, positions: Sequence[int]) -> list[str]:
+        """The captions at these positions, without those that cannot be read."""
+        found = []
+        for position in positions:
+            shard, member = self._place(int(position))
+            index = self.indexes[shard]
+            with open(index.path, "rb") as file, contextlib.suppress(BadSample):
+                found.append(read_caption(file, index.entries[member]))
+        return found
+
     def meaning(self, caption: str) -> Hashable:
         """Captions mean the same if they are the same but for case and outer space."""
         return caption.strip().lower()
+
+    def wrong(self, caption: str, sample: int) -> list[str]:
+        """Nobody knows what is false of these pictures: none."""
+        return []
 
 
 def rank_positions(step: int, global_batch: int, rank: int, world: int, micro_batch: int) -> list[list[int]]:

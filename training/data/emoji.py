@@ -4,7 +4,8 @@ Nothing is bundled: the art and the names come from three npm packages, packed b
 a folder. Records are drawn by concept, then evenly over its (tone, style) cells, never by file: most files are people
 in five skin tones. Two built-in splits measure composition, written to splits.json as cells `style/hexcode`:
 E1 (role x tone): role i, in sorted order, never shows tone i mod 5 in training. E2 (concept x style): one concept in
-ten, by sha256, loses one style in training. The licences of the art travel in LICENSES/.
+ten, by sha256, loses one style in training. gallery/ holds every emoji once, without a background: what a painted
+picture is compared with. The licences of the art travel in LICENSES/.
 
 It does not know the order of reading (`stream` does), nor how a score is computed. No paper.
 """
@@ -21,15 +22,18 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image
 
+from ..samples import Entry, decode, find_shards, load_index, read_member
 from ..shards import ShardWriter
 from .emoji_captions import BACKGROUNDS, LANGUAGES, TEMPLATES, caption
 from .emoji_packages import LICENCES, PACKAGES, STYLES, Emoji, join, pack, package_file, read_package, write_notices
 
 TONES = 5
+MAX_SIZE = 512  # pixels a side
 _TONE = re.compile(r"-1f3f[b-f]")
 
 
@@ -42,6 +46,23 @@ class EmojiReport:
     emoji: int
     held_out: dict[str, int]
     left_out: dict[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Art:
+    """One emoji of the gallery: facts as those of Emoji, labels by language, pixels uint8 (S, S, 4), RGBA."""
+
+    cell: str
+    style: str
+    concept: str
+    tone: int
+    labels: dict[str, str]
+    pixels: np.ndarray
+
+    @property
+    def hexcode(self) -> str:
+        """The hexcode, with its tones."""
+        return self.cell.partition("/")[2]
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
@@ -117,6 +138,49 @@ def _write(writer: ShardWriter, e: Emoji, picture: Image.Image, draws: random.Ra
     writer.write(fields, name=e.cell, label=e.labels[language], **facts)
 
 
+def _write_gallery(
+    out: Path, emoji: list[Emoji], pictures: dict[str, Image.Image], languages: Sequence[str], per_shard: int
+) -> None:
+    with ShardWriter(out, per_shard, "gallery") as writer:
+        for e in emoji:
+            data = io.BytesIO()
+            pictures[e.cell].save(data, "PNG")
+            labels = {language: e.labels[language] for language in languages}
+            fields = {"png": data.getvalue(), "txt": labels[languages[0]].encode()}
+            writer.write(fields, name=e.cell, style=e.style, concept=e.concept, tone=e.tone, labels=labels)
+
+
+def read_gallery(data: Path | str) -> list[Art]:
+    """Every emoji that `prepare` rasterised into the folder `data`, held-out ones too, sorted by cell.
+
+    Raises ValueError for a folder without a gallery, or a record that is not as `prepare` writes it.
+    """
+    folder = Path(data) / "gallery"
+    if not folder.is_dir():
+        raise ValueError(f"{data} has no gallery/ to compare with; write the data again: kartina data emoji OUT")
+    found: list[Art] = []
+    for shard in find_shards(folder):
+        with open(shard, "rb") as file:
+            for entry in load_index(shard).entries:
+                try:
+                    found.append(_read_art(file, entry))
+                except (KeyError, TypeError, ValueError, OSError) as error:
+                    named = f"{shard.name.removesuffix('.tar')}/{entry.key}"
+                    raise ValueError(f"{named} is no record of a gallery: {error!r}; write the data again") from error
+    if len(sides := {art.pixels.shape for art in found}) != 1:
+        raise ValueError(f"a gallery holds pictures of one size, got {sorted(sides)}; write the data again")
+    return found
+
+
+def _read_art(file: BinaryIO, entry: Entry) -> Art:
+    facts = decode("json", read_member(file, entry, "json"))
+    with Image.open(io.BytesIO(read_member(file, entry, "png")), formats=("PNG",)) as picture:
+        if picture.width != picture.height or picture.width > MAX_SIZE:
+            raise ValueError(f"a square of at most {MAX_SIZE} pixels was expected, got {picture.size}")
+        pixels = np.asarray(picture.convert("RGBA"))  # (S, S, 4)
+    return Art(facts["name"], facts["style"], facts["concept"], facts["tone"], facts["labels"], pixels)
+
+
 def prepare(
     out: Path | str,
     packed: Path | str | None = None,
@@ -126,15 +190,15 @@ def prepare(
     languages: Sequence[str] = LANGUAGES,
     samples_per_shard: int = 1000,
 ) -> EmojiReport:
-    """Writes training shards to `out`, held-out cells once each to `out/held_out`; splits.json, LICENSES/.
+    """Writes training shards to `out`, held-out cells once each to `out/held_out`; gallery/, splits.json, LICENSES/.
 
     packed: a folder with the three .tgz files of `npm pack`; without it npm is run in a temporary folder. size: side in
     pixels, 16 to 512. per_concept: records of each concept. Raises ValueError for these, or where `out` has content.
     """
     out = Path(out)
-    if not 16 <= size <= 512 or per_concept < 1 or not languages or not set(languages) <= set(LANGUAGES):
+    if not 16 <= size <= MAX_SIZE or per_concept < 1 or not languages or not set(languages) <= set(LANGUAGES):
         raise ValueError(
-            f"size 16..512, per_concept >= 1, languages of {LANGUAGES}; got {size}, {per_concept}, {languages}"
+            f"size 16..{MAX_SIZE}, per_concept >= 1, languages of {LANGUAGES}; got {size}, {per_concept}, {languages}"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already has content; choose a new or empty folder")
@@ -199,11 +263,12 @@ def _write_all(
             for e in emoji:
                 if e.cell in hidden:
                     _write(writer, e, pictures[e.cell], draws, languages)
+        _write_gallery(staging / "gallery", emoji, pictures, languages, samples_per_shard)
         training = sorted({e.cell for e in records})
         text = json.dumps({**split, "training": training, "left_out": left_out}, ensure_ascii=False, indent=1)
         (staging / "splits.json").write_text(text, encoding="utf-8")
         write_notices(staging)
-        for folder, notices in ((staging, ""), (staging / "held_out", "../")):
+        for folder, notices in ((staging, ""), (staging / "held_out", "../"), (staging / "gallery", "../")):
             content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             content["licences"] = [{**one, "notice": notices + one["notice"]} for one in LICENCES]
             (folder / "manifest.json").write_text(json.dumps(content, indent=1), encoding="utf-8")

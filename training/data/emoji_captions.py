@@ -26,6 +26,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "en": ("{label}", "{label}, {style} style emoji", "an emoji of {label} on {colour} background", "{tags}"),
     "ru": ("{label}", "{label}, стиль {style}", "{label} на {colour} фоне", "{tags}"),
 }
+NAMES_STYLE = 1  # the template of either language that names label and style
 
 
 def plain_label(label: str) -> str:

@@ -1,7 +1,7 @@
-"""The `shapes` source: endless captioned images of one or two flat shapes, drawn fresh from (seed, position).
+"""The `shapes` source: endless captioned images of one to four flat shapes, drawn fresh from (seed, position).
 
-Training draws evenly among the levels, then evenly among the captions that the held-out rules leave to that level, in a
-language drawn evenly, with fresh positions, radii and a small colour jitter. Nothing is stored.
+Training draws evenly among the levels (of S3 evenly between its two parts), then evenly among the captions that the
+held-out rules leave, in a language drawn evenly, with fresh positions, radii and a small colour jitter. None is stored.
 
 B positions, S image side.
 
@@ -15,22 +15,28 @@ import torch
 
 from ...layers import random
 from ..stream import Batch
-from .shapes_captions import LANGUAGES, canonical, caption, parse_caption
+from .shapes_captions import LANGUAGES, canonical, parse_caption, wrong_captions
+from .shapes_captions import caption as write_caption
+from .shapes_many import DRAWS, place_many
 from .shapes_scenes import (
     COLOURS,
     IMAGE_SIDES,
+    MOST_OBJECTS,
+    NARROW,
     PALETTE,
     RELATIONS,
     SHAPES,
     SIZES,
+    WIDE,
     Facts,
+    Rows,
     Scenes,
     place,
     placement_draws,
     render,
     sample_scenes,
 )
-from .shapes_splits import TESTS, test_rows, training_rows
+from .shapes_splits import LEVELS, TEST_COUNTS, draw_rows, test_rows
 
 __all__ = [
     "COLOURS",
@@ -50,9 +56,9 @@ __all__ = [
 class ShapesSource:
     """A source of batches: `read(positions)` is a pure function of (seed, position).
 
-    size: 32 or 64. levels: among "S1" (one object), "S2" (two); used by the split "train". split: "train" (endless) or
-    a test set of shapes_splits (finite: position i is its i-th caption). languages: among "en", "ru".
-    jitter: standard deviation of the shift of each colour, in units of the [0, 1] range.
+    size: 32 or 64. levels: among "S1" (one object), "S2" (two), "S3" (three, or one to four alike); used by the split
+    "train". split: "train" (endless) or a test set of shapes_splits (finite: position i is its i-th caption).
+    languages: among "en", "ru". jitter: standard deviation of the shift of each colour, in units of the [0, 1] range.
     Raises ValueError for a value outside these.
     """
 
@@ -67,22 +73,23 @@ class ShapesSource:
     ) -> None:
         if size not in IMAGE_SIDES:
             raise ValueError(f"shapes images have a side in {IMAGE_SIDES}, got {size}: set size to one of these")
-        if split != "train" and split not in TESTS:
-            raise ValueError(f"shapes has the splits {('train', *TESTS)}, got {split!r}: choose one of these")
+        if split != "train" and split not in TEST_COUNTS:
+            raise ValueError(f"shapes has the splits {('train', *TEST_COUNTS)}, got {split!r}: choose one of these")
         if not languages or not set(languages) <= set(LANGUAGES):
             raise ValueError(f"shapes captions exist in {LANGUAGES}, got {tuple(languages)}: name one or both")
-        if not levels:
-            raise ValueError("shapes needs at least one level, got none: name S1, S2 or both")
+        if not levels or not set(levels) <= set(LEVELS):
+            raise ValueError(f"shapes has the levels {tuple(LEVELS)}, got {tuple(levels)}: name at least one of these")
         if jitter < 0:
             raise ValueError(f"the colour jitter is a standard deviation, at least 0, got {jitter}: use e.g. 0.02")
         self._side, self._seed, self._jitter = size, seed, jitter
         self._split, self._languages, self._levels = split, tuple(languages), tuple(levels)
-        self._pools = [training_rows(level) for level in levels] if split == "train" else [test_rows(split)]
+        self._tests = None if split == "train" else test_rows(split)
+        self._wide = "S3" in levels if self._tests is None else self._tests.shape[1] == WIDE
 
     @property
     def size(self) -> int | None:
         """The number of positions, None where they never end."""
-        return None if self._split == "train" else len(self._pools[0])
+        return None if self._tests is None else len(self._tests)
 
     @property
     def fingerprint(self) -> str:
@@ -95,15 +102,24 @@ class ShapesSource:
         if len(wanted) and (wanted.min() < 0 or (self.size is not None and wanted.max() >= self.size)):
             raise IndexError(f"positions lie in [0, {self.size or 'endless'}), got {wanted.min()} to {wanted.max()}")
         samples = torch.from_numpy(wanted)
-        if self._split == "train":
-            level, word = random.integers(self._seed, 0, samples, (2,), "shapes row", 1 << 40).numpy().T
-            level = level % len(self._pools)
-            rows = np.empty((len(wanted), 8), np.int64)
-            for i, pool in enumerate(self._pools):
-                rows[level == i] = pool[word[level == i] % len(pool)]
-        else:
-            rows = self._pools[0][wanted]
-        return place(rows, placement_draws(self._seed, samples), self._side)
+        rows = self._draw(samples) if self._tests is None else self._tests[wanted]
+        draws = placement_draws(self._seed, samples)
+        if not self._wide:
+            return place(rows, draws, self._side)
+        more = random.uniform(self._seed, 0, samples, (DRAWS - draws.shape[1],), "shapes placement of many").numpy()
+        return place_many(rows, np.concatenate([draws, more], axis=1), self._side)
+
+    def _draw(self, samples: torch.Tensor) -> Rows:
+        """A training row for each of samples (B,): (B, 8), or (B, 13) with the level S3."""
+        pick, word = random.integers(self._seed, 0, samples, (2,), "shapes row", 1 << 40).numpy().T
+        rows = np.full((len(samples), WIDE if self._wide else NARROW), -1, np.int64)
+        number = len(self._levels)
+        for i, level in enumerate(self._levels):
+            for j, part in enumerate(LEVELS[level]):
+                mine = (pick % number == i) & (pick // number % len(LEVELS[level]) == j)
+                drawn = draw_rows(part, word[mine])
+                rows[mine, : drawn.shape[1]] = drawn
+        return rows
 
     def facts(self, positions: Sequence[int]) -> list[Facts]:
         """What the captions at the positions say."""
@@ -114,12 +130,30 @@ class ShapesSource:
         scenes = self.scenes(positions)
         samples = torch.as_tensor(np.asarray(positions, np.int64).reshape(-1))
         shift = random.normal(self._seed, 0, samples, (3, 3), "shapes jitter").numpy() * np.float32(self._jitter)
+        if self._wide:
+            more = random.normal(self._seed, 0, samples, (MOST_OBJECTS - 2, 3), "shapes jitter of many").numpy()
+            shift = np.concatenate([shift, more * np.float32(self._jitter)], axis=1)  # (B, 5, 3)
         image = torch.from_numpy(render(scenes, shift).transpose(0, 3, 1, 2)).mul_(2).sub_(1)
-        tongue = random.integers(self._seed, 0, samples, (1,), "shapes language", len(self._languages))[:, 0].tolist()
-        captions = [caption(f, self._languages[t]) for f, t in zip(scenes.facts(), tongue, strict=True)]
+        captions = self._write(scenes.facts(), samples)
         keys = [f"shapes-{self._split}-{self._seed}-{position}" for position in samples.tolist()]
         return Batch(image, captions, keys, samples, torch.ones(len(samples)))
+
+    def captions(self, positions: Sequence[int]) -> list[str]:
+        """The captions at the positions."""
+        return self._write(self.facts(positions), torch.as_tensor(np.asarray(positions, np.int64).reshape(-1)))
+
+    def _write(self, facts: list[Facts], samples: torch.Tensor) -> list[str]:
+        """The captions of facts in the languages that samples (B,) draw."""
+        tongue = random.integers(self._seed, 0, samples, (1,), "shapes language", len(self._languages))[:, 0].tolist()
+        return [write_caption(f, self._languages[t]) for f, t in zip(facts, tongue, strict=True)]
 
     def meaning(self, caption: str) -> Hashable:
         """Equal for captions that say the same in either wording or language."""
         return canonical(parse_caption(caption))
+
+    def wrong(self, caption: str, sample: int) -> list[str]:
+        """Minimal wrong captions in the language of a true one; which and in what order is a draw of the sample."""
+        rng = np.random.default_rng([self._seed, sample])
+        found = list(wrong_captions(parse_caption(caption), rng).values())
+        tongue = "en" if caption.isascii() else "ru"
+        return [write_caption(found[i], tongue) for i in rng.permutation(len(found))]

@@ -1,10 +1,11 @@
-"""Scenes of one or two flat shapes: the grammar as rows of integers, their placement, and an anti-aliased renderer.
+"""Scenes of flat shapes: the grammar as rows of integers, placement of one or two objects, an anti-aliased renderer.
 
 A row is (background, size, colour, shape, size, colour, shape, relation), indices into the word tuples below, -1 where
 a one-object scene has nothing. All colours of a row differ. `grammar` lists every row: 672 with one object, 193,536
 with two. Shapes are signed distance functions of near-equal area per squared radius: size does not tell the shape.
+A wide row (of more objects: see shapes_many) appends size, colour, shape of a third object, its relation and a count.
 
-N scenes, K = 2 object slots, S image side.
+N scenes, K object slots (2, or 4 where rows are wide), S image side.
 
 It does not know captions, held-out splits or batches.
 """
@@ -44,6 +45,8 @@ EXTENTS = np.array(
     [(1.0, 1.0, 1.0), (0.89, 0.89, 0.89), (1.31, 0.66, 1.13), (1.19, 1.19, 1.19), (1.07, 1.07, 1.07), (1.0, 1.0, 1.0)]
 )
 IMAGE_SIDES = (32, 64)
+NARROW, WIDE = 8, 13  # columns of a row of S1 and S2, and of a row that may hold more
+MOST_OBJECTS = 4
 _CHUNK = 128  # scenes rendered together, so that the arrays stay in cache
 
 Array = NDArray[np.float32]
@@ -52,30 +55,43 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Facts:
-    """What a caption says. background: colour index; objects: (size, colour, shape) each; relation: index or None."""
+    """What a caption says. background: colour index; objects: (size, colour, shape) each.
+
+    relations: indices; the first object stands in the k-th of them to the object k + 1. counted: the caption says how
+    many ("three small red circles"): all objects are alike and none is related.
+    """
 
     background: int
     objects: tuple[tuple[int, int, int], ...]
-    relation: int | None = None
+    relations: tuple[int, ...] = ()
+    counted: bool = False
 
     @staticmethod
     def from_row(row: Rows) -> "Facts":
-        """Facts of one row (8,) of the grammar."""
+        """Facts of one row (8,) or (13,) of the grammar."""
         values = [int(v) for v in row]
-        if values[7] < 0:
-            return Facts(values[0], (tuple(values[1:4]),))  # type: ignore[arg-type]
-        return Facts(values[0], (tuple(values[1:4]), tuple(values[4:7])), values[7])  # type: ignore[arg-type]
+        if len(values) == WIDE and values[12] >= 0:
+            return Facts(values[0], (tuple(values[1:4]),) * values[12], (), True)  # type: ignore[arg-type]
+        slots = [first for first in (1, 4, 8)[: 2 if len(values) == NARROW else 3] if values[first] >= 0]
+        objects = tuple(tuple(values[first : first + 3]) for first in slots)
+        return Facts(values[0], objects, tuple(values[first + 3] for first in slots[1:]))  # type: ignore[arg-type]
 
     def row(self) -> Rows:
-        """The row (8,) of these facts, -1 where there is no second object."""
-        flat = [self.background, *(v for thing in self.objects for v in thing)]
-        flat += [-1] * (7 - len(flat))
-        return np.array([*flat, -1 if self.relation is None else self.relation], np.int64)
+        """The row of these facts: (8,), or (13,) of counted facts and of three objects; -1 where there is nothing."""
+        flat = [self.background, *self.objects[0]]
+        if not self.counted:
+            for thing, relation in zip(self.objects[1:], self.relations, strict=True):
+                flat += [*thing, relation]
+        wide = self.counted or len(self.objects) > 2
+        flat += [-1] * ((WIDE if wide else NARROW) - len(flat))
+        if self.counted:
+            flat[12] = len(self.objects)
+        return np.array(flat, np.int64)
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """Placed scenes. rows (N, 8); centres x, y and radius (N, 2) in pixels, radius 0 where absent; size: image side."""
+    """Placed scenes. rows (N, 8 or 13); centres x, y and radius (N, K) in pixels, radius 0 where absent; size: side."""
 
     rows: Rows
     x: NDArray[np.float64]
@@ -86,6 +102,16 @@ class Scenes:
     def facts(self) -> list[Facts]:
         """The facts of every scene, N of them."""
         return [Facts.from_row(row) for row in self.rows]
+
+
+def things(rows: Rows) -> Rows:
+    """Size, colour and shape of every object slot of rows (N, 8) or (N, 13): (N, K, 3), -1 where it is empty."""
+    if rows.shape[1] == NARROW:
+        return rows[:, 1:7].reshape(-1, 2, 3)
+    slots = np.full((len(rows), MOST_OBJECTS, 3), -1, np.int64)
+    slots[:, :2], slots[:, 2] = rows[:, 1:7].reshape(-1, 2, 3), rows[:, 8:11]
+    counted = np.arange(MOST_OBJECTS) < rows[:, 12:]  # (N, K)
+    return np.where(counted[..., None], rows[:, None, 1:4], slots)
 
 
 @lru_cache(maxsize=2)
@@ -193,24 +219,25 @@ def coverage(shape: int, x, y, radius):
 def render(scenes: Scenes, colour_shift: Array | None = None) -> Array:
     """Images float32 (N, S, S, 3) in [0, 1] (a view of a channel-first array).
 
-    colour_shift: (N, 3, 3), added to the colours (background, first, second object) before clipping to [0, 1].
+    colour_shift: (N, 1 + K, 3), added to the colours (background, then each object) before clipping to [0, 1].
     """
-    colours = PALETTE[scenes.rows[:, [0, 2, 5]]]  # (N, 3, 3); the absent object's colour is never seen
+    slots = things(scenes.rows)  # (N, K, 3)
+    colours = PALETTE[np.concatenate([scenes.rows[:, :1], slots[..., 1]], axis=1)]  # (N, 1 + K, 3); absent: never seen
     if colour_shift is not None:
         colours = np.clip(colours + colour_shift, 0, 1)
     side = scenes.size
     images = np.empty((len(scenes.rows), 3, side, side), np.float32)
     for start in range(0, len(images), _CHUNK):
-        _render_chunk(scenes, colours, slice(start, start + _CHUNK), images)
+        _render_chunk(scenes, slots[..., 2], colours, slice(start, start + _CHUNK), images)
     return images.transpose(0, 2, 3, 1)
 
 
-def _render_chunk(scenes: Scenes, colours: Array, part: slice, images: Array) -> None:
+def _render_chunk(scenes: Scenes, kinds: Rows, colours: Array, part: slice, images: Array) -> None:
     grid = np.arange(scenes.size, dtype=np.float32) + np.float32(0.5)
     image = images[part]
     image[:] = colours[part, 0, :, None, None]
-    for slot in range(2):
-        shapes = scenes.rows[part, 3 + 3 * slot]
+    for slot in range(kinds.shape[1]):
+        shapes = kinds[part, slot]
         x, y, radius = (v[part, slot].astype(np.float32) for v in (scenes.x, scenes.y, scenes.radius))
         contrast = colours[part, slot + 1] - colours[part, 0]  # objects never overlap, so each is over the background
         for shape in range(len(SHAPES)):

@@ -28,6 +28,7 @@ _COLOUR_REACH = 0.30  # RGB distance within which a pixel has a palette colour
 _BLURS = (0.0, 0.7, 1.1, 1.5)
 _RADIUS_FACTORS = (0.88, 1.0, 1.12)
 _MOST_BLOBS = 24
+_MOST_MATCHED = 6  # objects seen that are tried where three or more are wanted: the orders to try are bounded
 _CLEAN_ERROR, _CLEAN_MARGIN, _CLEAN_PIXEL, _CLEAN_MEAN = 0.01, 0.015, 0.25, 1e-3
 _CHUNK = 64
 _TOUCHING = np.ones((3, 3), bool)
@@ -95,8 +96,11 @@ def compare(seen: Parsed, wanted: Facts) -> set[str]:
         failures.add("count")
     if any(thing.error > MALFORMED for thing in seen.objects):
         failures.add("malformed")
-    matched = min(len(seen.objects), len(wanted.objects))
-    matchings = [_mismatches(order, wanted) for order in permutations(seen.objects, matched)]
+    things = seen.objects
+    if len(wanted.objects) > 2:
+        things = tuple(sorted(things, key=lambda thing: -thing.radius)[:_MOST_MATCHED])
+    matched = min(len(things), len(wanted.objects))
+    matchings = [_mismatches(order, wanted) for order in permutations(things, matched)]
     fewest: list[str] = min(matchings, key=len)
     return failures | set(fewest)
 
@@ -106,10 +110,10 @@ def _mismatches(order: tuple[Found, ...], wanted: Facts) -> list[str]:
     for thing, (size, colour, shape) in zip(order, wanted.objects, strict=False):
         pairs = (("size", thing.size, size), ("colour", thing.colour, colour), ("shape", thing.shape, shape))
         failures += [name for name, got, expected in pairs if got != expected]
-    if wanted.relation is not None and len(order) == 2:
-        dx, dy = order[1].x - order[0].x, order[1].y - order[0].y
-        along, across = (dy, dx) if wanted.relation < 2 else (dx, dy)
-        if wanted.relation % 2:
+    for relation, other in zip(wanted.relations, order[1:], strict=False):
+        dx, dy = other.x - order[0].x, other.y - order[0].y
+        along, across = (dy, dx) if relation < 2 else (dx, dy)
+        if relation % 2:
             along = -along
         if not along > SLOPE * abs(across):
             failures.append("relation")

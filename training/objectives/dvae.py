@@ -39,24 +39,35 @@ def codebook_counts(codes: Tensor, num_codes: int, weight: Tensor) -> Tensor:
 
 
 def dvae(
-    parameters: Tensor, logits: Tensor, image: Tensor, beta: float | Tensor, weight: Tensor
+    parameters: Tensor,
+    logits: Tensor,
+    image: Tensor,
+    beta: float | Tensor,
+    weight: Tensor,
+    squared_weight: float = 0.0,
 ) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
     """Negative ELBO over D, per image: (sum of the NLL + beta * sum of the KL over positions) / D.
 
     parameters: (B, 6, H, W). logits: (B, K, h, w). image: (B, 3, H, W) in [-1, 1]. beta: KL weight, 6.6 in the paper
     (which is beta / 192 on the mean KL of a position at 256 pixels and 32 x 32 codes). weight: (B,), 0 leaves an image
-    out. Returns ((weighted loss sum, weight sum), scalars); scalars are detached weighted means: `nll` nats per value,
-    `kl` nats per position, and of the batch's argmax codes `perplexity` in [1, K] and `usage` in (0, 1]. The KL is of
-    the plain categorical at any temperature. Raises ValueError when the shapes do not fit.
+    out. squared_weight: weight of the mean squared error of the mapped pixels, an addition of ours (0 in the paper): a
+    learned b lets the likelihood call small objects uncertain, long before it draws them.
+
+    Returns ((weighted loss sum, weight sum), scalars); scalars are detached weighted means: `nll` nats per value,
+    `squared` error of mapped pixels, `kl` nats per position, and of the batch's argmax codes `perplexity` in [1, K] and
+    `usage` in (0, 1]. The KL is of the plain categorical at any temperature. Raises ValueError when the shapes do not
+    fit.
     """
     if parameters.shape != (image.shape[0], 6, *image.shape[2:]) or weight.shape != image.shape[:1]:
         raise ValueError(
             "dvae objective needs parameters (B, 6, H, W), image (B, 3, H, W) and weight (B,), "
             f"got {tuple(parameters.shape)}, {tuple(image.shape)} and {tuple(weight.shape)}"
         )
-    nll = logit_laplace_nll(parameters, map_pixels(image.float())).mean(dim=(1, 2, 3))  # (B,)
+    mapped = map_pixels(image.float())
+    nll = logit_laplace_nll(parameters, mapped).mean(dim=(1, 2, 3))  # (B,)
+    squared = (torch.sigmoid(parameters[:, :3].float()) - mapped).square().mean(dim=(1, 2, 3))  # (B,)
     kl = uniform_kl(logits)  # (B, h, w)
-    loss = nll + beta * kl.sum(dim=(1, 2)) / image[0].numel()
+    loss = nll + beta * kl.sum(dim=(1, 2)) / image[0].numel() + squared_weight * squared
     weight = weight.float()
     count = weight.sum()
     with torch.no_grad():
@@ -65,6 +76,7 @@ def dvae(
         share = counts / counts.sum().clamp(min=1e-12)
         scalars = {
             "nll": (mean * nll).sum(),
+            "squared": (mean * squared).sum(),
             "kl": (mean * kl.mean(dim=(1, 2))).sum(),
             "perplexity": torch.exp(torch.special.entr(share).sum()),
             "usage": (counts > 0).float().mean(),

@@ -1,0 +1,88 @@
+"""Paintings to files: where they go, one by one or as one labelled grid, and the captions of the demo.
+
+It does not know how a painting was made. It imports no torch before something is saved, so that a place that cannot be
+written is refused at once.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .text_to_image import Painting
+
+CELL = 192  # pixels a side of a picture in a grid
+SAME = 40  # dB from which on two pictures differ by rounding only
+DEMO = {
+    "shapes/dalle": (
+        "a large yellow circle on a purple background",
+        "маленькое красное кольцо на синем фоне",
+        "a small white cross above a large red square on a black background",
+        "большой зелёный треугольник слева от маленького жёлтого ромба на белом фоне",
+        "a small red ring right of a large blue square on an orange background",
+        "большое белое кольцо под маленьким чёрным квадратом на красном фоне",
+        "a large black diamond left of a small orange circle on a white background",
+        "маленький синий крест над большим фиолетовым кругом на жёлтом фоне",
+    ),
+    "emoji/dalle": (
+        "grinning cat",
+        "red apple",
+        "an emoji of rocket on a white background",
+        "an emoji of sunflower on a blue background",
+        "ракета",
+        "морда кошки",
+        "красное яблоко на чёрном фоне",
+        "полумесяц на синем фоне",
+    ),
+}
+
+
+def targets(out: Path, count: int, grid: bool = False) -> list[Path]:
+    """Where `count` pictures, or one grid of them, go: a .png file, numbered if there are several, or a folder.
+
+    The folder is made at need. Raises ValueError for another kind of picture, and OSError where nothing can be written.
+    """
+    if out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp"):
+        raise ValueError(f"pictures are written as PNG, got {str(out)!r}; name a .png file or a folder")
+    single = out.suffix.lower() == ".png" and not out.is_dir()
+    try_writing(out.parent if single else out)
+    if grid:
+        return [out if single else out / "grid.png"]
+    if not single:
+        return [out / f"{k:04d}.png" for k in range(count)]
+    return [out.with_name(f"{out.stem}-{k}.png") if k else out for k in range(count)]
+
+
+def try_writing(folder: Path) -> None:
+    """Raises OSError unless files can be written in the folder, which is made at need."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write in {str(folder)!r}: {error.strerror}; name a place that you may write") from None
+
+
+def save(paintings: Sequence["Painting"], paths: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """Writes each painting to its path; returns the paths with what the files carry."""
+    from .images import save_png
+    from .text_to_image import metadata
+
+    for painting, path in zip(paintings, paths, strict=True):
+        save_png(painting.image, path, metadata(painting))
+    return [(path, metadata(painting)) for painting, path in zip(paintings, paths, strict=True)]
+
+
+def save_grid(paintings: Sequence["Painting"], path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Writes one picture of all paintings with their captions and scores; returns its path with what it carries."""
+    from . import images
+    from .text_to_image import metadata
+
+    captions, scores = [p.prompt for p in paintings], [p.clip_score for p in paintings]
+    scale = max(1, CELL // max(p.image.width for p in paintings))
+    drawn = None if None in scores else scores
+    picture = images.grid([p.image for p in paintings], columns=4, captions=captions, scores=drawn, scale=scale)
+    entry = {"paintings": [metadata(p) for p in paintings]}
+    images.save_png(picture, path, entry)
+    return [(path, entry)]

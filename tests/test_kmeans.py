@@ -1,0 +1,39 @@
+"""k-means, and the codebook that a dVAE starts from."""
+
+import pytest
+import torch
+
+from kartina.tokenizers.dvae import DiscreteVAE
+from kartina.tokenizers.kmeans import kmeans
+
+
+def test_clusters_far_apart_are_found():
+    true = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
+    points = (true[:, None] + 0.1 * torch.randn(4, 50, 2)).flatten(0, 1)
+    centres, counts = kmeans(points, 4, seed=1)
+    assert torch.cdist(true, centres).amin(1).max() < 0.1
+    assert counts.tolist() == [50] * 4
+    assert torch.equal(kmeans(points, 4, seed=1)[0], centres)
+
+
+def test_more_centres_than_points_are_refused():
+    with pytest.raises(ValueError, match="at least as many points as centres, got 3 for 4"):
+        kmeans(torch.randn(3, 2), 4, seed=0)
+
+
+def test_started_codes_are_the_nearest_centres():
+    torch.manual_seed(0)
+    model = DiscreteVAE(image_size=16, num_codes=24, width=8, init_width=8, num_groups=3, blocks_per_group=1)
+    images = torch.rand(32, 3, 16, 16) * 2 - 1
+    before = model(images, None, 1.0)
+    stem = model.decoder.stem
+    z = torch.einsum("ck,bkhw->bhwc", stem.weight[:, :, 0, 0], before["logits"]) + stem.bias
+    model.start_codes([images[:16], images[16:]], seed=3)
+    centres = stem.weight[:, :, 0, 0].T  # (K, C)
+    nearest = torch.cdist(z.flatten(0, 2), centres).argmin(1).view(32, 4, 4)
+    codes = model.encode(images)
+    assert (codes == nearest).float().mean() > 0.99  # but for ties that round differently
+    assert len(codes.unique()) == 24
+    # The decoder's stem now looks the centre up: what it hands on is z, quantised.
+    quantised = model.decoder.stem(torch.nn.functional.one_hot(codes, 24).permute(0, 3, 1, 2).float())
+    assert (quantised.permute(0, 2, 3, 1) - z).square().sum() < 0.5 * (z - z.mean((0, 1, 2))).square().sum()

@@ -1,0 +1,40 @@
+"""k-means with k-means++ seeding (Arthur 2007, doi:10.5555/1283383.1283494): where a codebook starts.
+
+N points of D dimensions, K centres.
+
+It does not know what the points are, nor which codebook the centres become.
+"""
+
+import torch
+from torch import Tensor
+
+from ..layers import random
+
+
+@torch.no_grad()
+def kmeans(points: Tensor, num_centres: int, seed: int, rounds: int = 10) -> tuple[Tensor, Tensor]:
+    """Centres (K, D) and how many points each has, int64 (K,), for points (N, D): float32, on the CPU.
+
+    The draws are a function of `seed`. A centre that loses all its points stays where it is. Raises ValueError when
+    there are fewer points than centres.
+    """
+    if len(points) < num_centres:
+        raise ValueError(f"k-means needs at least as many points as centres, got {len(points)} for {num_centres}")
+    points = points.float().cpu()
+    draws = random.uniform(seed, 0, torch.arange(num_centres), (1,), "k-means")[:, 0].double()
+    centres = points[:1].expand(num_centres, -1).clone()
+    nearest = torch.full((len(points),), torch.inf)  # squared distance to the nearest centre so far
+    pick = int(draws[0] * len(points))
+    for k in range(num_centres):
+        centres[k] = points[pick]
+        nearest = torch.minimum(nearest, (points - centres[k]).square().sum(1))
+        total = nearest.double().cumsum(0)
+        # The next one is drawn in proportion to its squared distance.
+        pick = min(int(torch.searchsorted(total, draws[(k + 1) % num_centres] * total[-1])), len(points) - 1)
+    counts = torch.zeros(num_centres, dtype=torch.int64)
+    for _ in range(rounds):
+        own = torch.cdist(points, centres).argmin(1)
+        counts = torch.bincount(own, minlength=num_centres)
+        sums = torch.zeros_like(centres).index_add_(0, own, points)
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
+    return centres, counts
