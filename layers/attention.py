@@ -8,7 +8,7 @@ B samples, L tokens, S tokens that the cache can hold, D width, H heads, E = D /
 It does not know which tokens may see which: a mask comes in, and no mask means causal.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -97,8 +97,28 @@ class TransformerBlock(nn.Module):
         """x: (B, L, D). Returns (B, L, D). Arguments as in `Attention.forward`."""
         x = x + self.attention(self.attention_norm(x), mask, cache, start)
         y = self.mlp_in(self.mlp_norm(x))  # (B, L, 4D)
-        y = F.gelu(y) if self.mlp == "gelu" else F.relu(y).square()
+        y = F.gelu(y) if self.mlp == "gelu" else squared_relu(y)
         return x + self.mlp_out(y)
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """Keeps one tensor for the backward pass and makes one there; as two operations it is bound by memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = F.relu(x)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return (grad * ctx.saved_tensors[0]).mul_(2)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0) ** 2 of any shape (So 2021, arXiv 2109.08668); its gradient cannot be differentiated again."""
+    return _SquaredReLU.apply(x)
 
 
 def new_norm(norm: str, width: int) -> nn.Module:

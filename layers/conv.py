@@ -9,6 +9,7 @@ It does not know which model the blocks stand in or at which resolution.
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,10 +35,13 @@ class BottleneckBlock(nn.Module):
 
     (B, n_in, H, W) -> (B, n_out, H, W). kernels: the odd kernel sizes of the branch's convolutions, each after a ReLU.
     gain: 1 / (number of blocks) ** 2 in the paper, so that a deep stack starts near the skip path. The skip is the
-    identity, or a 1x1 convolution when the channels change. Raises ValueError when n_out is not a multiple of 4.
+    identity, or a 1x1 convolution when the channels change. upsample: the block reads its input at twice the size,
+    (B, n_in, H, W) -> (B, n_out, 2H, 2W), nearest. Raises ValueError when n_out is not a multiple of 4.
     """
 
-    def __init__(self, n_in: int, n_out: int, kernels: Sequence[int], gain: float) -> None:
+    def __init__(
+        self, n_in: int, n_out: int, kernels: Sequence[int], gain: float, upsample: bool = False
+    ) -> None:
         super().__init__()
         if n_out % 4 or len(kernels) < 2:
             raise ValueError(
@@ -45,14 +49,21 @@ class BottleneckBlock(nn.Module):
                 f"got n_out {n_out} and kernels {tuple(kernels)}"
             )
         widths = [n_in] + [n_out // 4] * (len(kernels) - 1) + [n_out]
-        self.gain = gain
+        self.gain, self.upsample = gain, upsample
         self.skip = SameConv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
         self.branch = nn.ModuleList(
             SameConv2d(a, b, kernel) for a, b, kernel in zip(widths[:-1], widths[1:], kernels, strict=True)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x
+        y, skip, small = x, self.skip(x), self.upsample
+        if self.upsample:
+            skip = F.interpolate(skip, scale_factor=2, mode="nearest")
         for conv in self.branch:
+            # A 1x1 convolution commutes with nearest upsampling, and costs a quarter before it.
+            if small and conv.kernel_size[0] > 1:
+                y, small = F.interpolate(y, scale_factor=2, mode="nearest"), False
             y = conv(F.relu(y))
-        return self.skip(x) + self.gain * y
+        if small:
+            y = F.interpolate(y, scale_factor=2, mode="nearest")
+        return torch.add(skip, y, alpha=self.gain)

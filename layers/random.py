@@ -23,14 +23,14 @@ _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 def _shift(x: Tensor, n: int) -> Tensor:
     """Logical right shift of int64 (torch's own is arithmetic)."""
-    return (x >> n) & ((1 << (64 - n)) - 1)
+    return (x >> n).bitwise_and_((1 << (64 - n)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
     """The finaliser of splitmix64: a bijection of 64-bit words that avalanches."""
-    x = (x ^ _shift(x, 30)) * _MIX_1
-    x = (x ^ _shift(x, 27)) * _MIX_2
-    return x ^ _shift(x, 31)
+    x = (x ^ _shift(x, 30)).mul_(_MIX_1)
+    x.bitwise_xor_(_shift(x, 27)).mul_(_MIX_2)
+    return x.bitwise_xor_(_shift(x, 31))
 
 
 def _bits(seed: int | Tensor, step: int, samples: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:

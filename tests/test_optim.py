@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kartina.training.optim import EMA, Muon, build_optimizers, rate
+from kartina.training.optim import EMA, Muon, build_optimizers, orthogonalise, rate
 from kartina.training.run import Optimizer
 
 
@@ -41,9 +41,15 @@ def test_muon_sees_a_kernel_as_a_matrix(memory_format):
         kernel.grad, matrix.grad = gradient.clone(memory_format=memory_format), gradient.flatten(1).clone()
         ours.step()
         theirs.step()
-    # Newton-Schulz runs in bfloat16, so the order of columns rounds differently.
+    # torch's Newton-Schulz runs in bfloat16, ours where that is quick, and the order of columns rounds differently.
     assert (kernel.flatten(1) - matrix).abs().max() < 2e-3
     assert (kernel - start).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (8, 8)])
+def test_singular_values_come_near_one(shape):
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0))).float())
+    assert values.min() > 0.3 and values.max() < 1.3
 
 
 def test_warm_up_begins_anew_where_the_optimizers_do():

@@ -43,12 +43,19 @@ def _full_precision(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return y.permute(0, 3, 1, 2)
 
 
-def _groups(widths: list[int], blocks: int, kernels: tuple[int, ...], gain: float | None) -> nn.ModuleList:
-    """Groups of blocks; widths: the input width, then the width of each group. gain: see `DiscreteVAE`."""
+def _groups(
+    widths: list[int], blocks: int, kernels: tuple[int, ...], gain: float | None, upsample: bool = False
+) -> nn.ModuleList:
+    """Groups of blocks; widths: the input width, then the width of each group. gain: see `DiscreteVAE`.
+
+    upsample: every group but the first doubles H and W on entry.
+    """
     gain = 1 / ((len(widths) - 1) * blocks) ** 2 if gain is None else gain
     return nn.ModuleList(
-        nn.Sequential(*(BottleneckBlock(a if i == 0 else b, b, kernels, gain) for i in range(blocks)))
-        for a, b in zip(widths[:-1], widths[1:], strict=True)
+        nn.Sequential(
+            *(BottleneckBlock(b if i else a, b, kernels, gain, upsample and g > 0 and i == 0) for i in range(blocks))
+        )
+        for g, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True))
     )
 
 
@@ -90,7 +97,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [init_width, *(width * 2**i for i in reversed(range(num_groups)))]
         self.stem = SameConv2d(num_codes, init_width, 1)
-        self.groups = _groups(widths, blocks_per_group, _DECODER_KERNELS, gain)
+        self.groups = _groups(widths, blocks_per_group, _DECODER_KERNELS, gain, upsample=True)
         self.head = SameConv2d(width, 6, 1)
 
     def forward(self, soft: Tensor) -> Tensor:
@@ -102,8 +109,8 @@ class Decoder(nn.Module):
         return self._from_embedding(F.embedding(codes, table).permute(0, 3, 1, 2))
 
     def _from_embedding(self, x: Tensor) -> Tensor:
-        for i, group in enumerate(self.groups):
-            x = group(F.interpolate(x, scale_factor=2, mode="nearest") if i else x)
+        for group in self.groups:
+            x = group(x)
         return self.head(F.relu(x))
 
 
@@ -211,7 +218,9 @@ class DiscreteVAE(nn.Module):
 
 def relax(logits: Tensor, gumbel_noise: Tensor, temperature: float | Tensor) -> Tensor:
     """Gumbel-softmax over dim 1: (B, K, h, w) -> float32 weights of the same shape, one-hot as temperature -> 0."""
-    return torch.softmax((logits.float() + gumbel_noise.float()) / temperature, dim=1)
+    # Over the last dim, where the codes of a position lie side by side: no copy to another layout, forth or back.
+    perturbed = (logits.float() + gumbel_noise.float()).permute(0, 2, 3, 1) / temperature
+    return perturbed.softmax(dim=-1).permute(0, 3, 1, 2)
 
 
 def openai_state_dict(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> dict[str, Tensor]:

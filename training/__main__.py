@@ -6,6 +6,8 @@ Run the same command again and it resumes.
 """
 
 import argparse
+import contextlib
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -93,18 +95,34 @@ def _check(training: runs.Training, names: list[str], processes: int) -> None:
             )
 
 
+def _keep_memory() -> None:
+    """Lets the C library keep large blocks that a step frees, where it is glibc.
+
+    By default each goes back to the system at once, and the next step waits for the same pages to be zeroed again.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            mallopt(option, value)
+
+
 def _train(recipe: Recipe, training: runs.Training, names: list[str], folder: Path, asked: int) -> None:
     import torch
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
     from accelerate.utils import set_seed
 
     from .loop import train_stage
+    from .optim import fast_bf16
     from .stages import STAGES
 
     _check(training, names, asked)
     # The tails of a softmax are denormal numbers, with which a CPU is many times slower. Threads made later inherit it.
     torch.set_flush_denormal(True)
-    accelerator = Accelerator(mixed_precision="no" if training.precision == "fp32" else training.precision)
+    _keep_memory()
+    slow = training.precision == "bf16" and not fast_bf16(PartialState().device)
+    accelerator = Accelerator(mixed_precision="no" if slow or training.precision == "fp32" else training.precision)
+    if slow:
+        accelerator.print("this device has no fast bfloat16: training in float32")
     if accelerator.num_processes != asked:
         raise RecipeError(
             f"asked for {asked} processes, got {accelerator.num_processes}: on CPU `accelerate launch` starts one; "

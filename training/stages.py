@@ -74,7 +74,8 @@ class TokenizerStage:
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
         spec, noise, age = self.network.spec, None, step - self.start
         if age >= 0:
-            noise = random.gumbel(self.seed, step, batch.samples, (spec.vocabulary, *spec.shape), "dvae gumbel")
+            noise = random.gumbel(self.seed, step, batch.samples, (*spec.shape, spec.vocabulary), "dvae gumbel")
+            noise = noise.permute(0, 3, 1, 2)  # (B, K, h, w), laid out as the logits are
         temperature = dvae_objective.anneal(max(age, 0), *self.temperature)
         beta = dvae_objective.anneal(max(age, 0), *self.kl_weight) if age >= 0 else 0.0
         out = self.forward(batch.image, noise, temperature)

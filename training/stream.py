@@ -242,7 +242,8 @@ def prefetch(source: Source, positions: Iterable[Sequence[int]], ahead: int = 2)
 
     An error of the source is raised here, at its own turn.
     """
-    pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
+    # One core, for this thread alone: a second pool of workers would wait beside the one that trains, and slow it.
+    pool = ThreadPoolExecutor(1, "stream", initializer=torch.set_num_threads, initargs=(1,))
     pending: deque[Future[Batch]] = deque()
     try:
         for wanted in positions:

@@ -26,8 +26,8 @@ def logit_laplace_nll(parameters: Tensor, mapped: Tensor) -> Tensor:
 
 def uniform_kl(logits: Tensor) -> Tensor:
     """KL(softmax(logits) || uniform) at each position, in nats: (B, K, h, w) -> float32 (B, h, w), in [0, ln K]."""
-    log_q = torch.log_softmax(logits.float(), dim=1)
-    return (log_q.exp() * log_q).sum(dim=1) + math.log(logits.shape[1])
+    log_q = torch.log_softmax(logits.float().permute(0, 2, 3, 1), dim=-1)  # (B, h, w, K), as the encoder lays it out
+    return (log_q.exp() * log_q).sum(dim=-1) + math.log(logits.shape[1])
 
 
 def codebook_counts(codes: Tensor, num_codes: int, weight: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def dvae(
     mapped = map_pixels(image.float())
     nll = logit_laplace_nll(parameters, mapped).mean(dim=(1, 2, 3))  # (B,)
     squared = (torch.sigmoid(parameters[:, :3].float()) - mapped).square().mean(dim=(1, 2, 3))  # (B,)
-    kl = uniform_kl(logits)  # (B, h, w)
+    kl = uniform_kl(logits if beta != 0 else logits.detach())  # (B, h, w)
     loss = nll + beta * kl.sum(dim=(1, 2)) / image[0].numel() + squared_weight * squared
     weight = weight.float()
     count = weight.sum()
