@@ -39,9 +39,7 @@ class BottleneckBlock(nn.Module):
     (B, n_in, H, W) -> (B, n_out, 2H, 2W), nearest. Raises ValueError when n_out is not a multiple of 4.
     """
 
-    def __init__(
-        self, n_in: int, n_out: int, kernels: Sequence[int], gain: float, upsample: bool = False
-    ) -> None:
+    def __init__(self, n_in: int, n_out: int, kernels: Sequence[int], gain: float, upsample: bool = False) -> None:
         super().__init__()
         if n_out % 4 or len(kernels) < 2:
             raise ValueError(

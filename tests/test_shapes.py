@@ -144,6 +144,21 @@ def test_training_never_shows_a_held_out_meaning():
     assert len(used) == 2 + 8 + 6  # every word is still seen
 
 
+@pytest.mark.parametrize("levels", [("S1",), ("S2",), ("S1", "S2", "S3")])
+def test_training_never_speaks_of_a_held_out_meaning_even_as_false(levels):
+    source, tests = ShapesSource(seed=4, levels=levels), {c for n in splits.TEST_COUNTS for c in _meanings(n)}
+    shown = [parse_caption(w) for s, true in enumerate(source.captions(range(1500))) for w in source.wrong(true, s)]
+    assert len(shown) > 4000
+    assert tests.isdisjoint(canonical(f) for f in shown)
+    assert not any(any(_rules_by_hand(f)) for f in shown if len(f.relations) < 2)
+    judged = ShapesSource(split="S2a")
+    assert any(splits.held_out([parse_caption(w) for w in judged.wrong(judged.captions([0])[0], 0)]))
+
+
+def _meanings(name):
+    return {canonical(f) for f in splits.test_captions(name)}
+
+
 def test_read_is_pure_and_independent_of_the_batch():
     source = ShapesSource(seed=7)
     batch = source.read(range(100, 164))
@@ -200,7 +215,7 @@ def test_wrong_captions_mean_another_thing_in_the_same_language(levels):
     moved = 0
     for sample, true in enumerate(source.captions(range(40))):
         wrong = source.wrong(true, sample)
-        assert len(wrong) >= 4 and len(set(wrong)) == len(wrong)
+        assert len(wrong) >= 2 and len(set(wrong)) == len(wrong)
         assert all(source.meaning(other) != source.meaning(true) for other in wrong)
         assert all(other.isascii() == true.isascii() for other in wrong)
         assert wrong == source.wrong(true, sample)

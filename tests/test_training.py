@@ -10,10 +10,11 @@ from kartina.pipeline.images import read_metadata
 from kartina.pipeline.text_to_image import TextToImage
 from kartina.training import __main__ as trainer
 from kartina.training import loop, state
+from kartina.training.run import Data
 
 TINY = [
     "captions.vocab_size=300",
-    "captions.context_length=24",
+    "captions.context_length=22",
     "parts.tokenizer.width=8",
     "parts.tokenizer.init_width=8",
     "parts.tokenizer.num_codes=32",
@@ -79,8 +80,8 @@ def test_a_part_trained_against_another_tokenizer_is_refused(run, tmp_path):
         TextToImage.load(copy)
 
 
-@pytest.mark.parametrize("autoencoder_steps", [0, 1, 3])  # codes from k-means: never, before and after the stop
-def test_stopped_and_resumed_equals_uninterrupted(autoencoder_steps, tmp_path, monkeypatch):
+@pytest.mark.parametrize("autoencoder", [0, 0.25, 0.75])  # codes from k-means: never, before and after the stop
+def test_stopped_and_resumed_equals_uninterrupted(autoencoder, tmp_path, monkeypatch):
     """4 steps == 2 + stop + resume + 2, bit for bit, in weights, averages and optimizer."""
     real = loop.rate
 
@@ -92,7 +93,7 @@ def test_stopped_and_resumed_equals_uninterrupted(autoencoder_steps, tmp_path, m
     monkeypatch.setattr(loop, "rate", stop_at_two)
     command = ["shapes/dalle", *TINY, "stages.tokenizer.save_minutes=1e-9", "--stage", "tokenizer", "--run"]
     command[1:1] = ["stages.tokenizer.optimizer.muon=0.02"]
-    command[1:1] = [f"stages.tokenizer.objective.autoencoder_steps={autoencoder_steps}"]
+    command[1:1] = [f"stages.tokenizer.objective.autoencoder={autoencoder}"]
     with pytest.raises(KeyboardInterrupt):
         trainer.main([*command, str(tmp_path / "stopped")])
     monkeypatch.setattr(loop, "rate", real)
@@ -177,3 +178,24 @@ def test_empty_prompts_are_refused(run, prompts):
 def test_unknown_model_is_named():
     with pytest.raises(checkpoint.ModelError, match="no model 'shapes/none'"):
         TextToImage.load("shapes/none")
+
+
+def test_a_changed_section_of_a_trained_part_is_refused(run, capsys):
+    """Equal shapes, another function: the weights would load and mean something else."""
+    command = ["shapes/dalle", *TINY, "--stage", "clip", "--run", str(run)]
+    assert trainer.main([*command, "parts.tokenizer.branch_gain=0.5"]) == 2
+    assert "the trained tokenizer was built otherwise than parts.tokenizer" in capsys.readouterr().err
+
+
+def test_another_caption_tokenizer_is_not_reused(run, capsys):
+    command = ["shapes/dalle", *TINY, "--run", str(run), "captions.vocab_size=290"]
+    assert trainer.main(command) == 2
+    assert "caption tokenizer was trained with another recipe (differs in vocab_size)" in capsys.readouterr().err
+
+
+def test_notices_of_the_data_go_to_the_model(tmp_path):
+    (tmp_path / "data" / "LICENSES").mkdir(parents=True)
+    (tmp_path / "data" / "LICENSES" / "art.txt").write_text("of the art")
+    data = Data(kind="shards", shards=str(tmp_path / "data"))
+    trainer._carry_notices(data, tmp_path / "model")
+    assert (tmp_path / "model" / "LICENSES" / "art.txt").read_text() == "of the art"

@@ -100,7 +100,9 @@ class CaptionTokenizer:
             "context_length": self.context_length,
             "tokenizer": json.loads(self._tokenizer.to_str()),
         }
-        Path(path).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        whole = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")  # renamed when it is complete
+        whole.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        os.replace(whole, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "CaptionTokenizer":

@@ -8,7 +8,9 @@ Run the same command again and it resumes.
 import argparse
 import contextlib
 import ctypes
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="key.sub=value, as in stages.tokenizer.steps=24")
     parser.add_argument("--stage", help="train this stage only")
     parser.add_argument("--run", type=Path, help="the run folder; runs/<recipe> if absent")
-    parser.add_argument("--processes", type=int, default=1, help="the number of processes asked for")
+    parser.add_argument(
+        "--processes", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="the number of processes asked for"
+    )
     return parser.parse_intermixed_args(argv)
 
 
@@ -38,7 +42,7 @@ def source_of(recipe: Recipe, data: runs.Data) -> Any:
 
     if data.shards is None:
         raise RecipeError(f"{recipe.name}: training.data.shards is not set; pass training.data.shards=FOLDER")
-    return ShardSource(sorted(Path(data.shards).glob("*.tar")), size=recipe.image_size, seed=data.seed)
+    return ShardSource(data.shards, size=recipe.image_size, seed=data.seed)
 
 
 def validation_of(recipe: Recipe, data: runs.Data) -> Any:
@@ -51,19 +55,50 @@ def validation_of(recipe: Recipe, data: runs.Data) -> Any:
         return None
     from .stream import ShardSource
 
-    return ShardSource(sorted(Path(data.validation).glob("*.tar")), size=recipe.image_size, seed=data.seed)
+    return ShardSource(data.validation, size=recipe.image_size, seed=data.seed)
 
 
 def _prepare_captions(recipe: Recipe, source: Any, model: Path) -> None:
-    """Trains the caption tokenizer once, on the first captions of the data; later stages read its file."""
+    """Trains the caption tokenizer once, on the first captions of the data; later stages read its file.
+
+    Raises RecipeError where the folder holds one of another recipe or other data.
+    """
     from ..tokenizers.captions import CaptionTokenizer
 
-    path = model / "captions.json"
-    if path.exists():
+    path, origin = model / "captions.json", model.parent / "captions.origin.json"
+    wanted = recipe.captions.model_dump() | {"data": source.fingerprint}
+    if path.exists() and origin.exists():
+        if keys := runs.differences(json.loads(origin.read_text(encoding="utf-8")), wanted):
+            raise RecipeError(
+                f"{path}: the caption tokenizer was trained with another recipe (differs in {keys}); "
+                "put the recipe back, or start another run with --run FOLDER"
+            )
         return
     model.mkdir(parents=True, exist_ok=True)
     captions = source.captions(range(20_000))
     CaptionTokenizer.train(captions, recipe.captions.vocab_size, recipe.captions.context_length).save(path)
+    checkpoint.write_text(origin, json.dumps(wanted))
+
+
+def _carry_notices(data: runs.Data, model: Path) -> None:
+    """Copies the licence notices that lie beside shards into the model folder: what is trained on them carries them."""
+    notices = Path(data.shards or "") / "LICENSES"
+    if data.kind == "shards" and notices.is_dir():
+        shutil.copytree(notices, model / "LICENSES", dirs_exist_ok=True)
+
+
+def _check_frozen(recipe: Recipe, model: Path) -> None:
+    """Raises RecipeError where a trained part of the folder was built by another section than the recipe's.
+
+    Not every change shows in the shapes of the weights: another number of heads would change what a frozen part does.
+    """
+    entries = checkpoint.read_card(model)["parts"] if (model / "card.json").exists() else {}
+    for part, entry in entries.items():
+        if entry.get("identity", {}).get("part", recipe.parts.get(part)) != recipe.parts.get(part):
+            raise RecipeError(
+                f"{model}: the trained {part} was built otherwise than parts.{part} of the recipe says; "
+                "put the recipe back, or start another run with --run FOLDER"
+            )
 
 
 def _against(model: Path, depends: tuple[str, ...]) -> dict[str, str]:
@@ -83,6 +118,8 @@ def _check(training: runs.Training, names: list[str], processes: int) -> None:
     from .stages import STAGES
 
     for name in names:
+        if name not in STAGES:
+            raise RecipeError(f"training.stages: unknown stage {name!r}; {nearest(name, list(STAGES))}")
         config, stage = training.stages[name], STAGES[name]
         for key in config.objective:
             if key not in stage.knobs:
@@ -130,8 +167,10 @@ def _train(recipe: Recipe, training: runs.Training, names: list[str], folder: Pa
         )
     source, model = source_of(recipe, training.data), folder / "model"
     validation = validation_of(recipe, training.data)
+    _check_frozen(recipe, model)
     if accelerator.is_main_process:
         _prepare_captions(recipe, source, model)
+        _carry_notices(training.data, model)
     accelerator.wait_for_everyone()
     for name in names:
         config, against = training.stages[name], _against(model, STAGES[name].depends)
@@ -144,7 +183,8 @@ def _train(recipe: Recipe, training: runs.Training, names: list[str], folder: Pa
         ema = train_stage(identity, stage, config, source, validation, folder, accelerator)
         if accelerator.is_main_process:
             stage.network.load_state_dict(ema.average)
-            facts = {"trained_against": against, "identity": identity}
+            computed = "fp32" if slow else training.precision
+            facts = {"trained_against": against, "identity": identity, "computed_in": computed}
             checkpoint.save_part(model, recipe, name, checkpoint.export(stage.network), **facts)
         accelerator.wait_for_everyone()
 

@@ -193,7 +193,7 @@ def _validate(stage: Any, ema: EMA, source: Source, accelerator: Accelerator, mo
     sums: dict[str, torch.Tensor] = {}
     names: list[str] = []
     count = torch.zeros((), device=accelerator.device)
-    with ema.applied(), accelerator.autocast():
+    with ema.applied():  # no autocast here: codes must be those that training reads and painting makes
         for start in range(0, len(mine), _VALIDATION_BATCH):
             batch = _to_device(source.read(mine[start : start + _VALIDATION_BATCH]), accelerator.device)
             values = stage.measure(batch)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .run import Optimizer
 
-_OUTER = ("embedding", "position", "stem", "head")  # what meets the data or the codes is AdamW's
+# What meets the data, the codes or the embedding is AdamW's.
+_OUTER = ("embedding", "position", "stem", "head", "conv1", "visual.proj", "text_projection")
 
 
 class Muon(torch.optim.Optimizer):
@@ -52,7 +53,7 @@ def orthogonalise(matrix: Tensor, rounds: int = 5) -> Tensor:
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(rounds):
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.T.contiguous() if tall else x
 
 

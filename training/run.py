@@ -110,10 +110,10 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
 def identity(recipe: Recipe, training: Training, name: str, data: str, against: dict[str, str]) -> dict[str, Any]:
     """All that decides what a stage learns: what a run is compared by at resume, and a part by before it is reused.
 
-    data: the source's fingerprint. against: hashes of what the stage depends on. How often a run logs, previews and
-    saves, and how a batch is split over devices, are left out: they may change at resume.
+    data: the source's fingerprint. against: hashes of what the stage depends on, the caption tokenizer's too. How often
+    a run logs, previews and saves, and how a batch is split over devices, are left out: they may change at resume.
     """
     config = training.stages[name].model_dump(mode="json", exclude=set(_CADENCE))
-    shared = {"image_size": recipe.image_size, "captions": recipe.captions.model_dump(), "seed": training.seed}
+    shared = {"image_size": recipe.image_size, "seed": training.seed}
     run = {"precision": training.precision, "data": data, "against": against}
     return {"stage": name, "part": recipe.parts[name], **shared, **run, **config}

@@ -35,15 +35,15 @@ Update = tuple[str, tuple[Tensor, Tensor], dict[str, Tensor]]
 class TokenizerStage:
     """Fits the dVAE (arXiv:2102.12092, section 2.1): Gumbel-softmax relaxation, logit-Laplace likelihood, KL.
 
-    With `autoencoder_steps` it first trains as a plain autoencoder, whose k-means centres then become the codes: small
-    runs that start from random codes keep a handful of them.
+    In the first share `autoencoder` of its steps it trains as a plain autoencoder, whose k-means centres then become the
+    codes: small runs that start from random codes keep a handful of them.
     """
 
     part = "tokenizer"
     coupled = False
     depends: tuple[str, ...] = ()
     knobs = frozenset(
-        {"autoencoder_steps", "temperature", "temperature_end", "temperature_steps", "kl_weight", "kl_steps", "squared"}
+        {"autoencoder", "temperature", "temperature_end", "temperature_share", "kl_weight", "kl_share", "squared"}
     )
 
     def __init__(
@@ -53,14 +53,14 @@ class TokenizerStage:
         self.forward: Callable[..., Any] = self.network
         self.config, self.source, self.seed, self.device = config, source, seed, device
         knobs, steps = config.objective, config.steps
-        self.start = int(knobs.get("autoencoder_steps", 0))
+        self.start = round(knobs.get("autoencoder", 0) * steps)
         self.restart_step = self.start or None
         self.temperature = (
             knobs.get("temperature", 1.0),
             knobs.get("temperature_end", 1 / 16),
-            int(knobs.get("temperature_steps", 0.75 * (steps - self.start))),
+            round(knobs.get("temperature_share", 0.75) * (steps - self.start)),
         )
-        self.kl_weight = (0.0, knobs.get("kl_weight", 6.6), int(knobs.get("kl_steps", 0.1 * steps)))
+        self.kl_weight = (0.0, knobs.get("kl_weight", 6.6), round(knobs.get("kl_share", 0.1) * steps))
 
     @torch.no_grad()
     def restart(self) -> None:

@@ -126,8 +126,9 @@ class ShardSource:
 
     @property
     def fingerprint(self) -> str:
-        """A hash over the shards: a run that resumes compares it, since changed shards would be another data set."""
-        return hashlib.sha256("".join(index.sha256 for index in self.indexes).encode()).hexdigest()
+        """A hash over the shards and what orders them: a run that resumes compares it."""
+        words = [f"{self.seed} {self.window}", *(index.sha256 for index in self.indexes)]
+        return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
     def _place(self, position: int) -> tuple[int, int]:
         """(shard, member) at a position."""

@@ -36,7 +36,7 @@ from .shapes_scenes import (
     render,
     sample_scenes,
 )
-from .shapes_splits import LEVELS, TEST_COUNTS, draw_rows, test_rows
+from .shapes_splits import LEVELS, TEST_COUNTS, draw_rows, held_out, test_rows
 
 __all__ = [
     "COLOURS",
@@ -51,6 +51,8 @@ __all__ = [
     "render",
     "sample_scenes",
 ]
+
+_TRIES = 3  # draws of a wrong caption of each kind, until one is not held out
 
 
 class ShapesSource:
@@ -152,8 +154,17 @@ class ShapesSource:
         return canonical(parse_caption(caption))
 
     def wrong(self, caption: str, sample: int) -> list[str]:
-        """Minimal wrong captions in the language of a true one; which and in what order is a draw of the sample."""
-        rng = np.random.default_rng([self._seed, sample])
-        found = list(wrong_captions(parse_caption(caption), rng).values())
-        tongue = "en" if caption.isascii() else "ru"
-        return [write_caption(found[i], tongue) for i in rng.permutation(len(found))]
+        """Minimal wrong captions, in the language of a true one; which and in what order is a draw of the sample.
+
+        In training none of them is a held-out meaning: a CLIP that sees those as false only learns that they are.
+        """
+        rng, facts = np.random.default_rng([self._seed, sample]), parse_caption(caption)
+        found: dict[str, Facts] = {}
+        for _ in range(_TRIES):
+            drawn = {kind: f for kind, f in wrong_captions(facts, rng).items() if kind not in found}
+            if not drawn:
+                break
+            hidden = held_out(list(drawn.values())) if self._split == "train" else [False] * len(drawn)
+            found |= {kind: f for (kind, f), bad in zip(drawn.items(), hidden, strict=True) if not bad}
+        tongue, chosen = "en" if caption.isascii() else "ru", list(found.values())
+        return [write_caption(chosen[i], tongue) for i in rng.permutation(len(chosen))]

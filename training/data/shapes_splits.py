@@ -18,11 +18,13 @@ It does not know images. Exactly one-sixteenth is not promised of the reserve: i
 """
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .shapes_captions import canonical
 from .shapes_many import VARIANTS, count_rows, three_rows, vary
 from .shapes_scenes import COLOURS, NARROW, RELATIONS, SHAPES, Facts, Rows, grammar, things
 
@@ -91,6 +93,27 @@ def reserved(rows: Rows) -> Mask:
     """Two-object meanings kept out of training although they break no rule (the pool of "S2none"): bool (N,)."""
     chosen = meaning_hash(rows) % np.uint64(RESERVE) == 0
     return (rows[:, 7] >= 0) & chosen & ~broken_rules(rows).any(1)
+
+
+def held_out(facts: Sequence[Facts]) -> list[bool]:
+    """Of each facts, whether training must not speak of them, not even as false: they break a rule, or are reserved.
+
+    Of three objects and of counts only the test meanings themselves are told apart, not all of the reserve.
+    """
+    rows = [f.row() for f in facts]
+    found = [len(row) != NARROW and canonical(f) in _wide_tests() for f, row in zip(facts, rows, strict=True)]
+    for width in {len(row) for row in rows}:
+        places = [i for i, row in enumerate(rows) if len(row) == width]
+        chosen = np.stack([rows[i] for i in places])
+        hidden = broken_rules(chosen).any(1) | (reserved(chosen) if width == NARROW else False)
+        for place, bad in zip(places, hidden.tolist(), strict=True):
+            found[place] |= bad
+    return found
+
+
+@lru_cache(maxsize=1)
+def _wide_tests() -> frozenset[Facts]:
+    return frozenset(canonical(f) for name in S3_TESTS for f in test_captions(name))
 
 
 @lru_cache(maxsize=4)
