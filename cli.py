@@ -167,7 +167,8 @@ def models(as_json: Json = False) -> None:
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="a model's name or folder")],
-    tests: Annotated[list[str] | None, typer.Option(help="S1, S2a, S2b, S2c, S2none; all if absent")] = None,
+    data: Annotated[Path | None, typer.Option(help="judge on emoji, those of `kartina data emoji FOLDER`")] = None,
+    tests: Annotated[list[str] | None, typer.Option(help="of shapes: S1, S2a ..., or of emoji: E1 ...")] = None,
     per_test: Annotated[int | None, typer.Option(min=1, help="the first captions of each test only")] = None,
     candidates: Annotated[int, typer.Option(min=1, help="also judge the best of so many, by the model's CLIP")] = 1,
     seed: int = 0,
@@ -175,26 +176,32 @@ def evaluate(
     save: Annotated[bool, typer.Option("--save", help="write the headline figures to the model's card")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a model on `shapes`: its pictures, its tokenizer and its CLIP, on what training never shows."""
+    """Measure a model on what training never shows: on `shapes`, its tokenizer and CLIP too, or on emoji."""
     from .pipeline import gallery
     from .pipeline.checkpoint import save_measured
     from .pipeline.text_to_image import find_model
-    from .training.evaluation import shapes_suite as suite
+    from .training.evaluation import emoji_suite, shapes_suite
 
+    if save and per_test is not None:
+        raise ValueError("--save writes figures over whole tests to the card; leave --per-test out, or --save")
+    suite: Any = shapes_suite if data is None else emoji_suite
     chosen = [test for entry in tests or [] for test in entry.split(",")]
     folder = find_model(model)
     if save:
         gallery.try_writing(folder)
     system = _load(folder, device, "float32")
     options: dict[str, Any] = {"per_test": per_test, "seed": seed, **({"tests": chosen} if chosen else {})}
+    truth = () if data is None else (data,)
     with _progress("evaluating") as progress:
-        result = suite.evaluate(system, candidates=candidates, progress=progress, **options)
-    result["tokenizer"] = suite.tokenizer_rate(system, **options)
-    if "clip" in system.parts:
-        result["clip"] = suite.clip_rate(system, **options)
+        result = suite.evaluate(system, *truth, candidates=candidates, progress=progress, **options)
+    if data is None:
+        result["tokenizer"] = suite.tokenizer_rate(system, **options)
+        if "clip" in system.parts:
+            result["clip"] = suite.clip_rate(system, **options)
     typer.echo(json.dumps(result, ensure_ascii=False) if as_json else suite.report(result))
     if save:
-        words = ["kartina", "evaluate", model, *(f"--tests={test}" for test in chosen)]
+        words = ["kartina", "evaluate", model, *(f"--data={place}" for place in truth)]
+        words += [f"--tests={test}" for test in chosen]
         words += [] if per_test is None else [f"--per-test={per_test}"]
         words += [f"--candidates={candidates}", f"--seed={seed}", f"--device={result['device']}", "--save"]
         counts = {test: columns["one_sample"]["n"] for test, columns in result["tests"].items()}

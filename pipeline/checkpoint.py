@@ -83,7 +83,7 @@ def read_card(folder: Path) -> dict[str, Any]:
         card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{folder}: not a model folder (no card.json); `kartina models` lists known ones") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ModelError(f"{folder}/card.json is not readable as JSON ({error}); copy the folder again") from None
     if not isinstance(card, dict) or card.get("format") != FORMAT or not _is_sound(card):
         raise ModelError(f"{folder}/card.json: expected format {FORMAT} and a table of parts; update kartina")

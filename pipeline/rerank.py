@@ -5,6 +5,7 @@ B pictures, P captions, N candidates per caption.
 It does not know how the pictures were made. The CLIP that ranks must not be the one that reports quality.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,6 +67,7 @@ class OpenCLIPScorer:
             self.model, self.preprocess = open_clip.create_model_from_pretrained(
                 name, tag, device=device, weights_only=True
             )
+            _refuse_code(name)
             self.tokenize = open_clip.get_tokenizer(name)
         except Exception as error:  # open_clip, torch and the hub client raise a dozen kinds
             raise ValueError(
@@ -97,6 +99,30 @@ def _open_clip() -> Any:
             "or rank with the model folder's own CLIP"
         ) from error
     return open_clip
+
+
+_TOKENIZER_KWARGS = {"clean", "strip_sep_token"}  # what open_clip's own configurations set
+
+
+def _refuse_code(name: str) -> None:
+    """Raises ValueError where a folder's or repository's config hands its tokenizer more than open_clip's own do.
+
+    transformers would take `trust_remote_code` among them, and run what lies there.
+    """
+    kind, _, place = name.partition(":")
+    if kind == "local-dir":
+        config = json.loads((Path(place) / "open_clip_config.json").read_text(encoding="utf-8"))
+    elif kind == "hf-hub":
+        from open_clip.factory import _get_hf_config
+
+        config = _get_hf_config(place)
+    else:
+        return
+    given = set(config.get("model_cfg", {}).get("text_cfg", {}).get("tokenizer_kwargs", {}))
+    if not given <= _TOKENIZER_KWARGS:
+        raise ValueError(
+            f"tokenizer_kwargs may hold {sorted(_TOKENIZER_KWARGS)}, got {sorted(given)}: it could run foreign code"
+        )
 
 
 def _resolve(name_or_path: str | Path, pretrained: str | Path | None) -> str:

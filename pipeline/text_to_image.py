@@ -131,8 +131,12 @@ class TextToImage:
             for other, digest in entry.get("trained_against", {}).items():
                 if hashes.get(other) != digest:
                     raise checkpoint.ModelError(f"{folder}: {part} was trained against another {other}; train it again")
+            # Another number of heads, say, fits the same weights and means something else.
+            if entry.get("identity", {}).get("part", recipe.parts.get(part)) != recipe.parts.get(part):
+                raise checkpoint.ModelError(f"{folder}: recipe.yaml builds another {part} than was trained; copy again")
         needed = ["tokenizer", "prior"] + (["clip"] if "clip" in card["parts"] and reranker is None else [])
         parts = {part: checkpoint.load_part(folder, recipe, part, device, dtype) for part in needed}
+        _check_fit(folder, recipe, parts)
         return cls(recipe, parts, CaptionTokenizer.load(folder / "captions.json"), model_hash(card), reranker)
 
     def __call__(
@@ -166,8 +170,10 @@ class TextToImage:
         return [group[k] for group in groups for k in self._order(group, keep)]
 
     def _check(self, prompts: list[str], seeds: list[int], candidates: int, keep: int, micro_batch: int) -> None:
-        if not prompts or any(not prompt.strip() for prompt in prompts):
-            raise ValueError("a prompt is empty; expected a caption such as 'a small red ring on a blue background'")
+        if not prompts or not all(_is_text(prompt) for prompt in prompts):
+            raise ValueError(
+                "a prompt is empty or not Unicode; expected a caption such as 'a small red ring on a blue background'"
+            )
         if not 1 <= keep <= candidates:
             raise ValueError(f"keep must lie between 1 and candidates ({candidates}), got {keep}")
         if keep < candidates and self.scorer is None:
@@ -207,6 +213,17 @@ class TextToImage:
         if self.scorer is None:
             return list(range(keep))
         return rank(torch.tensor([[painting.clip_score for painting in group]]), keep)[0].tolist()
+
+
+def _check_fit(folder: Path, recipe: Recipe, parts: dict[str, Any]) -> None:
+    """Raises ModelError where the parts are whole but not of one system."""
+    spec, prior = parts["tokenizer"].spec, parts["prior"]
+    drawn, read = (tuple(prior.grid), prior.num_codes), (tuple(spec.shape), spec.vocabulary)
+    if drawn != read:
+        raise checkpoint.ModelError(f"{folder}: the prior draws (grid, codes) {drawn}, the tokenizer reads {read}")
+    seen = parts["clip"].image_size if "clip" in parts else recipe.image_size
+    if seen != recipe.image_size:
+        raise checkpoint.ModelError(f"{folder}: the clip reads {seen} px, the recipe paints {recipe.image_size}")
 
 
 class _OwnCLIP:

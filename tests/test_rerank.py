@@ -127,6 +127,19 @@ def test_scorer_never_runs_a_pickle(folder, tmp_path):
     assert not trace.exists()
 
 
+def test_a_config_cannot_ask_for_remote_code(folder, tmp_path):
+    import json
+    import shutil
+
+    path, _ = folder
+    evil = shutil.copytree(path, tmp_path / "evil")
+    config = json.loads((evil / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
+    (evil / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="could run foreign code"):
+        OpenCLIPScorer(evil)
+
+
 def test_missing_open_clip_is_said_clearly(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ImportError, match="pip install open_clip_torch"):

@@ -169,3 +169,20 @@ def test_odd_pictures_become_upright_rgb():
     assert samples.decode("jpeg", picture("JPEG", mode="CMYK", color=(0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
     assert samples.decode("webp", picture("WEBP", lossless=True)).getpixel((0, 0)) == (200, 10, 30)
     assert samples.decode("png", picture(mode="P", color=0)).mode == "RGB"
+
+
+def test_forged_headers_and_indexes_stop_nothing(tmp_path):
+    """A header that tarfile rejects is a torn shard; an index with places before the shard is built again."""
+    forged = tmp_path / "forged.tar"
+    with tarfile.open(forged, "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("000.png")
+        info.pax_headers = {"GNU.sparse.map": "a,b", "GNU.sparse.size": "x"}
+        tar.addfile(info)
+    assert samples.build_index(forged).problem
+    good = foreign_tar(tmp_path / "good.tar", {"000.png": picture(), "000.txt": b"x"})
+    whole = samples.load_index(good)
+    path = samples.index_path(good)
+    content = json.loads(path.read_text())
+    content["samples"][0][1]["png"] = [-5, 3]
+    path.write_text(json.dumps(content))
+    assert samples.load_index(good) == whole

@@ -1,6 +1,7 @@
 """Painting: batches over prompts and candidates, ranking, and the same picture again from what its PNG carries."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -204,3 +205,37 @@ def test_one_unreadable_card_does_not_hide_the_other_models(tmp_path, monkeypatc
         assert text_to_image.find_by_hash(text_to_image.model_hash(card)).resolve() == good
     with pytest.raises(checkpoint.ModelError, match="not readable as JSON"):
         TextToImage.load("runs/bad/model")
+
+
+def test_a_recipe_that_builds_another_part_is_refused(folder, tmp_path):
+    """Another number of heads fits the same weights, and would paint something else without a word."""
+    copy = shutil.copytree(folder, tmp_path / "model")
+    recipe, weights = checkpoint.load_recipe(copy), checkpoint.load_weights(copy, "prior")
+    checkpoint.save_part(copy, recipe, "prior", weights, identity={"part": PARTS["prior"] | {"num_heads": 4}})
+    with pytest.raises(checkpoint.ModelError, match="builds another prior than was trained"):
+        TextToImage.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [("prior", {"num_codes": 17}, "the tokenizer reads"), ("clip", {"image_size": 4}, "4 px")],
+)
+def test_parts_of_two_systems_are_refused(folder, tmp_path, part, change, said):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    parts = PARTS | {part: PARTS[part] | change}
+    recipe = Recipe(name="tests/tiny", paper="none", image_size=8, captions=CAPTIONS, parts=parts)
+    checkpoint.save_part(copy, recipe, part, checkpoint.export(build(recipe, part), torch.float32))
+    with pytest.raises(checkpoint.ModelError, match=said):
+        TextToImage.load(copy)
+
+
+def test_a_deeply_nested_card_is_one_clear_error(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    (copy / "card.json").write_text("[" * 100_000)
+    with pytest.raises(checkpoint.ModelError, match="not readable as JSON"):
+        TextToImage.load(copy)
+
+
+def test_half_a_character_is_no_prompt(system):
+    with pytest.raises(ValueError, match="not Unicode"):
+        system("a red \udce9")

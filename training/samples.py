@@ -129,10 +129,12 @@ def _scan(shard: Path, size: int) -> tuple[list[Entry], str | None]:
                     continue
                 if extension in entry.members:
                     entry.problem = f"two members .{extension} under one key"
+                if info.size < 0:
+                    raise ValueError(f"{info.name} has the size {info.size}")
                 if info.offset_data + info.size > size:
                     entry.problem = f"truncated: the shard ends inside {info.name}"
                 entry.members[extension] = (info.offset_data, info.size)
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         return list(entries.values()), f"torn shard, or not an uncompressed tar: {error}"
     for key, name in foreign.items():
         if "." in name.rpartition("/")[2].partition(".")[2] and not set(PICTURES) & set(entries[key].members):
@@ -168,6 +170,8 @@ def load_index(shard: Path | str) -> Index:
         fits = content["format"] == FORMAT and content["bytes"] == here.st_size and there.st_mtime >= here.st_mtime
         if fits:
             rows = [Entry(k, {e: (int(at), int(n)) for e, (at, n) in m.items()}, p) for k, m, p in content["samples"]]
+            if any(at < 0 or n < 0 for row in rows for at, n in row.members.values()):
+                raise ValueError("a place before the shard")  # forged: built anew below
             return Index(shard, here.st_size, str(content["sha256"]), rows, content["problem"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         if not shard.is_file():

@@ -35,8 +35,8 @@ Update = tuple[str, tuple[Tensor, Tensor], dict[str, Tensor]]
 class TokenizerStage:
     """Fits the dVAE (arXiv:2102.12092, section 2.1): Gumbel-softmax relaxation, logit-Laplace likelihood, KL.
 
-    In the first share `autoencoder` of its steps it trains as a plain autoencoder, whose k-means centres then become the
-    codes: small runs that start from random codes keep a handful of them.
+    In the first share `autoencoder` of its steps it trains as a plain autoencoder, whose k-means centres then become
+    the codes: small runs that start from random codes keep a handful of them.
     """
 
     part = "tokenizer"
