@@ -191,6 +191,8 @@ def evaluate(
         gallery.try_writing(folder)
     system = _load(folder, device, "float32")
     options: dict[str, Any] = {"per_test": per_test, "seed": seed, **({"tests": chosen} if chosen else {})}
+    if data is None and system.recipe.training.get("data", {}).get("kind", "shapes") != "shapes":
+        raise ValueError(f"{model} was not trained on shapes; name what it is judged by with --data FOLDER")
     truth = () if data is None else (data,)
     with _progress("evaluating") as progress:
         result = suite.evaluate(system, *truth, candidates=candidates, progress=progress, **options)
@@ -202,7 +204,6 @@ def evaluate(
     if save:
         words = ["kartina", "evaluate", model, *(f"--data={place}" for place in truth)]
         words += [f"--tests={test}" for test in chosen]
-        words += [] if per_test is None else [f"--per-test={per_test}"]
         words += [f"--candidates={candidates}", f"--seed={seed}", f"--device={result['device']}", "--save"]
         counts = {test: columns["one_sample"]["n"] for test, columns in result["tests"].items()}
         facts = {"command": shlex.join(words), "device": result["device"], "dtype": result["dtype"], "captions": counts}

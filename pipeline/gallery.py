@@ -41,16 +41,20 @@ DEMO = {
 def targets(out: Path, count: int, grid: bool = False) -> list[Path]:
     """Where `count` pictures, or one grid of them, go: a .png file, numbered if there are several, or a folder.
 
+    In a folder the numbers go on from what lies there, so that nothing is painted over.
     The folder is made at need. Raises ValueError for another kind of picture, and OSError where nothing can be written.
     """
     if out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp"):
         raise ValueError(f"pictures are written as PNG, got {str(out)!r}; name a .png file or a folder")
     single = out.suffix.lower() == ".png" and not out.is_dir()
     try_writing(out.parent if single else out)
-    if grid:
-        return [out if single else out / "grid.png"]
     if not single:
-        return [out / f"{k:04d}.png" for k in range(count)]
+        stem = "grid-" if grid else ""
+        taken = [path.stem.removeprefix(stem) for path in out.glob(f"{stem}[0-9]*.png")]
+        first = max((int(name) for name in taken if name.isdecimal()), default=-1) + 1
+        return [out / f"{stem}{k:04d}.png" for k in range(first, first + (1 if grid else count))]
+    if grid:
+        return [out]
     return [out.with_name(f"{out.stem}-{k}.png") if k else out for k in range(count)]
 
 

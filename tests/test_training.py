@@ -199,3 +199,9 @@ def test_notices_of_the_data_go_to_the_model(tmp_path):
     data = Data(kind="shards", shards=str(tmp_path / "data"))
     trainer._carry_notices(data, tmp_path / "model")
     assert (tmp_path / "model" / "LICENSES" / "art.txt").read_text() == "of the art"
+
+
+def test_a_run_folder_has_one_trainer(tmp_path, capsys):
+    with trainer._locked(tmp_path):
+        assert trainer.main(["shapes/dalle", *TINY, "--run", str(tmp_path)]) == 2
+    assert "in use by another trainer" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,20 @@ def _prepare_captions(recipe: Recipe, source: Any, model: Path) -> None:
     captions = source.captions(range(20_000))
     CaptionTokenizer.train(captions, recipe.captions.vocab_size, recipe.captions.context_length).save(path)
     checkpoint.write_text(origin, json.dumps(wanted))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a run folder. Raises RecipeError where another trainer does: two would delete each other's checkpoints."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RecipeError(f"{folder} is in use by another trainer; wait for it, or name another --run") from None
+        yield
 
 
 def _carry_notices(data: runs.Data, model: Path) -> None:
@@ -213,7 +228,10 @@ def main(argv: list[str] | None = None) -> int:
         if given.stage and given.stage not in training.stages:
             raise RecipeError(f"no stage {given.stage!r}; {nearest(given.stage, list(training.stages))}")
         names = [given.stage] if given.stage else list(training.stages)
-        _train(recipe, training, names, given.run or Path("runs") / recipe.name, given.processes)
+        folder = given.run or Path("runs") / recipe.name
+        first = os.environ.get("RANK", "0") == "0"  # the lock is the job's, not a rank's
+        with _locked(folder) if first else contextlib.nullcontext():
+            _train(recipe, training, names, folder, given.processes)
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"kartina: {error}", file=sys.stderr)

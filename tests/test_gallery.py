@@ -1,0 +1,22 @@
+"""Where paintings go."""
+
+import pytest
+
+from kartina.pipeline import gallery
+
+
+def test_nothing_is_painted_over(tmp_path):
+    assert gallery.targets(tmp_path, 2) == [tmp_path / "0000.png", tmp_path / "0001.png"]
+    for name in ("0000.png", "0007.png", "grid-0000.png", "cat.png", "12x.png"):
+        (tmp_path / name).touch()
+    assert gallery.targets(tmp_path, 2) == [tmp_path / "0008.png", tmp_path / "0009.png"]
+    assert gallery.targets(tmp_path, 4, grid=True) == [tmp_path / "grid-0001.png"]
+    assert gallery.targets(tmp_path / "a.png", 2) == [tmp_path / "a.png", tmp_path / "a-1.png"]
+
+
+def test_other_kinds_of_picture_and_closed_places_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="written as PNG"):
+        gallery.targets(tmp_path / "a.jpg", 1)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot write"):
+        gallery.targets(tmp_path / "file" / "a.png", 1)
