@@ -105,7 +105,9 @@ def held_out(facts: Sequence[Facts]) -> list[bool]:
     for width in {len(row) for row in rows}:
         places = [i for i, row in enumerate(rows) if len(row) == width]
         chosen = np.stack([rows[i] for i in places])
-        hidden = broken_rules(chosen).any(1) | (reserved(chosen) if width == NARROW else False)
+        hidden: Mask = np.asarray(broken_rules(chosen).any(1))
+        if width == NARROW:
+            hidden = hidden | reserved(chosen)
         for place, bad in zip(places, hidden.tolist(), strict=True):
             found[place] |= bad
     return found
