@@ -40,7 +40,7 @@ from ...pipeline.text_to_image import TextToImage
 from ..data.emoji import read_gallery, role_of
 from ..data.emoji_captions import BACKGROUNDS, NAMES_STYLE, caption
 from .shapes_suite import SEED_STRIDE, Model, Result
-from .statistics import mcnemar, rate
+from .statistics import columns_of, mcnemar, percent, rate
 
 TESTS = ("trained", "E1", "E2")
 FIRST = 5
@@ -274,7 +274,7 @@ def _check_tests(tests: Sequence[str], count: int | None) -> None:
 def headline(result: Result) -> dict[str, float]:
     """The figures for a model's card, R@1 rounded to 4 digits: {"trained": 0.41, "E1": 0.62, "E1 best of 8": 0.7}."""
     rates: dict[str, float | None] = {}
-    for column, words in _columns(result).items():
+    for column, words in columns_of(result).items():
         suffix = "" if column == "one_sample" else f" {words}"
         rates |= {test + suffix: columns[column]["rate"] for test, columns in result["tests"].items()}
     return {name: round(value, 4) for name, value in rates.items() if value is not None}
@@ -294,20 +294,8 @@ def report(result: Result) -> str:
     return text.getvalue()
 
 
-def _columns(result: Result) -> dict[str, str]:
-    words = {"one_sample": "one sample", "best_of_n": f"best of {result['candidates']}"}
-    return words if result["candidates"] > 1 else {"one_sample": words["one_sample"]}
-
-
-def _percent(entry: Result) -> str:
-    if entry["rate"] is None:
-        return "-"
-    low, high = entry["interval"]
-    return f"{entry['rate']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
 def _rate_table(result: Result) -> Table:
-    columns = _columns(result)
+    columns = columns_of(result)
     languages = list(next(iter(result["tests"].values()))["one_sample"]["languages"])
     table = Table("test", "answer", "n", "chance", box=box.SIMPLE)
     for words in columns.values():
@@ -319,8 +307,8 @@ def _rate_table(result: Result) -> Table:
             first = entries["one_sample"]
             row = [test, question, str(first["n"]), "-" if first["chance"] is None else f"{first['chance']:.2%}"]
             for entry in entries.values():
-                said = [_percent(entry["languages"][name]).split(" [")[0] for name in languages if "languages" in entry]
-                row += [_percent(entry), *(said or [""] * len(languages))]
+                said = [percent(entry["languages"][name]).split(" [")[0] for name in languages if "languages" in entry]
+                row += [percent(entry), *(said or [""] * len(languages))]
             table.add_row(*row)
     return table
 

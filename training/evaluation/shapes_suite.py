@@ -34,7 +34,7 @@ from ..data.shapes_captions import LANGUAGES, caption, wrong_captions
 from ..data.shapes_scenes import Facts
 from ..data.shapes_splits import TEST_COUNTS, TESTS, test_captions
 from .shapes_checker import FAILURES, check
-from .statistics import mcnemar, mean_rate, rate
+from .statistics import columns_of, mcnemar, mean_rate, percent, rate
 
 HELD_OUT = ("S2a", "S2b", "S2c")  # S2 is the mean over these
 SEED_STRIDE = 2**20  # between the captions' seeds, so that no candidate's noise is met twice
@@ -276,7 +276,7 @@ def _check_tests(tests: Sequence[str], count: int | None) -> None:
 def headline(result: Result) -> dict[str, float]:
     """The figures for a model's card, rounded to 4 digits: {"S1": 0.91, "S2": 0.87, "S2 best of 8": 0.95, ...}."""
     rates: dict[str, float | None] = {}
-    for column, words in _columns(result).items():
+    for column, words in columns_of(result).items():
         suffix = "" if column == "one_sample" else f" {words}"
         rates |= {test + suffix: columns[column]["rate"] for test, columns in result["tests"].items()}
         if "S2" in result:
@@ -298,45 +298,33 @@ def report(result: Result) -> str:
         part = result["tokenizer"]
         psnr = "exact" if part["psnr"] is None else f"{part['psnr']:.2f} dB"
         used = f"{part['codes_used']:.1%} of the codes in use, perplexity {part['perplexity']:.1f}"
-        console.print(f"tokenizer: {_percent(part)} of {part['n']} pictures keep their facts, {psnr}, {used}")
+        console.print(f"tokenizer: {percent(part)} of {part['n']} pictures keep their facts, {psnr}, {used}")
     if "clip" in result:
         part = result["clip"]
-        console.print(f"CLIP: {_percent(part)} of {part['n']} captions beat all their wrong ones; one by one:")
-        console.print("\n".join(f"  {kind:17} {_percent(won)}" for kind, won in part["kinds"].items()))
+        console.print(f"CLIP: {percent(part)} of {part['n']} captions beat all their wrong ones; one by one:")
+        console.print("\n".join(f"  {kind:17} {percent(won)}" for kind, won in part["kinds"].items()))
     return text.getvalue()
-
-
-def _columns(result: Result) -> dict[str, str]:
-    words = {"one_sample": "one sample", "best_of_n": f"best of {result['candidates']}"}
-    return words if result["candidates"] > 1 else {"one_sample": words["one_sample"]}
-
-
-def _percent(entry: Result) -> str:
-    if entry["rate"] is None:
-        return "-"
-    low, high = entry["interval"]
-    return f"{entry['rate']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _rate_table(result: Result) -> Table:
     table = Table("test", "n", box=box.SIMPLE)
-    for words in _columns(result).values():
+    for words in columns_of(result).values():
         for heading in (words, *LANGUAGES):
             table.add_column(heading, justify="right")
     for test, columns in result["tests"].items():
         row = [test, str(columns["one_sample"]["n"])]
         for tally in columns.values():
-            row += [_percent(tally), *(_percent(tally["languages"][name]).split(" [")[0] for name in LANGUAGES)]
+            row += [percent(tally), *(percent(tally["languages"][name]).split(" [")[0] for name in LANGUAGES)]
         table.add_row(*row)
     if "S2" in result:
-        table.add_row("S2", "", *(cell for mean in result["S2"].values() for cell in (_percent(mean), "", "")))
+        table.add_row("S2", "", *(cell for mean in result["S2"].values() for cell in (percent(mean), "", "")))
     return table
 
 
 def _failure_table(result: Result) -> Table:
     table = Table("failures", "", *FAILURES, box=box.SIMPLE)
     for test, columns in result["tests"].items():
-        for column, words in _columns(result).items():
+        for column, words in columns_of(result).items():
             table.add_row(test, words, *(str(columns[column]["failures"][fact]) for fact in FAILURES))
     return table
 
