@@ -108,6 +108,7 @@ def _is_sound(card: dict[str, Any]) -> bool:
         and isinstance(entry, dict)
         and isinstance(entry.get("hash"), str)
         and isinstance(entry.get("trained_against", {}), dict)
+        and isinstance(entry.get("identity", {}), dict)
         for name, entry in parts.items()
     )
 

@@ -64,10 +64,10 @@ class OpenCLIPScorer:
         open_clip = _open_clip()
         tag = None if pretrained is None else str(pretrained)
         try:
+            _refuse_code(name)
             self.model, self.preprocess = open_clip.create_model_from_pretrained(
                 name, tag, device=device, weights_only=True
             )
-            _refuse_code(name)
             self.tokenize = open_clip.get_tokenizer(name)
         except Exception as error:  # open_clip, torch and the hub client raise a dozen kinds
             raise ValueError(

@@ -186,3 +186,7 @@ def test_forged_headers_and_indexes_stop_nothing(tmp_path):
     content["samples"][0][1]["png"] = [-5, 3]
     path.write_text(json.dumps(content))
     assert samples.load_index(good) == whole
+    content["samples"][0][1]["png"] = [float("inf"), 3]
+    for forged_index in (json.dumps(content), "[" * 100_000):
+        path.write_text(forged_index)
+        assert samples.load_index(good) == whole

@@ -236,6 +236,15 @@ def test_a_deeply_nested_card_is_one_clear_error(folder, tmp_path):
         TextToImage.load(copy)
 
 
+def test_an_identity_that_is_no_table_is_one_clear_error(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    card = json.loads((copy / "card.json").read_text())
+    card["parts"]["prior"]["identity"] = None
+    (copy / "card.json").write_text(json.dumps(card))
+    with pytest.raises(checkpoint.ModelError, match="expected format"):
+        TextToImage.load(copy)
+
+
 def test_half_a_character_is_no_prompt(system):
     with pytest.raises(ValueError, match="not Unicode"):
         system("a red \udce9")

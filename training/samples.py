@@ -173,7 +173,7 @@ def load_index(shard: Path | str) -> Index:
             if any(at < 0 or n < 0 for row in rows for at, n in row.members.values()):
                 raise ValueError("a place before the shard")  # forged: built anew below
             return Index(shard, here.st_size, str(content["sha256"]), rows, content["problem"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         if not shard.is_file():
             raise ValueError(
                 f"no shard at {shard}: expected a .tar file written by pack_folder or WebDataset"
