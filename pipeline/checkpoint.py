@@ -132,6 +132,15 @@ def save_part(folder: Path, recipe: Recipe, part: str, weights: dict[str, Tensor
     return digest
 
 
+def built_otherwise(card: dict[str, Any], recipe: Recipe) -> list[str]:
+    """The parts of a card that were trained from another section than the recipe's.
+
+    Not every change shows in the shapes of the weights: another number of heads changes what they mean.
+    """
+    sections = {part: entry.get("identity", {}).get("part") for part, entry in card["parts"].items()}
+    return [part for part, section in sections.items() if section is not None and section != recipe.parts.get(part)]
+
+
 def save_measured(folder: Path, measured: dict[str, Any]) -> None:
     """Writes what the model was measured to do to its card, in place of an earlier measurement.
 

@@ -131,9 +131,8 @@ class TextToImage:
             for other, digest in entry.get("trained_against", {}).items():
                 if hashes.get(other) != digest:
                     raise checkpoint.ModelError(f"{folder}: {part} was trained against another {other}; train it again")
-            # Another number of heads, say, fits the same weights and means something else.
-            if entry.get("identity", {}).get("part", recipe.parts.get(part)) != recipe.parts.get(part):
-                raise checkpoint.ModelError(f"{folder}: recipe.yaml builds another {part} than was trained; copy again")
+        for part in checkpoint.built_otherwise(card, recipe):
+            raise checkpoint.ModelError(f"{folder}: recipe.yaml builds another {part} than was trained; copy again")
         needed = ["tokenizer", "prior"] + (["clip"] if "clip" in card["parts"] and reranker is None else [])
         parts = {part: checkpoint.load_part(folder, recipe, part, device, dtype) for part in needed}
         _check_fit(folder, recipe, parts)

@@ -103,17 +103,16 @@ def _carry_notices(data: runs.Data, model: Path) -> None:
 
 
 def _check_frozen(recipe: Recipe, model: Path) -> None:
-    """Raises RecipeError where a trained part of the folder was built by another section than the recipe's.
+    """Raises RecipeError where a trained part of the folder was built by another section than the recipe's."""
+    for part in checkpoint.built_otherwise(checkpoint.read_card(model), recipe) if _has_card(model) else []:
+        raise RecipeError(
+            f"{model}: the trained {part} was built otherwise than parts.{part} of the recipe says; "
+            "put the recipe back, or start another run with --run FOLDER"
+        )
 
-    Not every change shows in the shapes of the weights: another number of heads would change what a frozen part does.
-    """
-    entries = checkpoint.read_card(model)["parts"] if (model / "card.json").exists() else {}
-    for part, entry in entries.items():
-        if entry.get("identity", {}).get("part", recipe.parts.get(part)) != recipe.parts.get(part):
-            raise RecipeError(
-                f"{model}: the trained {part} was built otherwise than parts.{part} of the recipe says; "
-                "put the recipe back, or start another run with --run FOLDER"
-            )
+
+def _has_card(model: Path) -> bool:
+    return (model / "card.json").exists()
 
 
 def _against(model: Path, depends: tuple[str, ...]) -> dict[str, str]:
@@ -161,7 +160,7 @@ def _keep_memory() -> None:
 def _train(recipe: Recipe, training: runs.Training, names: list[str], folder: Path, asked: int) -> None:
     import torch
     from accelerate import Accelerator, PartialState
-    from accelerate.utils import set_seed
+    from accelerate.utils import parse_flag_from_env, set_seed
 
     from .loop import train_stage
     from .optim import fast_bf16
@@ -171,9 +170,11 @@ def _train(recipe: Recipe, training: runs.Training, names: list[str], folder: Pa
     # The tails of a softmax are denormal numbers, with which a CPU is many times slower. Threads made later inherit it.
     torch.set_flush_denormal(True)
     _keep_memory()
-    slow = training.precision == "bf16" and not fast_bf16(PartialState().device)
-    accelerator = Accelerator(mixed_precision="no" if slow or training.precision == "fp32" else training.precision)
-    if slow:
+    # The flag that Accelerator reads itself: without it several CPU processes would each stand alone.
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    precision = training.precision if fast_bf16(device) else "fp32"
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    if precision != training.precision:
         accelerator.print("this device has no fast bfloat16: training in float32")
     if accelerator.num_processes != asked:
         raise RecipeError(
@@ -198,15 +199,14 @@ def _train(recipe: Recipe, training: runs.Training, names: list[str], folder: Pa
         ema = train_stage(identity, stage, config, source, validation, folder, accelerator)
         if accelerator.is_main_process:
             stage.network.load_state_dict(ema.average)
-            computed = "fp32" if slow else training.precision
-            facts = {"trained_against": against, "identity": identity, "computed_in": computed}
+            facts = {"trained_against": against, "identity": identity, "computed_in": precision}
             checkpoint.save_part(model, recipe, name, checkpoint.export(stage.network), **facts)
         accelerator.wait_for_everyone()
 
 
 def _finished(model: Path, part: str, identity: dict[str, Any]) -> bool:
     """Whether the model folder holds this very part. Raises RecipeError where it holds one trained otherwise."""
-    entry = checkpoint.read_card(model)["parts"].get(part) if (model / "card.json").exists() else None
+    entry = checkpoint.read_card(model)["parts"].get(part) if _has_card(model) else None
     if entry is None:
         return False
     keys = runs.differences(entry.get("identity", {}), identity)
