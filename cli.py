@@ -5,9 +5,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +40,7 @@ def paint(
 ) -> None:
     """Paint captions with a trained model."""
     from .pipeline import gallery
+    from .pipeline.progress import progress_bar
 
     texts = _captions(prompts or [], prompts_file)
     if keep > candidates:
@@ -50,7 +48,7 @@ def paint(
     paths = gallery.targets(out, len(texts) * keep, grid)
     system = _load(model, device, dtype, reranker, reranker_pretrained)
     knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance}
-    with _progress("painting") as progress:
+    with progress_bar("painting") as progress:
         paintings = system(texts, seed=seed, candidates=candidates, keep=keep, progress=progress, **knobs)
     for path, entry in gallery.save_grid(paintings, paths[0]) if grid else gallery.save(paintings, paths):
         typer.echo(json.dumps({"file": str(path), **entry}, ensure_ascii=False) if as_json else str(path))
@@ -98,30 +96,6 @@ def _device(name: str) -> str:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--device {name!r} is not here ({reason}); take cpu, or auto to have one chosen") from None
     return name
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A function (done, total) that shows a bar on stderr from the moment the work has taken two seconds."""
-    begin = time.monotonic()
-    bars: list[Any] = []
-
-    def report(done: int, total: int) -> None:
-        if not bars and time.monotonic() - begin > 2:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            bars.append(Progress(console=Console(stderr=True)))
-            bars[0].add_task(what)
-            bars[0].start()
-        for bar in bars:
-            bar.update(bar.task_ids[0], completed=done, total=total)
-
-    try:
-        yield report
-    finally:
-        for bar in bars:
-            bar.stop()
 
 
 @app.command()
@@ -179,6 +153,7 @@ def evaluate(
     """Measure a model on what training never shows: on `shapes`, its tokenizer and CLIP too, or on emoji."""
     from .pipeline import gallery
     from .pipeline.checkpoint import save_measured
+    from .pipeline.progress import progress_bar
     from .pipeline.text_to_image import find_model
     from .training.evaluation import emoji_suite, shapes_suite
 
@@ -194,7 +169,7 @@ def evaluate(
     if data is None and system.recipe.training.get("data", {}).get("kind", "shapes") != "shapes":
         raise ValueError(f"{model} was not trained on shapes; name what it is judged by with --data FOLDER")
     truth = () if data is None else (data,)
-    with _progress("evaluating") as progress:
+    with progress_bar("evaluating") as progress:
         result = suite.evaluate(system, *truth, candidates=candidates, progress=progress, **options)
     if data is None:
         result["tokenizer"] = suite.tokenizer_rate(system, **options)
@@ -320,6 +295,7 @@ def demo(out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = P
     """Paint a grid with every shipped model, best of 8 for each caption; its path is the last line."""
     from .pipeline import gallery
     from .pipeline.checkpoint import ModelError
+    from .pipeline.progress import progress_bar
     from .pipeline.text_to_image import SHIPPED
 
     shipped = [name for name in gallery.DEMO if (SHIPPED / name / "card.json").is_file()]
@@ -329,7 +305,7 @@ def demo(out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = P
     paintings = []
     for name in shipped:
         system = _load(name, "auto", "float32")
-        with _progress(name) as progress:
+        with progress_bar(name) as progress:
             paintings += system(gallery.DEMO[name], candidates=8, progress=progress)
     for painting in paintings:
         typer.echo(f"{painting.clip_score:.3f}  {painting.prompt}")

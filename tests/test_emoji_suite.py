@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-pytest.importorskip("resvg_py")
+pytest.importorskip("resvg_py")  # of the extra [data]; so it goes before the imports that need it
 
 from kartina.pipeline import checkpoint  # noqa: E402
 from kartina.pipeline.recipe import Recipe, build  # noqa: E402

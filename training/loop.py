@@ -191,19 +191,15 @@ def _validate(stage: Any, ema: EMA, source: Source, accelerator: Accelerator, mo
     total = most if source.size is None else min(most, source.size)
     mine = validation_positions(total, accelerator.process_index, accelerator.num_processes)
     sums: dict[str, torch.Tensor] = {}
-    names: list[str] = []
     count = torch.zeros((), device=accelerator.device)
     with ema.applied():  # no autocast here: codes must be those that training reads and painting makes
         for start in range(0, len(mine), _VALIDATION_BATCH):
             batch = _to_device(source.read(mine[start : start + _VALIDATION_BATCH]), accelerator.device)
-            values = stage.measure(batch)
-            for name, value in values.items():
+            for name, value in stage.measure(batch).items():
                 sums[name] = sums.get(name, torch.zeros_like(count)) + (value.float() * batch.weight).sum()
             count += batch.weight.sum()
-            names = list(values)
     count = accelerator.reduce(count, reduction="sum")
-    means = [accelerator.reduce(sums[name], reduction="sum") / count for name in names]
-    return {f"valid/{name}": float(mean) for name, mean in zip(names, means, strict=True)}
+    return {f"valid/{name}": float(accelerator.reduce(value, reduction="sum") / count) for name, value in sums.items()}
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:

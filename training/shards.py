@@ -14,34 +14,22 @@ import json
 import os
 import shutil
 import tarfile
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
-
+from ..pipeline.progress import progress_bar
 from .samples import DECODERS, FORMAT, MEMBER_LIMIT, PICTURES, BadSample, decode, find_shards, read_sample, write_text
 from .samples import build_index as build_index
 
 
 def _shown(items: Sequence[Any], label: str) -> Iterator[Any]:
     """Passes items on, with a progress bar once two seconds have gone by."""
-    start, bar, task = time.monotonic(), None, None
-    try:
+    with progress_bar(label, transient=True) as report:
         for done, item in enumerate(items):
-            if bar is None and time.monotonic() - start > 2:
-                bar = Progress(console=Console(stderr=True), transient=True)
-                bar.start()
-                task = bar.add_task(label, total=len(items))
-            if bar is not None and task is not None:
-                bar.update(task, completed=done)
+            report(done, len(items))
             yield item
-    finally:
-        if bar is not None:
-            bar.stop()
 
 
 class ShardWriter:

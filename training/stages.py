@@ -55,12 +55,11 @@ class TokenizerStage:
         knobs, steps = config.objective, config.steps
         self.start = round(knobs.get("autoencoder", 0) * steps)
         self.restart_step = self.start or None
-        self.temperature = (
-            knobs.get("temperature", 1.0),
-            knobs.get("temperature_end", 1 / 16),
-            round(knobs.get("temperature_share", 0.75) * (steps - self.start)),
-        )
-        self.kl_weight = (0.0, knobs.get("kl_weight", 6.6), round(knobs.get("kl_share", 0.1) * steps))
+        names = {"temperature": "start", "temperature_end": "end"}
+        self.temperature: dict[str, Any] = {names[knob]: value for knob, value in knobs.items() if knob in names}
+        self.temperature["steps"] = round(knobs.get("temperature_share", 0.75) * (steps - self.start))
+        self.kl_weight: dict[str, Any] = {"end": knobs["kl_weight"]} if "kl_weight" in knobs else {}
+        self.kl_weight["steps"] = round(knobs.get("kl_share", 0.1) * steps)
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -76,9 +75,8 @@ class TokenizerStage:
         if age >= 0:
             noise = random.gumbel(self.seed, step, batch.samples, (*spec.shape, spec.vocabulary), "dvae gumbel")
             noise = noise.permute(0, 3, 1, 2)  # (B, K, h, w), laid out as the logits are
-        temperature = dvae_objective.anneal(max(age, 0), *self.temperature)
-        beta = dvae_objective.anneal(max(age, 0), *self.kl_weight) if age >= 0 else 0.0
-        out = self.forward(batch.image, noise, temperature)
+        beta = dvae_objective.kl_weight(age, **self.kl_weight) if age >= 0 else 0.0
+        out = self.forward(batch.image, noise, dvae_objective.temperature(age, **self.temperature))
         squared = self.config.objective.get("squared", 0.0)
         loss, scalars = dvae_objective.dvae(out["parameters"], out["logits"], batch.image, beta, batch.weight, squared)
         yield self.part, loss, scalars

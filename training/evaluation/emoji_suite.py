@@ -39,8 +39,9 @@ from scipy import ndimage
 from ...pipeline.text_to_image import TextToImage
 from ..data.emoji import read_gallery, role_of
 from ..data.emoji_captions import BACKGROUNDS, NAMES_STYLE, caption
-from .shapes_suite import SEED_STRIDE, Model, Result
-from .statistics import columns_of, mcnemar, percent, rate
+from .reports import Result, check_tests, columns_of, percent, ranking_line, rates_of, rounded, title
+from .shapes_suite import SEED_STRIDE, Model
+from .statistics import mcnemar, rate
 
 TESTS = ("trained", "E1", "E2")
 FIRST = 5
@@ -153,7 +154,7 @@ def prompts(gallery: Gallery, test: str, seed: int = 0, count: int | None = None
 
     Raises ValueError for an unknown test or a count below 1.
     """
-    _check_tests([test], count)
+    check_tests([test], TESTS, count)
     draws, places = random.Random(0), gallery.cells[test]
     if test != "E1":
         tones = defaultdict(list)
@@ -197,7 +198,7 @@ def evaluate(
     """
     if candidates < 1:
         raise ValueError(f"candidates must be at least 1, got {candidates}")
-    _check_tests(tests, per_test)
+    check_tests(tests, TESTS, per_test)
     gallery = Gallery(data)
     asked = {test: prompts(gallery, test, seed, per_test) for test in tests}
     if not any(asked.values()):
@@ -264,33 +265,21 @@ def _tally(question: str, answers: list[Answers]) -> Result:
     return rate(sum(right for right, _ in asked), len(asked)) | {"chance": chance}
 
 
-def _check_tests(tests: Sequence[str], count: int | None) -> None:
-    if not tests or isinstance(tests, str) or len(set(tests)) < len(tests) or not set(tests) <= set(TESTS):
-        raise ValueError(f"the suite has the tests {TESTS}, got {tests!r}; name some of these, each once")
-    if count is not None and count < 1:
-        raise ValueError(f"the number of captions of a test must be at least 1, got {count}")
-
-
 def headline(result: Result) -> dict[str, float]:
     """The figures for a model's card, R@1 rounded to 4 digits: {"trained": 0.41, "E1": 0.62, "E1 best of 8": 0.7}."""
-    rates: dict[str, float | None] = {}
-    for column, words in columns_of(result).items():
-        suffix = "" if column == "one_sample" else f" {words}"
-        rates |= {test + suffix: columns[column]["rate"] for test, columns in result["tests"].items()}
-    return {name: round(value, 4) for name, value in rates.items() if value is not None}
+    return rounded({name: r for column in columns_of(result) for name, r in rates_of(result, column).items()})
 
 
 def report(result: Result) -> str:
     """The figures as text for people: rates with 95 % intervals beside chance, and what ranking changes."""
     text = io.StringIO()
     console = Console(file=text, width=120, markup=False, highlight=False)
-    knobs = ", ".join(f"{name} {value}" for name, value in result["knobs"].items() if value is not None)
-    console.print(f"{result['model']} {result['model_hash'][:12]}, seed {result['seed']}, {knobs}")
+    console.print(title(result))
     gallery = ", ".join(f"{count} {style}" for style, count in result["gallery"].items())
     console.print(f"nearest by blurred pixels on any of {len(BACKGROUNDS)} backgrounds; gallery: {gallery}")
     console.print(_rate_table(result))
     for test, ranking in result.get("ranking", {}).items():
-        console.print(_ranking_line(test, ranking, result["candidates"]))
+        console.print(f"{test}: {ranking_line(ranking, result['candidates'])}")
     return text.getvalue()
 
 
@@ -311,9 +300,3 @@ def _rate_table(result: Result) -> Table:
                 row += [percent(entry), *(said or [""] * len(languages))]
             table.add_row(*row)
     return table
-
-
-def _ranking_line(test: str, ranking: Result, candidates: int) -> str:
-    removed = "no errors to remove" if ranking["errors_removed"] is None else f"{ranking['errors_removed']:.1%} removed"
-    changed = f"{ranking['gained']} gained, {ranking['lost']} lost of {ranking['n']}"
-    return f"{test}: errors by best of {candidates}: {removed} ({changed}; McNemar's exact p = {ranking['p']:.2g})"

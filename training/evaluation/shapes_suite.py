@@ -33,8 +33,9 @@ from ..data.shapes import ShapesSource
 from ..data.shapes_captions import LANGUAGES, caption, wrong_captions
 from ..data.shapes_scenes import Facts
 from ..data.shapes_splits import TEST_COUNTS, TESTS, test_captions
+from .reports import Result, check_tests, columns_of, percent, ranking_line, rates_of, rounded, suffix_of, title
 from .shapes_checker import FAILURES, check
-from .statistics import columns_of, mcnemar, mean_rate, percent, rate
+from .statistics import mcnemar, mean_rate, rate
 
 HELD_OUT = ("S2a", "S2b", "S2c")  # S2 is the mean over these
 SEED_STRIDE = 2**20  # between the captions' seeds, so that no candidate's noise is met twice
@@ -42,7 +43,6 @@ _CHUNK = 64
 _NUMBER = {test: i for i, test in enumerate(TEST_COUNTS)}
 
 Model = str | Path | TextToImage
-Result = dict[str, Any]
 Verdicts = dict[str, list[set[str]]]  # by column, what fails in each picture
 
 
@@ -66,7 +66,7 @@ def prompts(test: str, seed: int = 0, count: int | None = None) -> list[Prompt]:
     S1: 500 over its 240 meanings, each in English, then in Russian, and the first 20 again with other seeds. The other
     tests: every meaning once, English and Russian in turn. Raises ValueError for an unknown test or a count below 1.
     """
-    _check_tests([test], count)
+    check_tests([test], TEST_COUNTS, count)
     facts = test_captions(test)
     if test == "S1":
         spoken = list(islice(cycle((f, language) for f in facts for language in LANGUAGES), TEST_COUNTS[test]))
@@ -101,7 +101,7 @@ def evaluate(
     """
     if candidates < 1:
         raise ValueError(f"candidates must be at least 1, got {candidates}")
-    _check_tests(tests, per_test)
+    check_tests(tests, TEST_COUNTS, per_test)
     system = _system(model)
     if candidates > 1 and system.scorer is None:
         raise ValueError(f"best of {candidates} needs a CLIP, the model has none; train it, or set candidates=1")
@@ -250,7 +250,7 @@ def _pictures(
     system: TextToImage, tests: Sequence[str], per_test: int | None, seed: int
 ) -> Iterator[tuple[str, list[int], Tensor, list[Facts]]]:
     """True pictures in batches: the test, the positions in it, image (B, 3, S, S) in [-1, 1], facts."""
-    _check_tests(tests, per_test)
+    check_tests(tests, TEST_COUNTS, per_test)
     for test in tests:
         source = ShapesSource(system.recipe.image_size, seed, split=test)
         for part in _chunks(range(source.size or 0)[:per_test]):
@@ -266,34 +266,25 @@ def _system(model: Model) -> TextToImage:
     return TextToImage.load(model) if isinstance(model, str | Path) else model
 
 
-def _check_tests(tests: Sequence[str], count: int | None) -> None:
-    if not tests or isinstance(tests, str) or len(set(tests)) < len(tests) or not set(tests) <= set(TEST_COUNTS):
-        raise ValueError(f"the suite has the tests {tuple(TEST_COUNTS)}, got {tests!r}; name some of these, each once")
-    if count is not None and count < 1:
-        raise ValueError(f"the number of captions of a test must be at least 1, got {count}")
-
-
 def headline(result: Result) -> dict[str, float]:
     """The figures for a model's card, rounded to 4 digits: {"S1": 0.91, "S2": 0.87, "S2 best of 8": 0.95, ...}."""
     rates: dict[str, float | None] = {}
-    for column, words in columns_of(result).items():
-        suffix = "" if column == "one_sample" else f" {words}"
-        rates |= {test + suffix: columns[column]["rate"] for test, columns in result["tests"].items()}
+    for column in columns_of(result):
+        rates |= rates_of(result, column)
         if "S2" in result:
-            rates["S2" + suffix] = result["S2"][column]["rate"]
+            rates["S2" + suffix_of(result, column)] = result["S2"][column]["rate"]
     rates |= {part: result[part]["rate"] for part in ("tokenizer", "clip") if part in result}
-    return {name: round(value, 4) for name, value in rates.items() if value is not None}
+    return rounded(rates)
 
 
 def report(result: Result) -> str:
     """The figures as text for people: rates with 95 % intervals, what failed, ranking, tokenizer and CLIP."""
     text = io.StringIO()
     console = Console(file=text, width=120, markup=False, highlight=False)
-    knobs = ", ".join(f"{name} {value}" for name, value in result["knobs"].items() if value is not None)
-    console.print(f"{result['model']} {result['model_hash'][:12]}, seed {result['seed']}, {knobs}")
+    console.print(title(result))
     console.print(_rate_table(result), _failure_table(result))
     if "ranking" in result:
-        console.print(_ranking_line(result["ranking"], result["candidates"]))
+        console.print(ranking_line(result["ranking"], result["candidates"]))
     if "tokenizer" in result:
         part = result["tokenizer"]
         psnr = "exact" if part["psnr"] is None else f"{part['psnr']:.2f} dB"
@@ -327,9 +318,3 @@ def _failure_table(result: Result) -> Table:
         for column, words in columns_of(result).items():
             table.add_row(test, words, *(str(columns[column]["failures"][fact]) for fact in FAILURES))
     return table
-
-
-def _ranking_line(ranking: Result, candidates: int) -> str:
-    removed = "no errors to remove" if ranking["errors_removed"] is None else f"{ranking['errors_removed']:.1%} removed"
-    changed = f"{ranking['gained']} gained, {ranking['lost']} lost of {ranking['n']}"
-    return f"errors by best of {candidates}: {removed} ({changed}; McNemar's exact p = {ranking['p']:.2g})"

@@ -56,17 +56,3 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
     p = float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
     removed = (gained - lost) / errors if errors else None
     return {"n": len(first), "gained": gained, "lost": lost, "p": p, "errors_removed": removed}
-
-
-def columns_of(result: dict[str, Any]) -> dict[str, str]:
-    """The columns of a suite's result, in words: one sample, and best of N where there are candidates."""
-    words = {"one_sample": "one sample", "best_of_n": f"best of {result['candidates']}"}
-    return words if result["candidates"] > 1 else {"one_sample": words["one_sample"]}
-
-
-def percent(entry: dict[str, Any]) -> str:
-    """A rate with its interval, as `91.0% [88.1, 93.2]`, or a dash where nothing was judged."""
-    if entry["rate"] is None:
-        return "-"
-    low, high = entry["interval"]
-    return f"{entry['rate']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"

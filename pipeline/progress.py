@@ -1,0 +1,35 @@
+"""A progress bar on stderr, for work that takes over two seconds; shorter work shows nothing.
+
+It does not know what the work is, and imports rich only for a bar that is shown.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+PATIENCE = 2.0  # seconds
+
+
+@contextmanager
+def progress_bar(label: str, transient: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A function (done, total) that shows a bar once two seconds have gone by. transient: it goes away at the end."""
+    begin = time.monotonic()
+    bars: list[Any] = []
+
+    def report(done: int, total: int) -> None:
+        if not bars and time.monotonic() - begin > PATIENCE:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            bars.append(Progress(console=Console(stderr=True), transient=transient))
+            bars[0].add_task(label)
+            bars[0].start()
+        for bar in bars:
+            bar.update(bar.task_ids[0], completed=done, total=total)
+
+    try:
+        yield report
+    finally:
+        for bar in bars:
+            bar.stop()
