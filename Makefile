@@ -38,7 +38,11 @@ bench: .venv/.installed
 
 # Peers whose pins conflict with ours: installed one folder each, their small outputs recorded for `make test`.
 parity: .venv/.installed
-	set -e; for file in tests/parity/record*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	set -e; for file in tests/parity/record*.py; do \
+	  echo "== $$file"; peer=build/parity/$$(basename $$file .py); \
+	  test -d $$peer || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $$peer \
+	    -r $${file%.py}.txt; \
+	  PYTHONPATH=$$peer $(BIN)/python $$file; done
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

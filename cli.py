@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +41,7 @@ def paint(
 ) -> None:
     """Paint captions with a trained model."""
     from .pipeline import gallery
-    from .pipeline.progress import progress_bar
+    from .pipeline.terminal import progress_bar
 
     texts = _captions(prompts or [], prompts_file)
     if keep > candidates:
@@ -153,7 +154,7 @@ def evaluate(
     """Measure a model on what training never shows: on `shapes`, its tokenizer and CLIP too, or on emoji."""
     from .pipeline import gallery
     from .pipeline.checkpoint import save_measured
-    from .pipeline.progress import progress_bar
+    from .pipeline.terminal import progress_bar
     from .pipeline.text_to_image import find_model
     from .training.evaluation import emoji_suite, shapes_suite
 
@@ -181,8 +182,8 @@ def evaluate(
         words += [f"--tests={test}" for test in chosen]
         words += [f"--candidates={candidates}", f"--seed={seed}", f"--device={result['device']}", "--save"]
         counts = {test: columns["one_sample"]["n"] for test, columns in result["tests"].items()}
-        facts = {"command": shlex.join(words), "device": result["device"], "dtype": result["dtype"], "captions": counts}
-        save_measured(folder, {**facts, "figures": suite.headline(result)})
+        facts = {"device": result["device"], "dtype": result["dtype"], "captions": counts}
+        save_measured(folder, shlex.join(words), suite.headline(result), **facts)
 
 
 @app.command()
@@ -220,7 +221,9 @@ def train(
     environment = dict(os.environ)
     launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     if torch.cuda.is_available():
-        launcher = ["accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
+        config = Path(__file__).parent / "accelerate_config.yaml"
+        launcher = ["accelerate.commands.launch", f"--config_file={config}"]
+        launcher += ["--multi_gpu", f"--num_processes={processes}"]
     else:
         environment["ACCELERATE_USE_CPU"] = "1"
     command = [sys.executable, "-m", *launcher, "-m", *trainer]
@@ -249,16 +252,19 @@ def pack(folder: Path, out: Path, samples_per_shard: Annotated[int, typer.Option
 
     report = pack_folder(folder, out, samples_per_shard)
     typer.echo(f"packed {report.packed} samples into {out}")
-    for name in report.no_caption:
-        typer.echo(f"  no caption: {name}")
-    for name in report.no_picture:
-        typer.echo(f"  no picture: {name}")
-    for name in report.duplicates:
-        typer.echo(f"  duplicate (packed): {name}")
-    for name in report.ignored:
-        typer.echo(f"  not a picture or caption: {name}")
-    for name, reason in report.bad.items():
-        typer.echo(f"  bad: {name}: {reason}")
+    _list("no caption", report.no_caption)
+    _list("no picture", report.no_picture)
+    _list("duplicate (packed)", report.duplicates)
+    _list("not a picture or caption", report.ignored)
+    _list("bad", (f"{name}: {reason}" for name, reason in report.bad.items()))
+
+
+def _list(finding: str, names: Iterable[str]) -> None:
+    """One line for each name, which comes from a file and is not believed."""
+    from .pipeline.terminal import printable
+
+    for name in names:
+        typer.echo(f"  {finding}: {printable(name)}")
 
 
 @data.command()
@@ -268,8 +274,8 @@ def check(shards: Path) -> None:
 
     report = check_shards(shards)
     typer.echo(f"read {report.samples} samples, {len(report.bad)} bad, {len(report.shards)} shards with findings")
-    for name, reason in {**report.shards, **report.bad}.items():
-        typer.echo(f"  {name}: {reason}")
+    _list("shard", (f"{name}: {reason}" for name, reason in report.shards.items()))
+    _list("bad", (f"{name}: {reason}" for name, reason in report.bad.items()))
     if report.bad or report.shards:
         raise typer.Exit(1)
 
@@ -286,8 +292,7 @@ def emoji(
 
     report = prepare(out, packed=packed, size=size, per_concept=per_concept)
     typer.echo(f"{report.samples} samples of {report.concepts} concepts in {out}; held out: {report.held_out}")
-    for name, reason in report.left_out.items():
-        typer.echo(f"  left out: {name}: {reason}")
+    _list("left out", (f"{name}: {reason}" for name, reason in report.left_out.items()))
 
 
 @app.command()
@@ -295,7 +300,7 @@ def demo(out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = P
     """Paint a grid with every shipped model, best of 8 for each caption; its path is the last line."""
     from .pipeline import gallery
     from .pipeline.checkpoint import ModelError
-    from .pipeline.progress import progress_bar
+    from .pipeline.terminal import progress_bar
     from .pipeline.text_to_image import SHIPPED
 
     shipped = [name for name in gallery.DEMO if (SHIPPED / name / "card.json").is_file()]
@@ -318,7 +323,9 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"kartina: {' '.join(str(error).split())}", err=True)
+        from .pipeline.terminal import printable
+
+        typer.echo(f"kartina: {printable(' '.join(str(error).split()))}", err=True)
         sys.exit(2)
 
 

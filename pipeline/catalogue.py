@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .checkpoint import read_card
+from .terminal import printable
 from .text_to_image import known_models
 
 
@@ -46,9 +47,9 @@ def report(rows: list[dict[str, Any]], problems: list[str]) -> str:
     table = Table("name", "licence", "parts", "measured", box=box.SIMPLE)
     for row in rows:
         parts = [f"{part} {size / 1e6:.1f} MB" for part, size in row["parts"].items()]
-        figures = [f"{name} {value}" for name, value in row["measured"].get("figures", {}).items()]
+        figures = [f"{name} {value}" for entry in row["measured"].values() for name, value in entry["figures"].items()]
         cells = [row["name"]], [row["licence"]], parts, figures or ["not measured"]
-        table.add_row(*("\n".join(map(_printable, lines)) for lines in cells))
+        table.add_row(*("\n".join(map(printable, lines)) for lines in cells))
     text = io.StringIO()
     width = shutil.get_terminal_size((120, 24)).columns
     console = Console(file=text, width=width, markup=False, highlight=False)
@@ -56,9 +57,4 @@ def report(rows: list[dict[str, Any]], problems: list[str]) -> str:
         console.print(table)
     else:
         console.print("no models yet: train one with `kartina train shapes/dalle`")
-    return text.getvalue() + "".join(f"{_printable(problem)}\n" for problem in problems)
-
-
-def _printable(text: str) -> str:
-    """A model folder is untrusted: what would steer the terminal becomes a question mark."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+    return text.getvalue() + "".join(f"{printable(problem)}\n" for problem in problems)

@@ -101,7 +101,9 @@ def _is_sound(card: dict[str, Any]) -> bool:
     parts, measured = card.get("parts"), card.get("measured", {})
     if not isinstance(parts, dict) or not isinstance(card.get("licence"), str):
         return False
-    if not isinstance(measured, dict) or not isinstance(measured.get("figures", {}), dict):
+    if not isinstance(measured, dict) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("figures"), dict) for entry in measured.values()
+    ):
         return False
     return all(
         name in PARTS
@@ -141,12 +143,19 @@ def built_otherwise(card: dict[str, Any], recipe: Recipe) -> list[str]:
     return [part for part, section in sections.items() if section is not None and section != recipe.parts.get(part)]
 
 
-def save_measured(folder: Path, measured: dict[str, Any]) -> None:
-    """Writes what the model was measured to do to its card, in place of an earlier measurement.
+def save_measured(folder: Path, command: str, figures: dict[str, float], **facts: Any) -> None:
+    """Writes what the model was measured to do to its card, under the command that measured it.
 
-    measured: JSON values; `figures` maps a figure's name to its value, the rest says how they came about.
+    figures: name -> value. A name that an earlier command had measured too is taken from there; what that command alone
+    measured stays. facts: JSON values that say how the figures came about.
     """
-    _write_card(folder, read_card(folder) | {"measured": measured})
+    card = read_card(folder)
+    kept = {}
+    for earlier, entry in card.get("measured", {}).items():
+        others = {name: value for name, value in entry["figures"].items() if name not in figures}
+        if others:
+            kept[earlier] = entry | {"figures": others}
+    _write_card(folder, card | {"measured": kept | {command: facts | {"figures": figures}}})
 
 
 def _write_card(folder: Path, card: dict[str, Any]) -> None:

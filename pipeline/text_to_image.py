@@ -113,17 +113,18 @@ class TextToImage:
     def load(
         cls,
         name: str | Path,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
         reranker: Scorer | None = None,
     ) -> "TextToImage":
         """Loads a model folder, by shipped name or path, strictly.
 
-        reranker: ranks in place of the folder's own CLIP, which is then not loaded. Raises ModelError for an unknown,
-        untrained, altered or mismatched model: each part must have been trained against the very parts that lie beside
-        it.
+        device: cuda where there is one, else cpu. dtype: float32. reranker: ranks in place of the folder's own CLIP,
+        which is then not loaded. Raises ModelError for an unknown, untrained, altered or mismatched model: each part
+        must have been trained against the very parts that lie beside it.
         """
-        folder = find_model(str(name))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        folder, dtype = find_model(str(name)), dtype or torch.float32
         card, recipe = checkpoint.read_card(folder), checkpoint.load_recipe(folder)
         hashes = {part: entry["hash"] for part, entry in card["parts"].items()}
         hashes["captions"] = checkpoint.file_hash(folder / "captions.json")

@@ -12,6 +12,7 @@ B samples, T text tokens, N = h * w codes, n <= N codes given so far, D width, K
 It does not know losses, sampling, tokenizers or random draws.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -27,8 +28,9 @@ PAD = 0
 class DALLE(nn.Module):
     """p(text) p(codes | text). Text id 0 is the pad; each text position learns its own embedding of it (Appendix B.1).
 
-    attention: "sparse", the paper's masks by layer (`layer_masks`), or "full", causal everywhere. kernel: of the last
-    layer's convolutional mask. mlp, norm, qk_norm, zero_init: see `TransformerBlock`; the defaults are the paper's.
+    attention: "sparse", the paper's masks by layer (`layer_masks`), "full", causal everywhere, or a list with the mask
+    of each layer: "row", "column", "conv" or "causal". kernel: of the convolutional masks. mlp, norm, qk_norm,
+    zero_init: see `TransformerBlock`; the defaults are the paper's. Raises ValueError for another attention.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class DALLE(nn.Module):
         width: int = 3968,
         depth: int = 64,
         num_heads: int = 62,
-        attention: Literal["sparse", "full"] = "sparse",
+        attention: Literal["sparse", "full"] | Sequence[str] = "sparse",
         kernel: int = 11,
         mlp: Literal["gelu", "squared_relu"] = "gelu",
         qk_norm: bool = False,
@@ -48,12 +50,17 @@ class DALLE(nn.Module):
         zero_init: bool = False,
     ) -> None:
         super().__init__()
-        if attention not in ("sparse", "full"):
-            raise ValueError(f"DALLE: attention must be 'sparse' or 'full', got {attention!r}")
+        named = {"sparse": layer_masks(depth), "full": ["causal"] * depth}
+        kinds = named.get(attention, []) if isinstance(attention, str) else list(attention)
+        if len(kinds) != depth or not set(kinds) <= {"row", "column", "conv", "causal"}:
+            raise ValueError(
+                "DALLE: attention must be 'sparse', 'full', or one of row, column, conv, causal "
+                f"for each of the {depth} layers, got {attention!r}"
+            )
         self.text_vocab, self.text_length, self.num_codes = text_vocab, text_length, num_codes
         self.grid = (int(grid[0]), int(grid[1]))
         self.kernel = kernel
-        self.mask_kinds = layer_masks(depth) if attention == "sparse" else ["causal"] * depth
+        self.mask_kinds = kinds
         self.start = nn.Parameter(torch.empty(width))
         self.text_embedding = nn.Embedding(text_vocab + text_length, width)  # the last T are the pads
         self.text_position = nn.Embedding(text_length, width)

@@ -206,8 +206,12 @@ def test_a_card_with_foreign_parts_is_refused(system, entry):
 
 def test_what_was_measured_belongs_to_the_weights(system):
     before = checkpoint.read_card(system)
-    checkpoint.save_measured(system, {"exact": 0.5})
-    assert checkpoint.read_card(system) == before | {"measured": {"exact": 0.5}}
+    checkpoint.save_measured(system, "judge --few", {"exact": 0.5, "S3": 0.1}, device="cpu")
+    few = {"judge --few": {"device": "cpu", "figures": {"exact": 0.5, "S3": 0.1}}}
+    assert checkpoint.read_card(system) == before | {"measured": few}
+    checkpoint.save_measured(system, "judge", {"exact": 0.6})
+    few["judge --few"]["figures"].pop("exact")  # measured again, so it stands once; the other figure stays
+    assert checkpoint.read_card(system) == before | {"measured": few | {"judge": {"figures": {"exact": 0.6}}}}
     checkpoint.save_part(system, SYSTEM, "tokenizer", checkpoint.export(build(SYSTEM, "tokenizer")))
     assert "measured" not in checkpoint.read_card(system)
 

@@ -12,7 +12,7 @@ V, T, K, GRID = 20, 5, 13, (3, 4)
 N = GRID[0] * GRID[1]
 
 
-def _prior(attention: str = "sparse", **more) -> DALLE:
+def _prior(attention: str | list[str] = "sparse", **more) -> DALLE:
     torch.manual_seed(0)
     prior = DALLE(V, T, K, GRID, width=32, depth=6, num_heads=4, attention=attention, kernel=3, **more).eval()
     with torch.no_grad():
@@ -28,7 +28,12 @@ def _batch(b: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     return text, torch.randint(0, K, (b, N), generator=g)
 
 
-MODELS = [{"attention": "sparse"}, {"attention": "full", "mlp": "squared_relu", "qk_norm": True, "norm": "rms"}]
+MIXED = ["conv", "column", "causal", "conv", "row", "causal"]
+MODELS = [
+    {"attention": "sparse"},
+    {"attention": MIXED},
+    {"attention": "full", "mlp": "squared_relu", "qk_norm": True, "norm": "rms"},
+]
 
 
 @pytest.mark.parametrize("options", MODELS)
@@ -200,3 +205,9 @@ def test_it_overfits_eight_samples() -> None:
         optimizer.step()
     assert shown["image_loss"] < 0.05
     assert torch.equal(sample_codes(prior.eval(), text, [0] * 8, temperature=0.0).flatten(1), codes)
+
+
+@pytest.mark.parametrize("attention", ["dense", ["causal"] * 5, ["causal"] * 5 + ["diagonal"]])
+def test_an_unknown_or_short_pattern_of_masks_is_refused(attention) -> None:
+    with pytest.raises(ValueError, match="for each of the 6 layers"):
+        _prior(attention)

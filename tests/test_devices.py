@@ -14,6 +14,7 @@ SMALL = [
     "parts.tokenizer.width=8",
     "parts.tokenizer.init_width=8",
     *[f"stages.tokenizer.{key}" for key in ("steps=4", "global_batch=4", "log_every=1")],
+    "parts.tokenizer.encoder=convolutional",
     "stages.tokenizer.objective.autoencoder=0.5",
     "parts.tokenizer.num_codes=32",
     "stages.tokenizer.optimizer.muon=0.02",

@@ -139,7 +139,7 @@ class Memory(torch.nn.Module):
 
 
 def studio(**parts):
-    return SimpleNamespace(parts=parts, recipe=SimpleNamespace(image_size=32), captions=CAPTIONS)
+    return SimpleNamespace(parts=parts, recipe=SimpleNamespace(image_size=32, training={}), captions=CAPTIONS)
 
 
 def test_a_tokenizer_is_judged_by_what_it_keeps():

@@ -190,3 +190,16 @@ def test_forged_headers_and_indexes_stop_nothing(tmp_path):
     for forged_index in (json.dumps(content), "[" * 100_000):
         path.write_text(forged_index)
         assert samples.load_index(good) == whole
+
+
+def test_a_shard_that_the_manifest_lists_and_that_is_gone_is_a_finding(tmp_path):
+    with shards.ShardWriter(tmp_path / "out", samples_per_shard=2) as writer:
+        for k in range(5):
+            writer.write({"txt": b"caption", "png": picture(color=(k, 0, 0))})
+    assert not shards.check_shards(tmp_path / "out").shards
+    (tmp_path / "out" / "shard-000001.tar").unlink()
+    report = shards.check_shards(tmp_path / "out")
+    assert list(report.shards) == ["shard-000001.tar"] and "missing" in report.shards["shard-000001.tar"]
+    assert report.samples == 3
+    with pytest.raises(ValueError, match="no file or folder.*data pack"):
+        shards.check_shards(tmp_path / "nowhere")

@@ -22,6 +22,7 @@ TINY = [
     "parts.prior.text_vocab=300",
     "parts.prior.width=32",
     "parts.prior.depth=2",
+    "parts.prior.attention=full",
     "parts.prior.num_heads=2",
     "parts.clip.text_vocab=301",
     "parts.clip.vision_depth=1",
@@ -80,8 +81,10 @@ def test_a_part_trained_against_another_tokenizer_is_refused(run, tmp_path):
         TextToImage.load(copy)
 
 
-@pytest.mark.parametrize("autoencoder", [0, 0.25, 0.75])  # codes from k-means: never, before and after the stop
-def test_stopped_and_resumed_equals_uninterrupted(autoencoder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(  # codes from k-means: at the start, never, before and after the stop
+    ("encoder", "autoencoder"), [("patch", 0), ("convolutional", 0), ("convolutional", 0.25), ("convolutional", 0.75)]
+)
+def test_stopped_and_resumed_equals_uninterrupted(encoder, autoencoder, tmp_path, monkeypatch):
     """4 steps == 2 + stop + resume + 2, bit for bit, in weights, averages and optimizer."""
     real = loop.rate
 
@@ -93,7 +96,7 @@ def test_stopped_and_resumed_equals_uninterrupted(autoencoder, tmp_path, monkeyp
     monkeypatch.setattr(loop, "rate", stop_at_two)
     command = ["shapes/dalle", *TINY, "stages.tokenizer.save_minutes=1e-9", "--stage", "tokenizer", "--run"]
     command[1:1] = ["stages.tokenizer.optimizer.muon=0.02"]
-    command[1:1] = [f"stages.tokenizer.objective.autoencoder={autoencoder}"]
+    command[1:1] = [f"stages.tokenizer.objective.autoencoder={autoencoder}", f"parts.tokenizer.encoder={encoder}"]
     with pytest.raises(KeyboardInterrupt):
         trainer.main([*command, str(tmp_path / "stopped")])
     monkeypatch.setattr(loop, "rate", real)

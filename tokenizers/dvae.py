@@ -8,6 +8,7 @@ It does not know its loss, its schedules or where the Gumbel noise comes from: t
 
 import contextlib
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +33,18 @@ def unmap_pixels(mapped: Tensor) -> Tensor:
     return 2 * (mapped - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN) - 1
 
 
+def _float32(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """No autocast where `x` is; on meta, where shapes are probed, there is none."""
+    quiet = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if quiet else contextlib.nullcontext()
+
+
 def _full_precision(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """The 1x1 convolutions beside the codes stay in float32 under autocast, as in the paper: (B, C, h, w) -> the same.
 
     Written as a linear map over channels: on CPU the float32 convolution's backward pass is many times slower.
     """
-    quiet = torch.amp.is_autocast_available(x.device.type)  # not on meta, where shapes are probed
-    with torch.autocast(x.device.type, enabled=False) if quiet else contextlib.nullcontext():
+    with _float32(x):
         y = F.linear(x.float().permute(0, 2, 3, 1), conv.weight[:, :, 0, 0], conv.bias)  # (B, h, w, C)
     return y.permute(0, 3, 1, 2)
 
@@ -76,6 +82,22 @@ class Encoder(nn.Module):
         for i, group in enumerate(self.groups):
             x = group(F.max_pool2d(x, 2) if i else x)
         return _full_precision(self.head, F.relu(x))
+
+
+class PatchEncoder(nn.Module):
+    """Mapped pixels (B, 3, H, W) -> logits (B, K, h, w), each from the P x P pixels of its own code: one convolution.
+
+    Ours, for small runs. A code of the published encoder tells of its surroundings too, so that few codes cannot tell
+    what is there, and a prior has more to learn.
+    """
+
+    def __init__(self, num_codes: int, patch: int) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, num_codes, patch, stride=patch)
+
+    def forward(self, mapped: Tensor) -> Tensor:
+        with _float32(mapped):
+            return self.head(mapped.float())
 
 
 class Decoder(nn.Module):
@@ -120,7 +142,7 @@ class DiscreteVAE(nn.Module):
     image_size: H = W, a multiple of 2 ** (num_groups - 1), the pixels a code covers a side. width: channels at full
     resolution, a multiple of 4; each group of the encoder doubles them. init_width: channels of the decoder's stem.
     branch_gain: what each residual branch is multiplied by, None for the paper's 1 / (number of blocks) ** 2.
-    Raises ValueError for sizes that do not fit.
+    encoder: "convolutional", the paper's, or "patch", see `PatchEncoder`. Raises ValueError for sizes that do not fit.
     """
 
     def __init__(
@@ -132,8 +154,11 @@ class DiscreteVAE(nn.Module):
         num_groups: int = 4,
         blocks_per_group: int = 2,
         branch_gain: float | None = None,
+        encoder: Literal["convolutional", "patch"] = "convolutional",
     ) -> None:
         super().__init__()
+        if encoder not in ("convolutional", "patch"):
+            raise ValueError(f"DiscreteVAE: encoder must be 'convolutional' or 'patch', got {encoder!r}")
         if min(image_size, num_codes, width, init_width, num_groups, blocks_per_group) < 1:
             raise ValueError("DiscreteVAE needs every size to be at least 1; correct the recipe")
         patch = 2 ** (num_groups - 1)
@@ -144,7 +169,11 @@ class DiscreteVAE(nn.Module):
             )
         self.image_size = image_size
         self.spec = CodesSpec(kind="codes", shape=(image_size // patch,) * 2, vocabulary=num_codes)
-        self.encoder = Encoder(num_codes, width, num_groups, blocks_per_group, branch_gain)
+        self.encoder: Encoder | PatchEncoder = (
+            Encoder(num_codes, width, num_groups, blocks_per_group, branch_gain)
+            if encoder == "convolutional"
+            else PatchEncoder(num_codes, patch)
+        )
         self.decoder = Decoder(num_codes, width, init_width, num_groups, blocks_per_group, branch_gain)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPU
 
@@ -192,20 +221,42 @@ class DiscreteVAE(nn.Module):
         return {"parameters": self.decoder(relax(logits, gumbel_noise, temperature)), "logits": logits}
 
     @torch.no_grad()
-    def start_codes(self, images: Sequence[Tensor], seed: int, sharpness: float = 25.0) -> None:
-        """Turns the plain autoencoder (see `forward`) into a discrete one, in place: its codes are k-means centres.
+    def start_codes(self, images: Sequence[Tensor], seed: int) -> None:
+        """Makes the codes k-means centres, in place; the argmax of the logits is then the centre nearest to a vector z.
 
-        What the decoder's stem makes of the logits is one vector a position, z. Its centres c_k become the stem's
-        columns, and the logits become s * (c_k . z - |c_k|^2 / 2), whose argmax is the centre nearest to z. s is such
-        that the median distance between neighbouring centres is worth `sharpness` / 2 nats. images: batches of
-        (B, 3, H, W) in [-1, 1]. Raises ValueError when they hold fewer positions than there are codes.
+        The logits become s * (c_k . z - |c_k|^2 / 2), where s says how many nats the median distance between
+        neighbouring centres is worth. For the convolutional encoder, trained as a plain autoencoder (see `forward`), z
+        is what the decoder's stem makes of a position's logits, and the centres become the stem's columns. For the
+        patch encoder z is the patch itself, and the stem starts from the centres. images: batches of (B, 3, H, W) in
+        [-1, 1]. Raises ValueError when they hold fewer positions, or fewer different patches, than there are codes.
         """
-        head, stem = self.encoder.head, self.decoder.stem
+        if isinstance(self.encoder, PatchEncoder):
+            self._start_patches(self.encoder.head, images, seed)
+        else:
+            self._start_positions(self.encoder.head, images, seed)
+
+    def _start_patches(self, head: nn.Conv2d, images: Sequence[Tensor], seed: int) -> None:
+        size = head.kernel_size[0]
+        found = torch.cat([F.unfold(map_pixels(image).cpu(), size, stride=size).mT.flatten(0, 1) for image in images])
+        different = (found * 255).round().unique(dim=0) / 255  # backgrounds would take most of the codes
+        centres = kmeans(different, self.spec.vocabulary, seed)[0]  # (K, 3 * P * P)
+        scale, spread = _scale(centres, 50.0), centres - centres.mean(0)
+        bias = -scale / 2 * centres.square().sum(1)
+        head.weight.copy_((scale * spread).view_as(head.weight))
+        head.bias.copy_(bias - bias.mean())
+        # The stem sees how alike codes look: the centres' main directions first, as many as it has channels.
+        axes = torch.linalg.svd(spread, full_matrices=False).Vh  # (D, D)
+        seen = (spread @ axes.T)[:, : self.decoder.stem.out_channels]  # (K, C)
+        self.decoder.stem.weight.zero_()
+        self.decoder.stem.weight[: seen.shape[1], :, 0, 0] = (seen / seen.std()).T
+        self.decoder.stem.bias.zero_()
+
+    def _start_positions(self, head: SameConv2d, images: Sequence[Tensor], seed: int) -> None:
+        stem = self.decoder.stem
         to_z, offset = stem.weight[:, :, 0, 0].cpu(), stem.bias.cpu()
         logits = torch.cat([self.logits(image).cpu().permute(0, 2, 3, 1).flatten(0, 2) for image in images])  # (N, K)
         centres = kmeans(logits @ to_z.T + offset, self.spec.vocabulary, seed)[0]  # (K, C)
-        apart = torch.cdist(centres, centres).fill_diagonal_(torch.inf).amin(1).square()
-        scale = sharpness / apart.median().clamp(min=1e-12)
+        scale = _scale(centres, 12.5)
         shifted = scale * (centres - centres.mean(0))  # a constant added to all logits changes nothing
         from_z = shifted @ to_z  # (K, K): new logits from old ones
         bias = shifted @ offset - scale / 2 * centres.square().sum(1)
@@ -214,6 +265,12 @@ class DiscreteVAE(nn.Module):
         head.bias.copy_(bias)
         stem.weight.copy_(centres.T[:, :, None, None])
         stem.bias.zero_()
+
+
+def _scale(centres: Tensor, nats: float) -> Tensor:
+    """What makes the median squared distance of the centres (K, C) to their nearest neighbours worth 2 * nats."""
+    apart = torch.cdist(centres, centres).fill_diagonal_(torch.inf).amin(1).square()
+    return 2 * nats / apart.median().clamp(min=1e-12)
 
 
 def relax(logits: Tensor, gumbel_noise: Tensor, temperature: float | Tensor) -> Tensor:

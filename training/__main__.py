@@ -38,7 +38,7 @@ def source_of(recipe: Recipe, data: runs.Data) -> Any:
     if data.kind == "shapes":
         from .data.shapes import ShapesSource
 
-        return ShapesSource(size=recipe.image_size, seed=data.seed, levels=data.levels)
+        return ShapesSource(size=recipe.image_size, seed=data.seed, levels=data.levels, jitter=data.jitter)
     from .stream import ShardSource
 
     if data.shards is None:
@@ -51,7 +51,7 @@ def validation_of(recipe: Recipe, data: runs.Data) -> Any:
     if data.kind == "shapes":
         from .data.shapes import ShapesSource
 
-        return ShapesSource(size=recipe.image_size, seed=data.seed, split="S2none")
+        return ShapesSource(size=recipe.image_size, seed=data.seed, split="S2none", jitter=data.jitter)
     if data.validation is None:
         return None
     from .stream import ShardSource

@@ -190,14 +190,14 @@ def _validate(stage: Any, ema: EMA, source: Source, accelerator: Accelerator, mo
     """The stage's metrics on the first samples of another source, each scored once, with the averaged weights."""
     total = most if source.size is None else min(most, source.size)
     mine = validation_positions(total, accelerator.process_index, accelerator.num_processes)
-    sums: dict[str, torch.Tensor] = {}
     count = torch.zeros((), device=accelerator.device)
+    sums = dict.fromkeys(stage.metrics, count)  # all of them on every rank, for one may have no samples
     with ema.applied():  # no autocast here: codes must be those that training reads and painting makes
         for start in range(0, len(mine), _VALIDATION_BATCH):
             batch = _to_device(source.read(mine[start : start + _VALIDATION_BATCH]), accelerator.device)
             for name, value in stage.measure(batch).items():
-                sums[name] = sums.get(name, torch.zeros_like(count)) + (value.float() * batch.weight).sum()
-            count += batch.weight.sum()
+                sums[name] = sums[name] + (value.float() * batch.weight).sum()
+            count = count + batch.weight.sum()
     count = accelerator.reduce(count, reduction="sum")
     return {f"valid/{name}": float(accelerator.reduce(value, reduction="sum") / count) for name, value in sums.items()}
 

@@ -19,6 +19,7 @@ class Data(Section):
 
     kind: Literal["shapes", "shards"]
     levels: tuple[str, ...] = ("S1", "S2")
+    jitter: float = Field(0.02, ge=0, description="of `shapes`: deviation of the shift of each colour")
     shards: str | None = None
     validation: str | None = Field(None, description="a folder of shards on which the headline metric is measured")
     seed: int = 0

@@ -184,9 +184,12 @@ def load_index(shard: Path | str) -> Index:
 def find_shards(where: Path | str | Sequence[Path | str]) -> list[Path]:
     """Shards of a folder, a file, or a list of either, sorted by name. Raises ValueError where there are none."""
     wanted = [where] if isinstance(where, (str, Path)) else list(where)
+    for one in map(Path, wanted):
+        if not one.exists():
+            raise ValueError(f"no file or folder {str(one)!r}; expected shards, which `kartina data pack` writes")
     found = [shard for one in map(Path, wanted) for shard in (one.glob("*.tar") if one.is_dir() else [one])]
     if not found:
-        raise ValueError(f"no shards in {where}: expected a folder with .tar files; pack_folder writes one")
+        raise ValueError(f"no shards in {where}: expected a folder with .tar files; `kartina data pack` writes one")
     if len({shard.resolve() for shard in found}) < len(found):
         raise ValueError(f"a shard is named twice in {where}; each sample would be read twice a pass")
     return sorted(found, key=lambda shard: (shard.name, str(shard)))

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.progress import progress_bar
+from ..pipeline.terminal import progress_bar
 from .samples import DECODERS, FORMAT, MEMBER_LIMIT, PICTURES, BadSample, decode, find_shards, read_sample, write_text
 from .samples import build_index as build_index
 
@@ -179,24 +179,33 @@ class CheckReport:
     shards: dict[str, str] = field(default_factory=dict)
 
 
-def _against_manifest(shard: Path, sha256: str) -> str | None:
+def _promised(folder: Path) -> dict[str, str]:
+    """The sha256 of each shard by name, as the folder's manifest has it; empty where no manifest can be read."""
     try:
-        rows = json.loads((shard.parent / "manifest.json").read_text(encoding="utf-8"))["shards"]
-        promised = {row["name"]: row["sha256"] for row in rows}
+        rows = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["shards"]
+        return {str(row["name"]): row["sha256"] for row in rows}
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if promised.get(shard.name, sha256) != sha256:
-        return "changed since it was packed: its sha256 is not the manifest's"
-    return None
+        return {}
 
 
 def check_shards(paths: Path | str | Iterable[Path | str]) -> CheckReport:
-    """Reads and decodes every sample of the shards, and names each that training would not use, with its reason."""
+    """Reads and decodes every sample of the shards, and names each that training would not use, with its reason.
+
+    A shard that the manifest of a named folder promises and that is not there is a finding too. Raises ValueError where
+    there are no shards.
+    """
     report = CheckReport()
-    for shard in find_shards(paths if isinstance(paths, (str, Path)) else list(paths)):
-        index = build_index(shard)
-        problem = index.problem or _against_manifest(shard, index.sha256)
-        if problem:
+    where = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
+    shards = find_shards(where)
+    for folder in where:
+        for name in _promised(folder) if folder.is_dir() else ():
+            if not (folder / name).is_file():
+                report.shards[name] = "missing: the manifest lists it, and it is not in the folder"
+    for shard in shards:
+        index, problem = build_index(shard), None
+        if _promised(shard.parent).get(shard.name, index.sha256) != index.sha256:
+            problem = "changed since it was packed: its sha256 is not the manifest's"
+        if problem := index.problem or problem:
             report.shards[shard.name] = problem
         with open(shard, "rb") as file:
             for entry in _shown(index.entries, shard.name):

@@ -2,7 +2,7 @@
 
 A stage is a plain object with `network` (trained), `forward` (its wrapped form, set by the loop), `depends` (what
 must be trained before), `knobs` (the keys its objective takes), `coupled` (its loss compares samples of a batch),
-`updates(batch, step)`, `measure(batch)` (values (B,) by name, the headline metric first), `preview(batch, path)`, and
+`updates(batch, step)`, `measure(batch)` (values (B,) by name), `metrics` (those names), `preview(batch, path)`, and
 `restart_step` (None, or the step at which `restart()` changes the weights and the optimizers begin anew). Every draw
 comes from `kartina.layers.random`, keyed by the run's seed, the step and the sample's global position.
 
@@ -23,6 +23,7 @@ from ..pipeline import checkpoint
 from ..pipeline.images import grid, save_png, to_pil
 from ..pipeline.recipe import Recipe, build
 from ..tokenizers.captions import CaptionTokenizer
+from ..tokenizers.dvae import PatchEncoder
 from .objectives import clip as clip_objective
 from .objectives import dalle as dalle_objective
 from .objectives import dvae as dvae_objective
@@ -40,6 +41,7 @@ class TokenizerStage:
     """
 
     part = "tokenizer"
+    metrics = ("psnr",)
     coupled = False
     depends: tuple[str, ...] = ()
     knobs = frozenset(
@@ -54,7 +56,10 @@ class TokenizerStage:
         self.config, self.source, self.seed, self.device = config, source, seed, device
         knobs, steps = config.objective, config.steps
         self.start = round(knobs.get("autoencoder", 0) * steps)
-        self.restart_step = self.start or None
+        patches = isinstance(self.network.encoder, PatchEncoder)
+        if patches and self.start:
+            raise ValueError("a patch encoder starts from k-means; set stages.tokenizer.objective.autoencoder=0")
+        self.restart_step = 0 if patches else self.start or None
         names = {"temperature": "start", "temperature_end": "end"}
         self.temperature: dict[str, Any] = {names[knob]: value for knob, value in knobs.items() if knob in names}
         self.temperature["steps"] = round(knobs.get("temperature_share", 0.75) * (steps - self.start))
@@ -63,9 +68,9 @@ class TokenizerStage:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """The codes become k-means centres, over the 1,024 images that were read last (fewer in a shorter run)."""
-        end = self.start * self.config.global_batch
-        positions = range(max(0, end - 1024), end)
+        """The codes become k-means centres, over the 2,048 images that were read last, or that come first."""
+        end = self.start * self.config.global_batch or min(2048, self.source.size or 2048)
+        positions = range(max(0, end - 2048), end)
         chunks = [positions[i : i + 128] for i in range(0, len(positions), 128)]
         images = (self.source.read(chunk).image.to(self.device) for chunk in chunks)
         self.network.start_codes(images, self.seed)
@@ -98,6 +103,7 @@ class PriorStage:
     """Fits the DALL-E transformer on (caption, codes), with captions dropped for guidance (section 2.2)."""
 
     part = "prior"
+    metrics = ("nats_per_code",)
     coupled = False
     depends = ("tokenizer", "captions")
     restart_step = None
@@ -132,9 +138,7 @@ class PriorStage:
     def measure(self, batch: Batch) -> dict[str, Tensor]:
         """`nats_per_code`: the negative log-likelihood of the image's codes, given the caption."""
         text, codes = self._read(batch)
-        logits = self.network(text, codes)[1].float()  # (B, N, K)
-        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), codes, reduction="none")  # (B, N)
-        return {"nats_per_code": each.mean(dim=1)}
+        return {"nats_per_code": dalle_objective.nats(self.network(text, codes)[1], codes)}
 
     @torch.no_grad()
     def preview(self, batch: Batch, path: Path) -> None:
@@ -152,6 +156,7 @@ class CLIPStage:
     """Fits CLIP (arXiv:2103.00020); captions of equal meaning are no negatives."""
 
     part = "clip"
+    metrics = ("accuracy",)
     coupled = True
     depends = ("captions",)
     restart_step = None

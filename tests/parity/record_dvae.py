@@ -1,7 +1,6 @@
 """Record the published discrete VAE at a tiny size into tests/data/parity/dvae.npz (Ramesh 2021, arXiv:2102.12092).
 
-Needs the `DALL-E` wheel: pip install --no-deps --target DIR DALL-E blobfile pycryptodomex attrs requests
-Run: PYTHONPATH=DIR python tests/parity/record_dvae.py
+Run by `make parity`, which installs what record_dvae.txt names, without dependencies, into a folder of its own.
 
 The weights are not recorded, only their names, shapes and the seed: `weights` makes them again from numpy's frozen
 legacy generator. It does not know of kartina.

@@ -52,6 +52,7 @@ __all__ = [
     "sample_scenes",
 ]
 
+JITTER = 0.02
 _TRIES = 3  # draws of a wrong caption of each kind, until one is not held out
 
 
@@ -71,7 +72,7 @@ class ShapesSource:
         levels: Sequence[str] = ("S1", "S2"),
         split: str = "train",
         languages: Sequence[str] = ("en", "ru"),
-        jitter: float = 0.02,
+        jitter: float = JITTER,
     ) -> None:
         if size not in IMAGE_SIDES:
             raise ValueError(f"shapes images have a side in {IMAGE_SIDES}, got {size}: set size to one of these")

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ...pipeline.images import to_uint8
 from ...pipeline.text_to_image import TextToImage
-from ..data.shapes import ShapesSource
+from ..data.shapes import JITTER, ShapesSource
 from ..data.shapes_captions import LANGUAGES, caption, wrong_captions
 from ..data.shapes_scenes import Facts
 from ..data.shapes_splits import TEST_COUNTS, TESTS, test_captions
@@ -249,10 +249,14 @@ def _clip_scores(system: TextToImage, image: Tensor, texts: list[list[str]]) -> 
 def _pictures(
     system: TextToImage, tests: Sequence[str], per_test: int | None, seed: int
 ) -> Iterator[tuple[str, list[int], Tensor, list[Facts]]]:
-    """True pictures in batches: the test, the positions in it, image (B, 3, S, S) in [-1, 1], facts."""
+    """True pictures, with the colour jitter that the model was trained on, in batches.
+
+    -> the test, the positions in it, image (B, 3, S, S) in [-1, 1], facts.
+    """
     check_tests(tests, TEST_COUNTS, per_test)
+    jitter = system.recipe.training.get("data", {}).get("jitter", JITTER)
     for test in tests:
-        source = ShapesSource(system.recipe.image_size, seed, split=test)
+        source = ShapesSource(system.recipe.image_size, seed, split=test, jitter=jitter)
         for part in _chunks(range(source.size or 0)[:per_test]):
             positions = list(part)
             yield test, positions, source.read(positions).image, source.facts(positions)

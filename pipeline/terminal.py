@@ -1,4 +1,4 @@
-"""A progress bar on stderr, for work that takes over two seconds; shorter work shows nothing.
+"""What a person sees in a terminal: a progress bar for work over two seconds, and text that cannot steer it.
 
 It does not know what the work is, and imports rich only for a bar that is shown.
 """
@@ -9,6 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 PATIENCE = 2.0  # seconds
+
+
+def printable(text: str) -> str:
+    """Untrusted text, as of a file's name: each character that would steer the terminal becomes a question mark."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 @contextmanager

@@ -1,0 +1,68 @@
+"""The command line as a user meets it: run in-process where that is the same, one clear line for wrong input."""
+
+import json
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from kartina import cli
+
+
+def fails(capsys, monkeypatch, *words: str) -> str:
+    """The one line on stderr of a command that must exit with 2."""
+    monkeypatch.setattr("sys.argv", ["kartina", *words])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    shown = capsys.readouterr()
+    assert exit_.value.code == 2 and shown.out == "" and shown.err.count("\n") == 1, shown
+    return shown.err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["paint", ""], "a caption is missing or empty"),
+        (["paint"], "a caption is missing or empty"),
+        (["paint", "a red ring", "--keep", "2"], "--keep must be at most --candidates"),
+        (["paint", "a red ring", "--model", "shapes/dale"], "no model 'shapes/dale'"),
+        (["paint", "a red ring", "--prompts-file", "absent.txt"], "cannot read 'absent.txt'"),
+        (["paint", "a red ring", "--dtype", "float23"], "float32"),
+        (["paint", "a red ring", "--reranker-pretrained", "x"], "give both"),
+        (["reproduce", "absent.png"], "absent.png"),
+        (["evaluate", "nothing/here"], "no model"),
+        (["evaluate", "shapes/dalle", "--save", "--per-test", "3"], "leave --per-test out"),
+        (["train", "shapes/dale"], "shapes/dalle"),
+        (["train", "shapes/dalle", "stages.tokenizer.stops=3"], "steps"),
+        (["plan", "shapes/dale"], "shapes/dalle"),
+        (["data", "check", "absent"], "no file or folder 'absent'"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_clear_line_and_exit_code_2(capsys, monkeypatch, tmp_path, words, says):
+    monkeypatch.chdir(tmp_path)
+    assert says in fails(capsys, monkeypatch, *words)
+
+
+def test_an_untrusted_name_cannot_steer_the_terminal(tmp_path):
+    (tmp_path / "in").mkdir()
+    hostile = "x\x1b[2J.png"
+    (tmp_path / "in" / hostile).write_bytes(b"no picture")
+    Image.new("RGB", (8, 8)).save(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "a.txt").write_text("a caption")
+    result = CliRunner().invoke(cli.app, ["data", "pack", str(tmp_path / "in"), str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "packed 1 samples" in result.output and "no caption: x?[2J.png" in result.output
+    assert "\x1b" not in result.output
+    checked = CliRunner().invoke(cli.app, ["data", "check", str(tmp_path / "out")])
+    assert checked.exit_code == 0 and "read 1 samples, 0 bad, 0 shards" in checked.output
+
+
+def test_plan_and_dry_run_tell_sizes_without_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    planned = CliRunner().invoke(cli.app, ["plan", "shapes/dalle", "--json"])
+    counts = json.loads(planned.output)["parameters"]
+    assert set(counts) == {"tokenizer", "prior", "clip"} and min(counts.values()) > 0
+    dry = CliRunner().invoke(cli.app, ["train", "shapes/dalle", "--dry-run", "stages.prior.steps=7"])
+    assert dry.exit_code == 0 and "steps: 7" in dry.output
+    assert json.loads(dry.output[dry.output.index('{\n  "parameters"') :])["parameters"] == counts
+    assert list(tmp_path.iterdir()) == []
