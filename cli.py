@@ -89,8 +89,10 @@ def _load(model: str | Path, device: str, dtype: str, reranker: str | None = Non
 def _device(name: str) -> str:
     import torch
 
+    from .pipeline.checkpoint import default_device
+
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return default_device()
     try:
         torch.empty(1, device=name).cpu()
     except (RuntimeError, AssertionError) as error:

@@ -182,6 +182,11 @@ def load_weights(folder: Path, part: str) -> dict[str, Tensor]:
     return weights
 
 
+def default_device() -> str:
+    """Where a model computes if nobody says: cuda where there is one, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_part(folder: Path, recipe: Recipe, part: str, device: Any = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """Builds a part and loads its weights strictly; in evaluation mode, gradients off.
 

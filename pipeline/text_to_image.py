@@ -119,12 +119,12 @@ class TextToImage:
     ) -> "TextToImage":
         """Loads a model folder, by shipped name or path, strictly.
 
-        device: cuda where there is one, else cpu. dtype: float32. reranker: ranks in place of the folder's own CLIP,
+        device: None is `default_device`. dtype: None is float32. reranker: ranks in place of the folder's own CLIP,
         which is then not loaded. Raises ModelError for an unknown, untrained, altered or mismatched model: each part
         must have been trained against the very parts that lie beside it.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        folder, dtype = find_model(str(name)), dtype or torch.float32
+        device, dtype = device or checkpoint.default_device(), dtype or torch.float32
+        folder = find_model(str(name))
         card, recipe = checkpoint.read_card(folder), checkpoint.load_recipe(folder)
         hashes = {part: entry["hash"] for part, entry in card["parts"].items()}
         hashes["captions"] = checkpoint.file_hash(folder / "captions.json")

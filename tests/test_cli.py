@@ -35,7 +35,7 @@ def fails(capsys, monkeypatch, *words: str) -> str:
         (["train", "shapes/dale"], "shapes/dalle"),
         (["train", "shapes/dalle", "stages.tokenizer.stops=3"], "steps"),
         (["plan", "shapes/dale"], "shapes/dalle"),
-        (["data", "check", "absent"], "no file or folder 'absent'"),
+        (["data", "check", "absent"], "no shard at absent"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_clear_line_and_exit_code_2(capsys, monkeypatch, tmp_path, words, says):

@@ -168,5 +168,5 @@ def test_changed_shards_have_another_fingerprint_and_missing_ones_say_so(parts, 
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no shards"):
         stream.ShardSource(tmp_path / "empty", 4, seed=0)
-    with pytest.raises(ValueError, match="no file or folder"):
+    with pytest.raises(ValueError, match="no shard at"):
         stream.ShardSource(tmp_path / "missing.tar", 4, seed=0)

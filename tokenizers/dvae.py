@@ -236,7 +236,7 @@ class DiscreteVAE(nn.Module):
             self._start_positions(self.encoder.head, images, seed)
 
     def _start_patches(self, head: nn.Conv2d, images: Sequence[Tensor], seed: int) -> None:
-        size = head.kernel_size[0]
+        size, stem = head.kernel_size[0], self.decoder.stem
         found = torch.cat([F.unfold(map_pixels(image).cpu(), size, stride=size).mT.flatten(0, 1) for image in images])
         different = (found * 255).round().unique(dim=0) / 255  # backgrounds would take most of the codes
         centres = kmeans(different, self.spec.vocabulary, seed)[0]  # (K, 3 * P * P)
@@ -246,10 +246,10 @@ class DiscreteVAE(nn.Module):
         head.bias.copy_(bias - bias.mean())
         # The stem sees how alike codes look: the centres' main directions first, as many as it has channels.
         axes = torch.linalg.svd(spread, full_matrices=False).Vh  # (D, D)
-        seen = (spread @ axes.T)[:, : self.decoder.stem.out_channels]  # (K, C)
-        self.decoder.stem.weight.zero_()
-        self.decoder.stem.weight[: seen.shape[1], :, 0, 0] = (seen / seen.std()).T
-        self.decoder.stem.bias.zero_()
+        seen = (spread @ axes.T)[:, : stem.out_channels]  # (K, C)
+        stem.weight.zero_()
+        stem.weight[: seen.shape[1], :, 0, 0] = (seen / seen.std()).T
+        stem.bias.zero_()
 
     def _start_positions(self, head: SameConv2d, images: Sequence[Tensor], seed: int) -> None:
         stem = self.decoder.stem

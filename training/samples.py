@@ -147,8 +147,13 @@ def _scan(shard: Path, size: int) -> tuple[list[Entry], str | None]:
 
 
 def build_index(shard: Path | str) -> Index:
-    """Reads a shard's headers and hash and writes the index beside it (only in memory for read-only folders)."""
+    """Reads a shard's headers and hash and writes the index beside it (only in memory for read-only folders).
+
+    Raises ValueError where there is no shard.
+    """
     shard = Path(shard)
+    if not shard.is_file():
+        raise ValueError(f"no shard at {shard}: expected a .tar file, as `kartina data pack` or WebDataset writes it")
     size = shard.stat().st_size
     entries, problem = _scan(shard, size)
     index = Index(shard, size, file_hash(shard), entries, problem)
@@ -174,19 +179,13 @@ def load_index(shard: Path | str) -> Index:
                 raise ValueError("a place before the shard")  # forged: built anew below
             return Index(shard, here.st_size, str(content["sha256"]), rows, content["problem"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        if not shard.is_file():
-            raise ValueError(
-                f"no shard at {shard}: expected a .tar file written by pack_folder or WebDataset"
-            ) from None
+        pass  # whatever is wrong with it, a new one is right
     return build_index(shard)
 
 
 def find_shards(where: Path | str | Sequence[Path | str]) -> list[Path]:
     """Shards of a folder, a file, or a list of either, sorted by name. Raises ValueError where there are none."""
     wanted = [where] if isinstance(where, (str, Path)) else list(where)
-    for one in map(Path, wanted):
-        if not one.exists():
-            raise ValueError(f"no file or folder {str(one)!r}; expected shards, which `kartina data pack` writes")
     found = [shard for one in map(Path, wanted) for shard in (one.glob("*.tar") if one.is_dir() else [one])]
     if not found:
         raise ValueError(f"no shards in {where}: expected a folder with .tar files; `kartina data pack` writes one")

@@ -197,13 +197,14 @@ def check_shards(paths: Path | str | Iterable[Path | str]) -> CheckReport:
     report = CheckReport()
     where = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
     shards = find_shards(where)
+    promised = {folder: _promised(folder) for folder in {*where, *(shard.parent for shard in shards)}}
     for folder in where:
-        for name in _promised(folder) if folder.is_dir() else ():
+        for name in promised[folder]:
             if not (folder / name).is_file():
                 report.shards[name] = "missing: the manifest lists it, and it is not in the folder"
     for shard in shards:
         index, problem = build_index(shard), None
-        if _promised(shard.parent).get(shard.name, index.sha256) != index.sha256:
+        if promised[shard.parent].get(shard.name, index.sha256) != index.sha256:
             problem = "changed since it was packed: its sha256 is not the manifest's"
         if problem := index.problem or problem:
             report.shards[shard.name] = problem

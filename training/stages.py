@@ -37,7 +37,7 @@ class TokenizerStage:
     """Fits the dVAE (arXiv:2102.12092, section 2.1): Gumbel-softmax relaxation, logit-Laplace likelihood, KL.
 
     In the first share `autoencoder` of its steps it trains as a plain autoencoder, whose k-means centres then become
-    the codes: small runs that start from random codes keep a handful of them.
+    the codes; with a patch encoder k-means comes first. Small runs that start from random codes keep a handful of them.
     """
 
     part = "tokenizer"
