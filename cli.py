@@ -16,6 +16,7 @@ data = typer.Typer(help="Pack, check and prepare pictures with captions.", no_ar
 app.add_typer(data, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object a line")]
+OWN = "by default the model's own"
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: cuda where there is one")]
 
 
@@ -26,10 +27,10 @@ def paint(
     candidates: Annotated[int, typer.Option(min=1, help="pictures painted for each caption")] = 1,
     keep: Annotated[int, typer.Option(min=1, help="best pictures kept for each caption")] = 1,
     seed: Annotated[int, typer.Option(help="of the first candidate; the next has the next number")] = 0,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest code, 1 draws as trained")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="draw from the likeliest K codes only")] = None,
-    top_p: Annotated[float | None, typer.Option(help="draw from the likeliest codes that make up P")] = None,
-    guidance: Annotated[float, typer.Option(help="above 1 follows the caption more closely")] = 1.0,
+    temperature: Annotated[float | None, typer.Option(help=f"0: the likeliest code, 1: as trained; {OWN}")] = None,
+    top_k: Annotated[int | None, typer.Option(help=f"from the likeliest K codes only; {OWN}")] = None,
+    top_p: Annotated[float | None, typer.Option(help=f"from the likeliest codes that make up P; {OWN}")] = None,
+    guidance: Annotated[float | None, typer.Option(help=f"above 1: closer to the caption; {OWN}")] = None,
     reranker: Annotated[str | None, typer.Option(help="an open_clip model that ranks: a name or a folder")] = None,
     reranker_pretrained: Annotated[str | None, typer.Option(help="its weights: a published tag or a file")] = None,
     device: Device = "auto",
@@ -49,6 +50,7 @@ def paint(
     paths = gallery.targets(out, len(texts) * keep, grid)
     system = _load(model, device, dtype, reranker, reranker_pretrained)
     knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance}
+    knobs = {name: value for name, value in knobs.items() if value is not None}
     with progress_bar("painting") as progress:
         paintings = system(texts, seed=seed, candidates=candidates, keep=keep, progress=progress, **knobs)
     for path, entry in gallery.save_grid(paintings, paths[0]) if grid else gallery.save(paintings, paths):

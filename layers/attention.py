@@ -1,20 +1,32 @@
 """Self-attention with a key/value cache, and the pre-norm transformer block (Vaswani 2017, arXiv 1706.03762).
 
-Optional: RMSNorm of queries and keys (Dehghani 2023, arXiv 2302.05442), the squared ReLU (So 2021, arXiv 2109.08668)
-and output projections that start at zero, so that a block starts as the identity.
+Optional: RMSNorm of queries and keys (Dehghani 2023, arXiv 2302.05442), rotary positions, the squared ReLU (So 2021,
+arXiv 2109.08668), output projections that start at zero, so that a block starts as the identity, and channels taken
+from tokens a few places before (token shift, Peng 2021, doi:10.5281/zenodo.5196578).
 
 B samples, L tokens, S tokens that the cache can hold, D width, H heads, E = D / H.
 
-It does not know which tokens may see which: a mask comes in, and no mask means causal.
+It does not know which tokens may attend to which: a mask comes in, and no mask means causal. A shift takes from tokens
+before whatever the mask says.
 """
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .embeddings import Rotation, rotate
+
 KVCache = tuple[Tensor, Tensor]  # keys and values, each (B, H, S, E)
+
+
+class BlockCache(NamedTuple):
+    """What a block keeps of the tokens before: keys and values, and the last `max(shift)` inputs of both branches."""
+
+    attention: KVCache
+    inputs: tuple[Tensor, Tensor] | None  # each (B, max(shift), D), zeros before the first token; None: no shift
 
 
 class Attention(nn.Module):
@@ -36,16 +48,26 @@ class Attention(nn.Module):
         shape = (batch, self.num_heads, length, weight.shape[0] // self.num_heads)
         return weight.new_zeros(shape), weight.new_zeros(shape)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, start: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        start: int = 0,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
         """x: (B, L, D), the tokens at positions start .. start + L - 1. Returns (B, L, D).
 
         mask: bool (L, start + L), True where a query may look; None is causal.
+        rotation: of these L tokens' queries and keys, see `embeddings.rotation`; the cache keeps keys already turned.
         cache: filled up to `start` by earlier calls; this call writes its keys and values behind them, in place.
         Without a cache `start` must be 0.
         """
         batch, length, width = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, L, E)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             end = start + length
             cache[0][:, :, start:end] = k
@@ -63,7 +85,8 @@ class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); the MLP is four times as wide.
 
     mlp: "gelu" or "squared_relu". norm: "layer" or "rms". zero_init: both output projections start at zero; otherwise
-    all matrices start as normal(0, `std`), the output projections as normal(0, `out_std`).
+    all matrices start as normal(0, `std`), the output projections as normal(0, `out_std`). shift: see `shift_tokens`,
+    which both branches read through.
     """
 
     def __init__(
@@ -74,13 +97,20 @@ class TransformerBlock(nn.Module):
         norm: Literal["layer", "rms"] = "layer",
         qk_norm: bool = False,
         zero_init: bool = False,
+        shift: Sequence[int] = (),
         std: float = 0.02,
         out_std: float = 0.02,
     ) -> None:
         super().__init__()
         if mlp not in ("gelu", "squared_relu"):
             raise ValueError(f"transformer block: mlp must be 'gelu' or 'squared_relu', got {mlp!r}")
-        self.mlp = mlp
+        places = list(shift) if isinstance(shift, Sequence) and not isinstance(shift, str) else [None]
+        if any(type(place) is not int or place < 1 for place in places) or 2 * len(places) > width:
+            raise ValueError(
+                "transformer block: shift must be a list of whole numbers >= 1, at most one for two channels "
+                f"of width {width}, got {str(shift)[:80]}; write e.g. shift: [1]"
+            )
+        self.mlp, self.shift = mlp, places
         self.attention_norm = new_norm(norm, width)
         self.attention = Attention(width, num_heads, qk_norm)
         self.mlp_norm = new_norm(norm, width)
@@ -93,12 +123,59 @@ class TransformerBlock(nn.Module):
             nn.init.normal_(layer.weight, std=0.0 if zero_init else out_std)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, start: int = 0) -> Tensor:
-        """x: (B, L, D). Returns (B, L, D). Arguments as in `Attention.forward`."""
-        x = x + self.attention(self.attention_norm(x), mask, cache, start)
-        y = self.mlp_in(self.mlp_norm(x))  # (B, L, 4D)
+    def new_cache(self, batch: int, length: int) -> BlockCache:
+        """An empty cache for `length` tokens, on the device and in the dtype of the weights."""
+        kept = None
+        if self.shift:
+            weight = self.attention.out.weight
+            shape = (batch, max(self.shift), weight.shape[0])
+            kept = weight.new_zeros(shape), weight.new_zeros(shape)
+        return BlockCache(self.attention.new_cache(batch, length), kept)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cache: BlockCache | None = None,
+        start: int = 0,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
+        """x: (B, L, D). Returns (B, L, D). Arguments as in `Attention.forward`, the cache this block's own.
+
+        With a cache each token comes once, in order.
+        """
+        kept = (None, None) if cache is None or cache.inputs is None else cache.inputs
+        y = self._shifted(self.attention_norm(x), kept[0])
+        x = x + self.attention(y, mask, None if cache is None else cache.attention, start, rotation)
+        y = self.mlp_in(self._shifted(self.mlp_norm(x), kept[1]))  # (B, L, 4D)
         y = F.gelu(y) if self.mlp == "gelu" else squared_relu(y)
         return x + self.mlp_out(y)
+
+    def _shifted(self, x: Tensor, kept: Tensor | None) -> Tensor:
+        if not self.shift:
+            return x
+        if kept is None:
+            return shift_tokens(x, self.shift)
+        before = kept.shape[1]
+        seen = torch.cat([kept.to(x.dtype), x], dim=1)
+        kept.copy_(seen[:, -before:])
+        return shift_tokens(seen, self.shift)[:, before:]
+
+
+def shift_tokens(x: Tensor, places: Sequence[int]) -> Tensor:
+    """(B, L, D) -> the same; for each of n places, D // 2n channels are those of the token so many places before.
+
+    Zeros where there is no such token; the other channels, half of them or a few more, stay the token's own. In a
+    raster of width w, as seen from the token to predict, place 1 is the second to the left, w - 2, w - 1 and w are the
+    one above to the right, above, and above to the left; at a border they wrap, and the first row sees what comes
+    before the image. Several places at once are ours; Peng 2021 has place 1 and half of the channels.
+    """
+    channels, length = x.shape[-1] // (2 * len(places)), x.shape[1]
+    moved = [
+        F.pad(x[:, : max(0, length - place), i * channels : (i + 1) * channels], (0, 0, min(place, length), 0))
+        for i, place in enumerate(places)
+    ]
+    return torch.cat([*moved, x[..., channels * len(places) :]], dim=-1)
 
 
 class _SquaredReLU(torch.autograd.Function):

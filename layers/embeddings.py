@@ -3,7 +3,10 @@
 Axial: the embedding of a grid cell is that of its row plus that of its column (DALL-E, arXiv 2102.12092, Appendix B.1;
 Ho 2019, arXiv 1912.12180), so h + w vectors serve h * w cells.
 
-h x w the grid, D the width of an embedding.
+Rotary: queries and keys are turned by angles that grow with their coordinates, so that their product depends on how far
+apart two tokens lie, not on where (Su 2021, arXiv 2104.09864); with two coordinates each turns half of the pairs.
+
+h x w the grid, D the width of an embedding, L tokens, E the width of a head.
 
 It does not know what stands in the cells.
 """
@@ -29,3 +32,30 @@ class AxialPositionEmbedding(nn.Module):
         """index: int64 of any shape, raster order, in [0, h * w). Returns (*index.shape, D)."""
         columns = self.grid[1]
         return self.rows[index // columns] + self.columns[index % columns]
+
+
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (L, E)
+
+
+def rotation(coordinates: Tensor, head_width: int, base: float = 10_000.0) -> Rotation:
+    """The turn of each token for `rotate`. coordinates: (L, A), one column an axis. Returns two fp32 (L, E).
+
+    Pair j of an axis turns by coordinate * base ** (-j / pairs), with E / (2 A) pairs an axis (Su 2021, Equation 15).
+    Raises ValueError unless 2 A divides E.
+    """
+    length, axes = coordinates.shape
+    if head_width % (2 * axes):
+        raise ValueError(
+            f"rotary positions: {axes} axes need a head width that {2 * axes} divides, got {head_width}; "
+            "choose another width or num_heads"
+        )
+    pairs = head_width // (2 * axes)
+    speed = base ** -(torch.arange(pairs, device=coordinates.device, dtype=torch.float32) / pairs)
+    angles = (coordinates[..., None].float() * speed).reshape(length, -1).repeat(1, 2)  # (L, E)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, by: Rotation) -> Tensor:
+    """x: (..., L, E), channel i paired with channel i + E / 2. Returns the same shape and dtype."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * by[0] + torch.cat([-second, first], dim=-1) * by[1]).to(x.dtype)

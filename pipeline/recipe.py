@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 PARTS: dict[str, dict[str, tuple[str, str]]] = {
-    "tokenizer": {"dvae": ("tokenizers.dvae", "DiscreteVAE")},
+    "tokenizer": {"dvae": ("tokenizers.dvae", "DiscreteVAE"), "patch_dvae": ("tokenizers.patch_dvae", "PatchDVAE")},
     "prior": {"dalle": ("priors.dalle", "DALLE")},
     "clip": {"clip": ("tokenizers.clip_towers", "CLIP")},
 }
@@ -43,6 +43,15 @@ class Captions(Section):
     context_length: int = Field(256, ge=1)
 
 
+class Sampling(Section):
+    """The knobs that a system paints with where none are given, see `kartina.priors.samplers.sample_codes`."""
+
+    temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=1, lt=2**31)
+    top_p: float | None = Field(None, gt=0, le=1)
+    guidance_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
+
+
 class Recipe(Section):
     """One system. `parts` maps a part's name to its kind and constructor arguments."""
 
@@ -52,6 +61,7 @@ class Recipe(Section):
     captions: Captions = Captions()
     parts: dict[str, dict[str, Any]]
     licence: str = "Apache-2.0"
+    sampling: Sampling = Sampling()
     training: dict[str, Any] = {}
 
 

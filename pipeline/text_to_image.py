@@ -153,13 +153,14 @@ class TextToImage:
 
         seed: of candidate 0 of every prompt, or one for each prompt. progress: called with the sampling steps done and
         in all. micro_batch: pictures painted at once, 1 to 4096, taken from all prompts. knobs: temperature, top_k,
-        top_p, guidance_scale (see `kartina.priors.samplers.sample_codes`). Raises ValueError for an empty prompt, a
-        number or knob out of range, candidates < keep, or candidates to choose from with no CLIP to rank them.
+        top_p, guidance_scale (see `kartina.priors.samplers.sample_codes`), by default the recipe's `sampling`. Raises
+        ValueError for an empty prompt, a number or knob out of range, candidates < keep, or candidates to choose from
+        with no CLIP to rank them.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else [index(s) for s in seed]
         self._check(prompts, seeds, candidates, keep, micro_batch)
-        knobs = _all_knobs(knobs)
+        knobs = _all_knobs({**self.recipe.sampling.model_dump(), **knobs})
         rows = [(p, first + k, k) for p, first in zip(prompts, seeds, strict=True) for k in range(candidates)]
         starts = range(0, len(rows), micro_batch)
         painted: list[Painting] = []

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import masks
-from ..layers.attention import KVCache, TransformerBlock, new_norm
-from ..layers.embeddings import AxialPositionEmbedding
+from ..layers.attention import BlockCache, TransformerBlock, new_norm
+from ..layers.embeddings import AxialPositionEmbedding, rotation
 
 PAD = 0
 
@@ -29,8 +29,10 @@ class DALLE(nn.Module):
     """p(text) p(codes | text). Text id 0 is the pad; each text position learns its own embedding of it (Appendix B.1).
 
     attention: "sparse", the paper's masks by layer (`layer_masks`), "full", causal everywhere, or a list with the mask
-    of each layer: "row", "column", "conv" or "causal". kernel: of the convolutional masks. mlp, norm, qk_norm,
-    zero_init: see `TransformerBlock`; the defaults are the paper's. Raises ValueError for another attention.
+    of each layer: "row", "column", "conv" or "causal". kernel: of the convolutional masks. rotary: queries and keys are
+    turned by row and column too, text lying on the diagonal (Wang 2024, arXiv 2409.12191). mlp, norm, qk_norm,
+    zero_init, shift: see `TransformerBlock`. The defaults are the paper's. Raises ValueError for values that do
+    not fit each other.
     """
 
     def __init__(
@@ -48,6 +50,8 @@ class DALLE(nn.Module):
         qk_norm: bool = False,
         norm: Literal["layer", "rms"] = "layer",
         zero_init: bool = False,
+        rotary: bool = False,
+        shift: Sequence[int] = (),
     ) -> None:
         super().__init__()
         named = {"sparse": layer_masks(depth), "full": ["causal"] * depth}
@@ -61,15 +65,26 @@ class DALLE(nn.Module):
         self.grid = (int(grid[0]), int(grid[1]))
         self.kernel = kernel
         self.mask_kinds = kinds
+        self.rotary, self.head_width = rotary, width // num_heads
+        if rotary and self.head_width % 4:
+            raise ValueError(
+                "DALLE: rotary positions turn pairs by row and by column, so 4 must divide the width of a head, "
+                f"got {self.head_width}; choose another width or num_heads"
+            )
         self.start = nn.Parameter(torch.empty(width))
         self.text_embedding = nn.Embedding(text_vocab + text_length, width)  # the last T are the pads
         self.text_position = nn.Embedding(text_length, width)
         self.code_embedding = nn.Embedding(num_codes, width)
         self.code_position = AxialPositionEmbedding(self.grid, width)
         out_std = 0.02 / (2 * depth) ** 0.5  # Radford 2019: the residual sum keeps its size at any depth
-        self.blocks = nn.ModuleList(
-            TransformerBlock(width, num_heads, mlp, norm, qk_norm, zero_init, out_std=out_std) for _ in range(depth)
-        )
+        blocks = [
+            TransformerBlock(width, num_heads, mlp, norm, qk_norm, zero_init, shift, out_std=out_std)
+            for _ in range(depth)
+        ]
+        stream = text_length + self.grid[0] * self.grid[1]
+        if any(place >= stream for block in blocks[:1] for place in block.shift):
+            raise ValueError(f"DALLE: shift must stay within the {stream} tokens of the stream, got {list(shift)}")
+        self.blocks = nn.ModuleList(blocks)
         self.norm = new_norm(norm, width)
         self.text_head = nn.Linear(width, text_vocab)
         self.image_head = nn.Linear(width, num_codes)
@@ -101,7 +116,7 @@ class DALLE(nn.Module):
         x = self._run(torch.cat([self._embed_text(text), self._embed_codes(codes, 0)], dim=1))
         return self.image_head(x[:, -1])
 
-    def prefill(self, text: Tensor) -> tuple[list[KVCache], Tensor]:
+    def prefill(self, text: Tensor) -> tuple[list[BlockCache], Tensor]:
         """Reads the captions, int64 (B, T). Returns a cache with room for the image and the logits (B, K) of code 0.
 
         Raises ValueError for ids outside [0, text_vocab): the ids above are the pads, and would pass in silence.
@@ -114,11 +129,11 @@ class DALLE(nn.Module):
                 "encode captions with the tokenizer that the model was trained with"
             )
         length = self.text_length + self.grid[0] * self.grid[1]
-        cache = [block.attention.new_cache(len(text), length) for block in self.blocks]
+        cache = [block.new_cache(len(text), length) for block in self.blocks]
         x = self._run(self._embed_text(text), cache)
         return cache, self.image_head(x[:, -1])
 
-    def step(self, cache: list[KVCache], code: Tensor, position: int) -> Tensor:
+    def step(self, cache: list[BlockCache], code: Tensor, position: int) -> Tensor:
         """Reads code number `position` (0 .. N - 2), int64 (B,); extends `cache`. Returns logits (B, K) of the next."""
         last = self.grid[0] * self.grid[1] - 2
         if not 0 <= position <= last:
@@ -128,13 +143,21 @@ class DALLE(nn.Module):
         x = self._embed_codes(code[:, None], position)
         return self.image_head(self._run(x, cache, self.text_length + 1 + position)[:, -1])
 
-    def _run(self, x: Tensor, cache: list[KVCache] | None = None, start: int = 0) -> Tensor:
+    def _run(self, x: Tensor, cache: list[BlockCache] | None = None, start: int = 0) -> Tensor:
         queries = torch.arange(start, start + x.shape[1], device=x.device)
         keys = torch.arange(start + x.shape[1], device=x.device)
+        rotated = rotation(self._coordinates(queries), self.head_width) if self.rotary else None
         made = {kind: self._mask(kind, queries, keys) for kind in set(self.mask_kinds)}
         for i, (block, kind) in enumerate(zip(self.blocks, self.mask_kinds, strict=True)):
-            x = block(x, made[kind], None if cache is None else cache[i], start)
+            x = block(x, made[kind], None if cache is None else cache[i], start, rotated)
         return self.norm(x)
+
+    def _coordinates(self, queries: Tensor) -> Tensor:
+        """(row, column) of each place, (Q, 2): text lies on the diagonal, the image behind it."""
+        text, width = self.text_length + 1, self.grid[1]  # the start token counts as text
+        image = (queries - text).clamp(min=0)
+        on_grid = torch.stack([text + image // width, text + image % width], dim=1)
+        return torch.where((queries < text)[:, None], queries[:, None], on_grid)
 
     def _mask(self, kind: str, queries: Tensor, keys: Tensor) -> Tensor | None:
         text, width = self.text_length + 1, self.grid[1]  # the start token counts as text

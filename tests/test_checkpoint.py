@@ -134,6 +134,9 @@ def test_the_memory_format_changes_neither_hash_nor_weights(system, monkeypatch)
         ("prior", {"grid": 4}, "cannot be built"),
         ("prior", {"width": "wide"}, "cannot be built"),
         ("prior", {"num_heads": 0}, "cannot be built"),
+        ("prior", {"shift": [100]}, "must stay within"),
+        ("prior", {"shift": [1] * 1000}, "at most one for two channels"),
+        ("prior", {"shift": [0]}, "whole numbers >= 1"),
     ],
 )
 def test_a_hostile_recipe_is_refused_before_it_takes_memory(system, monkeypatch, part, arguments, message):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kartina.layers.attention import shift_tokens
 from kartina.layers.random import gumbel
 from kartina.priors.dalle import DALLE, layer_masks
 from kartina.priors.samplers import draw, sample_codes, truncate
@@ -32,6 +33,8 @@ MIXED = ["conv", "column", "causal", "conv", "row", "causal"]
 MODELS = [
     {"attention": "sparse"},
     {"attention": MIXED},
+    {"attention": MIXED, "rotary": True},
+    {"attention": MIXED, "rotary": True, "shift": [1, 3, 9]},
     {"attention": "full", "mlp": "squared_relu", "qk_norm": True, "norm": "rms"},
 ]
 
@@ -54,6 +57,40 @@ def test_a_changed_token_leaves_everything_up_to_it(options: dict) -> None:
             assert shift[i + 1] > 1e-4, f"token {i} must reach the next prediction"
         if i < T:
             assert shift[T:].min() > 1e-5, "every code sees all the text"
+
+
+def test_shifted_channels_come_from_so_many_places_before():
+    x = torch.arange(1.0, 6).view(1, 5, 1).expand(2, 5, 8)
+    moved = shift_tokens(x, [1, 3])  # two channels each, four of its own
+    assert moved[1, :, 0].tolist() == moved[0, :, 1].tolist() == [0, 1, 2, 3, 4]
+    assert moved[1, :, 2].tolist() == moved[0, :, 3].tolist() == [0, 0, 0, 1, 2]
+    assert torch.equal(moved[..., 4:], x[..., 4:])
+    assert shift_tokens(x, [7])[0, :, :4].abs().max() == 0
+
+
+def test_text_lies_on_the_diagonal_and_the_image_behind_it():
+    places = _prior(rotary=True)._coordinates(torch.arange(T + 1 + N - 1)).tolist()
+    assert places[: T + 1] == [[i, i] for i in range(6)]
+    assert places[T + 1 :] == [[6 + i // 4, 6 + i % 4] for i in range(N - 1)]
+
+
+@torch.no_grad()
+def test_rotary_positions_are_used():
+    torch.manual_seed(0)
+    plain, rotary = _prior(), _prior(rotary=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), rotary.parameters(), strict=True))
+    assert (plain(*_batch())[1] - rotary(*_batch())[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"shift": 1}, "whole numbers"), ({"shift": [1.5]}, "whole numbers"), ({"shift": [17]}, "17 tokens"),
+     ({"rotary": True, "width": 24}, "4 must divide the width of a head, got 6")],
+)  # fmt: skip
+def test_positions_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DALLE(**{"text_vocab": V, "text_length": T, "num_codes": K, "grid": GRID, "width": 32, "depth": 1,
+                 "num_heads": 4, **options})  # fmt: skip
 
 
 @torch.no_grad()

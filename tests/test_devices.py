@@ -11,12 +11,10 @@ from kartina.training import __main__ as trainer
 from kartina.training import state
 
 SMALL = [
-    "parts.tokenizer.width=8",
-    "parts.tokenizer.init_width=8",
+    """parts.tokenizer={kind: dvae, image_size: 32, num_codes: 32, width: 8, init_width: 8, num_groups: 2,
+    blocks_per_group: 1, branch_gain: 1.0}""",
     *[f"stages.tokenizer.{key}" for key in ("steps=4", "global_batch=4", "log_every=1")],
-    "parts.tokenizer.encoder=convolutional",
     "stages.tokenizer.objective.autoencoder=0.5",
-    "parts.tokenizer.num_codes=32",
     "stages.tokenizer.optimizer.muon=0.02",
     "training.precision=fp32",
 ]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kartina.tokenizers.dvae import DiscreteVAE, map_pixels
+from kartina.tokenizers.dvae import DiscreteVAE
 from kartina.tokenizers.kmeans import kmeans
 
 
@@ -37,28 +37,3 @@ def test_started_codes_are_the_nearest_centres():
     # The decoder's stem now looks the centre up: what it hands on is z, quantised.
     quantised = model.decoder.stem(torch.nn.functional.one_hot(codes, 24).permute(0, 3, 1, 2).float())
     assert (quantised.permute(0, 2, 3, 1) - z).square().sum() < 0.5 * (z - z.mean((0, 1, 2))).square().sum()
-
-
-def test_a_patch_encoder_reads_each_code_from_its_own_pixels_and_starts_at_the_nearest_patch():
-    torch.manual_seed(0)
-    sizes = {"image_size": 16, "num_codes": 24, "width": 8, "init_width": 8, "num_groups": 3, "blocks_per_group": 1}
-    model = DiscreteVAE(**sizes, encoder="patch")
-    images = (torch.rand(32, 3, 16, 16) * 2 - 1).round(decimals=2)
-    images[:, :, :8] = -0.5  # half of all patches are one: it must not take half of the codes
-    model.start_codes([images[:16], images[16:]], seed=3)
-    codes = model.encode(images)
-    patches = torch.nn.functional.unfold(map_pixels(images), 4, stride=4).mT.flatten(0, 1)  # (B * 16, 48)
-    means = torch.stack([patches[codes.flatten() == k].mean(0) for k in range(24)])
-    assert len(codes.unique()) == 24 and len(codes[:, :2].unique()) == 1
-    nearest = torch.cdist(patches, means).argmin(1)
-    assert (nearest == codes.flatten()).float().mean() > 0.95  # the codes' own means, after the last round
-    changed = images.clone()
-    changed[:, :, 12:, 12:] = 1.0
-    assert torch.equal(model.logits(changed)[:, :, :3], model.logits(images)[:, :, :3])
-    assert not torch.equal(model.logits(changed)[:, :, 3, 3], model.logits(images)[:, :, 3, 3])
-
-
-def test_too_few_different_patches_are_refused():
-    model = DiscreteVAE(16, 24, 8, 8, 3, 1, encoder="patch")
-    with pytest.raises(ValueError, match="at least as many points as centres, got 1 for 24"):
-        model.start_codes([torch.zeros(8, 3, 16, 16)], seed=0)

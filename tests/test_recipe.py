@@ -37,6 +37,8 @@ def test_overrides_reach_the_stage():
         ("parts.prior.widht=8", "did you mean 'width'"),
         ("parts.prior.kind=dale", "did you mean 'dalle'"),
         ("imagesize=8", "did you mean 'image_size'"),
+        ("sampling={guidance: 2}", "did you mean 'guidance_scale'"),
+        ("sampling={temperature: .inf}", "sampling.temperature"),
         ("stages.tokenizer.steps", "expected key.sub=value"),
         ("stages.tokenizer.steps=many", "steps"),
     ],

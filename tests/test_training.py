@@ -16,7 +16,6 @@ TINY = [
     "captions.vocab_size=300",
     "captions.context_length=22",
     "parts.tokenizer.width=8",
-    "parts.tokenizer.init_width=8",
     "parts.tokenizer.num_codes=32",
     "parts.prior.num_codes=32",
     "parts.prior.text_vocab=300",
@@ -31,6 +30,16 @@ TINY = [
     "training.precision=fp32",
     *[f"stages.{stage}.log_every=1" for stage in ("tokenizer", "prior", "clip")],
 ]
+
+
+DVAE = """parts.tokenizer={kind: dvae, image_size: 32, num_codes: 32, width: 8, init_width: 8, num_groups: 2,
+    blocks_per_group: 1, branch_gain: 1.0}"""
+
+
+def test_codes_of_patches_need_no_autoencoder(tmp_path, capsys):
+    command = ["shapes/dalle", *TINY, "stages.tokenizer.objective.autoencoder=0.25", "--run", str(tmp_path)]
+    assert trainer.main(command) == 2
+    assert "codes of patches start from k-means" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +91,9 @@ def test_a_part_trained_against_another_tokenizer_is_refused(run, tmp_path):
 
 
 @pytest.mark.parametrize(  # codes from k-means: at the start, never, before and after the stop
-    ("encoder", "autoencoder"), [("patch", 0), ("convolutional", 0), ("convolutional", 0.25), ("convolutional", 0.75)]
+    ("kind", "autoencoder"), [("patch_dvae", 0), ("dvae", 0), ("dvae", 0.25), ("dvae", 0.75)]
 )
-def test_stopped_and_resumed_equals_uninterrupted(encoder, autoencoder, tmp_path, monkeypatch):
+def test_stopped_and_resumed_equals_uninterrupted(kind, autoencoder, tmp_path, monkeypatch):
     """4 steps == 2 + stop + resume + 2, bit for bit, in weights, averages and optimizer."""
     real = loop.rate
 
@@ -96,7 +105,9 @@ def test_stopped_and_resumed_equals_uninterrupted(encoder, autoencoder, tmp_path
     monkeypatch.setattr(loop, "rate", stop_at_two)
     command = ["shapes/dalle", *TINY, "stages.tokenizer.save_minutes=1e-9", "--stage", "tokenizer", "--run"]
     command[1:1] = ["stages.tokenizer.optimizer.muon=0.02"]
-    command[1:1] = [f"stages.tokenizer.objective.autoencoder={autoencoder}", f"parts.tokenizer.encoder={encoder}"]
+    command[1:1] = [f"stages.tokenizer.objective.autoencoder={autoencoder}"]
+    if kind == "dvae":
+        command[1:1] = [DVAE]
     with pytest.raises(KeyboardInterrupt):
         trainer.main([*command, str(tmp_path / "stopped")])
     monkeypatch.setattr(loop, "rate", real)
@@ -186,8 +197,8 @@ def test_unknown_model_is_named():
 def test_a_changed_section_of_a_trained_part_is_refused(run, capsys):
     """Equal shapes, another function: the weights would load and mean something else."""
     command = ["shapes/dalle", *TINY, "--stage", "clip", "--run", str(run)]
-    assert trainer.main([*command, "parts.tokenizer.branch_gain=0.5"]) == 2
-    assert "the trained tokenizer was built otherwise than parts.tokenizer" in capsys.readouterr().err
+    assert trainer.main([*command, "parts.prior.shift=[1]"]) == 2
+    assert "the trained prior was built otherwise than parts.prior" in capsys.readouterr().err
 
 
 def test_another_caption_tokenizer_is_not_reused(run, capsys):

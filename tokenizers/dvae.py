@@ -8,7 +8,6 @@ It does not know its loss, its schedules or where the Gumbel noise comes from: t
 
 import contextlib
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ def unmap_pixels(mapped: Tensor) -> Tensor:
     return 2 * (mapped - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN) - 1
 
 
-def _float32(x: Tensor) -> contextlib.AbstractContextManager[object]:
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """No autocast where `x` is; on meta, where shapes are probed, there is none."""
     quiet = torch.amp.is_autocast_available(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if quiet else contextlib.nullcontext()
@@ -44,7 +43,7 @@ def _full_precision(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
     Written as a linear map over channels: on CPU the float32 convolution's backward pass is many times slower.
     """
-    with _float32(x):
+    with without_autocast(x):
         y = F.linear(x.float().permute(0, 2, 3, 1), conv.weight[:, :, 0, 0], conv.bias)  # (B, h, w, C)
     return y.permute(0, 3, 1, 2)
 
@@ -84,22 +83,6 @@ class Encoder(nn.Module):
         return _full_precision(self.head, F.relu(x))
 
 
-class PatchEncoder(nn.Module):
-    """Mapped pixels (B, 3, H, W) -> logits (B, K, h, w), each from the P x P pixels of its own code: one convolution.
-
-    Ours, for small runs. A code of the published encoder tells of its surroundings too, so that few codes cannot tell
-    what is there, and a prior has more to learn.
-    """
-
-    def __init__(self, num_codes: int, patch: int) -> None:
-        super().__init__()
-        self.head = nn.Conv2d(3, num_codes, patch, stride=patch)
-
-    def forward(self, mapped: Tensor) -> Tensor:
-        with _float32(mapped):
-            return self.head(mapped.float())
-
-
 class Decoder(nn.Module):
     """Weights over codes (B, K, h, w) -> parameters (B, 6, H, W): 1x1 stem, groups with nearest 2x between, 1x1 head.
 
@@ -136,52 +119,27 @@ class Decoder(nn.Module):
         return self.head(F.relu(x))
 
 
-class DiscreteVAE(nn.Module):
-    """Images in [-1, 1] to a grid of codes and back.
+class GumbelAutoencoder(nn.Module):
+    """Images in [-1, 1] to a grid of codes and back, through logits over the codes that training relaxes.
 
-    image_size: H = W, a multiple of 2 ** (num_groups - 1), the pixels a code covers a side. width: channels at full
-    resolution, a multiple of 4; each group of the encoder doubles them. init_width: channels of the decoder's stem.
-    branch_gain: what each residual branch is multiplied by, None for the paper's 1 / (number of blocks) ** 2.
-    encoder: "convolutional", the paper's, or "patch", see `PatchEncoder`. Raises ValueError for sizes that do not fit.
+    encoder: mapped pixels (B, 3, H, W) -> float32 logits (B, K, h, w). decoder: weights over codes (B, K, h, w) ->
+    parameters (B, 6, H, W) of the mapped pixels' distribution; its `from_codes` reads codes (B, h, w) for one-hot
+    weights. image_size: H = W. spec: what the codes are.
     """
 
-    def __init__(
-        self,
-        image_size: int = 256,
-        num_codes: int = 8192,
-        width: int = 256,
-        init_width: int = 128,
-        num_groups: int = 4,
-        blocks_per_group: int = 2,
-        branch_gain: float | None = None,
-        encoder: Literal["convolutional", "patch"] = "convolutional",
-    ) -> None:
+    codes_from_pixels = False  # whether `start_codes` needs no trained autoencoder
+
+    def __init__(self, image_size: int, spec: CodesSpec, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
-        if encoder not in ("convolutional", "patch"):
-            raise ValueError(f"DiscreteVAE: encoder must be 'convolutional' or 'patch', got {encoder!r}")
-        if min(image_size, num_codes, width, init_width, num_groups, blocks_per_group) < 1:
-            raise ValueError("DiscreteVAE needs every size to be at least 1; correct the recipe")
-        patch = 2 ** (num_groups - 1)
-        if image_size % patch:
-            raise ValueError(
-                f"DiscreteVAE needs image_size to be a multiple of 2 ** (num_groups - 1) = {patch}, got {image_size}; "
-                "change image_size or num_groups"
-            )
-        self.image_size = image_size
-        self.spec = CodesSpec(kind="codes", shape=(image_size // patch,) * 2, vocabulary=num_codes)
-        self.encoder: Encoder | PatchEncoder = (
-            Encoder(num_codes, width, num_groups, blocks_per_group, branch_gain)
-            if encoder == "convolutional"
-            else PatchEncoder(num_codes, patch)
-        )
-        self.decoder = Decoder(num_codes, width, init_width, num_groups, blocks_per_group, branch_gain)
+        self.image_size, self.spec = image_size, spec
+        self.encoder, self.decoder = encoder, decoder
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPU
 
     def logits(self, image: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [-1, 1] -> logits of q(code | image), float32 (B, K, h, w)."""
         if image.dim() != 4 or image.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(
-                f"DiscreteVAE needs images of shape (B, 3, {self.image_size}, {self.image_size}), "
+                f"{type(self).__name__} needs images of shape (B, 3, {self.image_size}, {self.image_size}), "
                 f"got {tuple(image.shape)}; resize them or build the model with their image_size"
             )
         return self.encoder(map_pixels(image))
@@ -194,7 +152,7 @@ class DiscreteVAE(nn.Module):
         """Codes int64 (B, h, w) -> image (B, 3, H, W), the mode in logit space; unclamped, inside (-1.25, 1.25)."""
         if codes.dtype != torch.int64 or codes.dim() != 3 or codes.shape[1:] != self.spec.shape:
             raise ValueError(
-                f"DiscreteVAE needs codes as int64 of shape (B, {self.spec.shape[0]}, {self.spec.shape[1]}), "
+                f"{type(self).__name__} needs codes as int64 of shape (B, {self.spec.shape[0]}, {self.spec.shape[1]}), "
                 f"got {codes.dtype} of shape {tuple(codes.shape)}"
             )
         return self.image(self.decoder.from_codes(codes))
@@ -208,55 +166,75 @@ class DiscreteVAE(nn.Module):
         """Relaxed pass: softmax((logits + noise) / temperature) over the codes, in float32, then the decoder.
 
         image: (B, 3, H, W) in [-1, 1]. gumbel_noise: standard Gumbel draws (B, K, h, w), or None: then the decoder
-        reads the logits as they are, a plain autoencoder, from which `start_codes` makes a codebook. temperature:
-        above 0. Returns parameters (B, 6, H, W) and logits (B, K, h, w). Raises ValueError when the noise does not fit.
+        reads the logits as they are, which is a plain autoencoder. temperature: above 0. Returns parameters
+        (B, 6, H, W) and logits (B, K, h, w). Raises ValueError when the noise does not fit.
         """
         logits = self.logits(image)
         if gumbel_noise is None:
             return {"parameters": self.decoder(logits), "logits": logits}
         if gumbel_noise.shape != logits.shape:
             raise ValueError(
-                f"DiscreteVAE needs gumbel_noise of shape {tuple(logits.shape)}, got {tuple(gumbel_noise.shape)}"
+                f"{type(self).__name__} needs gumbel_noise of shape {tuple(logits.shape)}, "
+                f"got {tuple(gumbel_noise.shape)}"
             )
         return {"parameters": self.decoder(relax(logits, gumbel_noise, temperature)), "logits": logits}
+
+    def start_codes(self, images: Sequence[Tensor], seed: int) -> None:
+        """Makes the codes k-means centres of what the images hold, in place. images: batches (B, 3, H, W)."""
+        raise NotImplementedError
+
+
+class DiscreteVAE(GumbelAutoencoder):
+    """The published model: residual convolutions on both sides, so that a code tells of its surroundings too.
+
+    image_size: H = W, a multiple of 2 ** (num_groups - 1), the pixels a code covers a side. width: channels at full
+    resolution, a multiple of 4; each group of the encoder doubles them. init_width: channels of the decoder's stem.
+    branch_gain: what each residual branch is multiplied by, None for the paper's 1 / (number of blocks) ** 2.
+    Raises ValueError for sizes that do not fit.
+    """
+
+    encoder: Encoder
+    decoder: Decoder
+
+    def __init__(
+        self,
+        image_size: int = 256,
+        num_codes: int = 8192,
+        width: int = 256,
+        init_width: int = 128,
+        num_groups: int = 4,
+        blocks_per_group: int = 2,
+        branch_gain: float | None = None,
+    ) -> None:
+        if min(image_size, num_codes, width, init_width, num_groups, blocks_per_group) < 1:
+            raise ValueError("DiscreteVAE needs every size to be at least 1; correct the recipe")
+        patch = 2 ** (num_groups - 1)
+        if image_size % patch:
+            raise ValueError(
+                f"DiscreteVAE needs image_size to be a multiple of 2 ** (num_groups - 1) = {patch}, got {image_size}; "
+                "change image_size or num_groups"
+            )
+        super().__init__(
+            image_size,
+            CodesSpec("codes", (image_size // patch, image_size // patch), num_codes),
+            Encoder(num_codes, width, num_groups, blocks_per_group, branch_gain),
+            Decoder(num_codes, width, init_width, num_groups, blocks_per_group, branch_gain),
+        )
 
     @torch.no_grad()
     def start_codes(self, images: Sequence[Tensor], seed: int) -> None:
         """Makes the codes k-means centres, in place; the argmax of the logits is then the centre nearest to a vector z.
 
         The logits become s * (c_k . z - |c_k|^2 / 2), where s says how many nats the median distance between
-        neighbouring centres is worth. For the convolutional encoder, trained as a plain autoencoder (see `forward`), z
-        is what the decoder's stem makes of a position's logits, and the centres become the stem's columns. For the
-        patch encoder z is the patch itself, and the stem starts from the centres. images: batches of (B, 3, H, W) in
-        [-1, 1]. Raises ValueError when they hold fewer positions, or fewer different patches, than there are codes.
+        neighbouring centres is worth. The model must be trained as a plain autoencoder (see `forward`): z is what the
+        decoder's stem makes of a position's logits, and the centres become the stem's columns. images: batches of
+        (B, 3, H, W) in [-1, 1]. Raises ValueError when they hold fewer positions than there are codes.
         """
-        if isinstance(self.encoder, PatchEncoder):
-            self._start_patches(self.encoder.head, images, seed)
-        else:
-            self._start_positions(self.encoder.head, images, seed)
-
-    def _start_patches(self, head: nn.Conv2d, images: Sequence[Tensor], seed: int) -> None:
-        size, stem = head.kernel_size[0], self.decoder.stem
-        found = torch.cat([F.unfold(map_pixels(image).cpu(), size, stride=size).mT.flatten(0, 1) for image in images])
-        different = (found * 255).round().unique(dim=0) / 255  # backgrounds would take most of the codes
-        centres = kmeans(different, self.spec.vocabulary, seed)[0]  # (K, 3 * P * P)
-        scale, spread = _scale(centres, 50.0), centres - centres.mean(0)
-        bias = -scale / 2 * centres.square().sum(1)
-        head.weight.copy_((scale * spread).view_as(head.weight))
-        head.bias.copy_(bias - bias.mean())
-        # The stem sees how alike codes look: the centres' main directions first, as many as it has channels.
-        axes = torch.linalg.svd(spread, full_matrices=False).Vh  # (D, D)
-        seen = (spread @ axes.T)[:, : stem.out_channels]  # (K, C)
-        stem.weight.zero_()
-        stem.weight[: seen.shape[1], :, 0, 0] = (seen / seen.std()).T
-        stem.bias.zero_()
-
-    def _start_positions(self, head: SameConv2d, images: Sequence[Tensor], seed: int) -> None:
-        stem = self.decoder.stem
+        head, stem = self.encoder.head, self.decoder.stem
         to_z, offset = stem.weight[:, :, 0, 0].cpu(), stem.bias.cpu()
         logits = torch.cat([self.logits(image).cpu().permute(0, 2, 3, 1).flatten(0, 2) for image in images])  # (N, K)
         centres = kmeans(logits @ to_z.T + offset, self.spec.vocabulary, seed)[0]  # (K, C)
-        scale = _scale(centres, 12.5)
+        scale = code_scale(centres, 12.5)
         shifted = scale * (centres - centres.mean(0))  # a constant added to all logits changes nothing
         from_z = shifted @ to_z  # (K, K): new logits from old ones
         bias = shifted @ offset - scale / 2 * centres.square().sum(1)
@@ -267,7 +245,7 @@ class DiscreteVAE(nn.Module):
         stem.bias.zero_()
 
 
-def _scale(centres: Tensor, nats: float) -> Tensor:
+def code_scale(centres: Tensor, nats: float) -> Tensor:
     """What makes the median squared distance of the centres (K, C) to their nearest neighbours worth 2 * nats."""
     apart = torch.cdist(centres, centres).fill_diagonal_(torch.inf).amin(1).square()
     return 2 * nats / apart.median().clamp(min=1e-12)

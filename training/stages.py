@@ -23,7 +23,6 @@ from ..pipeline import checkpoint
 from ..pipeline.images import grid, save_png, to_pil
 from ..pipeline.recipe import Recipe, build
 from ..tokenizers.captions import CaptionTokenizer
-from ..tokenizers.dvae import PatchEncoder
 from .objectives import clip as clip_objective
 from .objectives import dalle as dalle_objective
 from .objectives import dvae as dvae_objective
@@ -37,7 +36,7 @@ class TokenizerStage:
     """Fits the dVAE (arXiv:2102.12092, section 2.1): Gumbel-softmax relaxation, logit-Laplace likelihood, KL.
 
     In the first share `autoencoder` of its steps it trains as a plain autoencoder, whose k-means centres then become
-    the codes; with a patch encoder k-means comes first. Small runs that start from random codes keep a handful of them.
+    the codes; where the codes are patches, k-means comes first. From random codes, small runs keep few of them.
     """
 
     part = "tokenizer"
@@ -56,10 +55,10 @@ class TokenizerStage:
         self.config, self.source, self.seed, self.device = config, source, seed, device
         knobs, steps = config.objective, config.steps
         self.start = round(knobs.get("autoencoder", 0) * steps)
-        patches = isinstance(self.network.encoder, PatchEncoder)
-        if patches and self.start:
-            raise ValueError("a patch encoder starts from k-means; set stages.tokenizer.objective.autoencoder=0")
-        self.restart_step = 0 if patches else self.start or None
+        at_once = self.network.codes_from_pixels
+        if at_once and self.start:
+            raise ValueError("codes of patches start from k-means; set stages.tokenizer.objective.autoencoder=0")
+        self.restart_step = 0 if at_once else self.start or None
         names = {"temperature": "start", "temperature_end": "end"}
         self.temperature: dict[str, Any] = {names[knob]: value for knob, value in knobs.items() if knob in names}
         self.temperature["steps"] = round(knobs.get("temperature_share", 0.75) * (steps - self.start))
