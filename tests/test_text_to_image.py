@@ -201,6 +201,7 @@ def test_without_a_clip_nothing_is_ranked(tmp_path):
 
 def test_one_unreadable_card_does_not_hide_the_other_models(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(text_to_image, "SHIPPED", tmp_path / "none")
     good = write_model(tmp_path / "runs" / "good" / "model", ["tokenizer", "prior"])
     bad = tmp_path / "runs" / "bad" / "model"
     bad.mkdir(parents=True)
