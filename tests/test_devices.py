@@ -5,16 +5,17 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from kartina.training import __main__ as trainer
 from kartina.training import state
 
+DVAE = """parts.tokenizer={kind: dvae, image_size: 32, num_codes: 32, width: 8, init_width: 8, num_groups: 2,
+    blocks_per_group: 1, branch_gain: 1.0}"""
+PATCHES = "parts.tokenizer={kind: patch_dvae, num_codes: 32, width: 8, depth: 1}"
 SMALL = [
-    """parts.tokenizer={kind: dvae, image_size: 32, num_codes: 32, width: 8, init_width: 8, num_groups: 2,
-    blocks_per_group: 1, branch_gain: 1.0}""",
     *[f"stages.tokenizer.{key}" for key in ("steps=4", "global_batch=4", "log_every=1")],
-    "stages.tokenizer.objective.autoencoder=0.5",
     "stages.tokenizer.optimizer.muon=0.02",
     "training.precision=fp32",
 ]
@@ -26,8 +27,10 @@ def losses(folder):
     return [*trained, *(line["valid/psnr"] for line in lines if "valid/psnr" in line)]
 
 
-def test_two_processes_train_as_one(tmp_path):
-    command = ["shapes/dalle", *SMALL, "--stage", "tokenizer"]
+@pytest.mark.parametrize(("tokenizer", "autoencoder"), [(DVAE, 0.5), (PATCHES, 0)])  # k-means half-way, and at once
+def test_two_processes_train_as_one(tokenizer, autoencoder, tmp_path):
+    command = ["shapes/dalle", tokenizer, f"stages.tokenizer.objective.autoencoder={autoencoder}", *SMALL]
+    command += ["--stage", "tokenizer"]
     assert trainer.main([*command, "--run", str(tmp_path / "one")]) == 0
     arguments = ["train", *command, "--run", str(tmp_path / "two"), "--processes", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
