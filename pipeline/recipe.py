@@ -44,7 +44,12 @@ class Captions(Section):
 
 
 class Sampling(Section):
-    """The knobs that a system paints with where none are given, see `kartina.priors.samplers.sample_codes`."""
+    """The knobs that a system paints with where none are given, see `kartina.priors.samplers.sample_codes`.
+
+    Strict, since the facts of a picture are read by it too, and a picture comes from anyone.
+    """
+
+    model_config = ConfigDict(strict=True)
 
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=1, lt=2**31)
@@ -81,7 +86,7 @@ def validate(section: type[S], given: dict[str, Any], where: str) -> S:
         if first["type"] == "extra_forbidden":
             hint = nearest(str(first["loc"][-1]), _fields_at(section, first["loc"][:-1]))
             raise RecipeError(f"{where}: unknown key {key!r}; {hint}") from None
-        raise RecipeError(f"{where}: {key}: {first['msg']}, got {first.get('input')!r}") from None
+        raise RecipeError(f"{where}: {key}: {first['msg']}, got {first.get('input')!r:.60}") from None
 
 
 def _fields_at(section: type[Section], location: Sequence[Any]) -> list[str]:

@@ -14,7 +14,6 @@ It does not know how any part was trained.
 import hashlib
 import json
 import re
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from ..priors.samplers import sample_codes
 from ..tokenizers.captions import CaptionTokenizer
 from . import checkpoint
 from .images import to_pil
-from .recipe import Recipe, nearest
+from .recipe import Recipe, Sampling, nearest, validate
 from .rerank import clip_scores, rank
 
 SHIPPED = Path(__file__).parent / "models"
@@ -292,10 +291,6 @@ def _is_seed(value: Any) -> bool:
     return _is_integer(value) and -(2**63) <= value < 2**63
 
 
-def _is_number(value: Any) -> bool:
-    return (_is_integer(value) or isinstance(value, float)) and 0 <= value <= sys.float_info.max
-
-
 def _matches(pattern: str) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
@@ -311,24 +306,11 @@ _FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "row": (lambda v: _is_integer(v) and 0 <= v < MAX_MICRO_BATCH, f"an integer from 0 to {MAX_MICRO_BATCH - 1}"),
     "knobs": (lambda v: isinstance(v, dict), "a table"),
 }
-_KNOBS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {  # default, rule, and the rule in words
-    "temperature": (1.0, _is_number, "a finite number, at least 0"),
-    "top_k": (None, lambda v: v is None or _is_integer(v) and 1 <= v < 2**31, "an integer, at least 1, or None"),
-    "top_p": (None, lambda v: v is None or _is_number(v) and 0 < v <= 1, "a number above 0, at most 1, or None"),
-    "guidance_scale": (1.0, _is_number, "a finite number, at least 0"),
-}
 
 
 def _all_knobs(given: Mapping[str, Any]) -> dict[str, Any]:
-    """All four knobs, as given or by default. ValueError for an unknown name, a wrong type or a value out of range."""
-    for name, value in given.items():
-        if name not in _KNOBS:
-            raise ValueError(f"unknown knob {name!r:.60}; {nearest(str(name), list(_KNOBS))}")
-        _, holds, expected = _KNOBS[name]
-        if not holds(value):
-            raise ValueError(f"{name} must be {expected}, got {value!r:.60}")
-    knobs = {name: given.get(name, default) for name, (default, _, _) in _KNOBS.items()}
-    return {name: float(v) if name != "top_k" and v is not None else v for name, v in knobs.items()}
+    """All knobs of `Sampling`, as given or by default. ValueError for an unknown name or a value against its rule."""
+    return validate(Sampling, dict(given), "knobs of painting").model_dump()
 
 
 def model_hash(card: dict[str, Any]) -> str:

@@ -147,12 +147,12 @@ def test_training_never_shows_a_held_out_meaning():
 @pytest.mark.parametrize("levels", [("S1",), ("S2",), ("S1", "S2", "S3")])
 def test_training_never_speaks_of_a_held_out_meaning_even_as_false(levels):
     source, tests = ShapesSource(seed=4, levels=levels), {c for n in splits.TEST_COUNTS for c in _meanings(n)}
-    shown = [parse_caption(w) for s, true in enumerate(source.captions(range(1500))) for w in source.wrong(true, s)]
+    shown = [parse_caption(w) for wrong in source.wrong(source.captions(range(1500)), range(1500)) for w in wrong]
     assert len(shown) > 4000
     assert tests.isdisjoint(canonical(f) for f in shown)
     assert not any(any(_rules_by_hand(f)) for f in shown if len(f.relations) < 2)
     judged = ShapesSource(split="S2a")
-    assert any(splits.held_out([parse_caption(w) for w in judged.wrong(judged.captions([0])[0], 0)]))
+    assert any(splits.held_out([parse_caption(w) for w in judged.wrong(judged.captions([0]), [0])[0]]))
 
 
 def _meanings(name):
@@ -212,12 +212,35 @@ def test_captions_are_read_without_pictures():
 @pytest.mark.parametrize("levels", [("S1",), ("S2",), ("S3",)])
 def test_wrong_captions_mean_another_thing_in_the_same_language(levels):
     source = ShapesSource(levels=levels)
-    moved = 0
-    for sample, true in enumerate(source.captions(range(40))):
-        wrong = source.wrong(true, sample)
+    true, moved = source.captions(range(40)), 0
+    found, other = source.wrong(true, range(40)), source.wrong(true, range(1, 41))
+    for sample, (text, wrong) in enumerate(zip(true, found, strict=True)):
         assert len(wrong) >= 2 and len(set(wrong)) == len(wrong)
-        assert all(source.meaning(other) != source.meaning(true) for other in wrong)
-        assert all(other.isascii() == true.isascii() for other in wrong)
-        assert wrong == source.wrong(true, sample)
-        moved += wrong[0] != source.wrong(true, sample + 1)[0]
+        assert all(source.meaning(w) != source.meaning(text) for w in wrong)
+        assert all(w.isascii() == text.isascii() for w in wrong)
+        assert [wrong] == source.wrong([text], [sample])  # whatever stands beside it
+        moved += wrong != other[sample]
     assert moved > 10  # another sample, another order
+
+
+def test_the_opposite_relation_comes_first():
+    source = ShapesSource(levels=("S2",))
+    true = source.captions(range(40))
+    first = 0
+    for text, wrong in zip(true, source.wrong(true, range(40)), strict=True):
+        facts, opposite = parse_caption(text), [parse_caption(w) for w in wrong]
+        flipped = [f.objects == facts.objects and f.relations == (facts.relations[0] ^ 1,) for f in opposite]
+        assert not any(flipped[1:])
+        first += flipped[0]
+    assert 20 < first < 40  # some are held out
+
+
+def test_the_canonical_wording_means_the_same_in_the_same_language():
+    source = ShapesSource(levels=("S1", "S2", "S3"))
+    changed = 0
+    for text in source.captions(range(200)):
+        plain = source.canonical(text)
+        assert source.meaning(plain) == source.meaning(text) and plain.isascii() == text.isascii()
+        assert source.canonical(plain) == plain
+        changed += plain != text
+    assert 40 < changed < 100

@@ -133,7 +133,7 @@ ALTERED = [
 def test_altered_facts_are_refused(system, name, value):
     facts = metadata(system(PROMPTS, micro_batch=2)[0])
     assert check_facts(facts)["row"] == 0
-    with pytest.raises(ValueError, match=r"must|unknown knob"):
+    with pytest.raises(ValueError, match=r"must|unknown key|knobs of painting: .*should be"):
         repaint(system, facts | {name: value})
 
 
@@ -156,7 +156,7 @@ def test_facts_of_a_grid_and_of_another_model_are_refused(system, tmp_path):
         ({"seed": 2**63 - 1, "candidates": 2}, "64 bits"),
         ({"keep": 2}, "keep"),
         ({"temprature": 1.0}, "did you mean 'temperature'"),
-        ({"top_p": 0}, "top_p must be"),
+        ({"top_p": 0}, "top_p: Input should be greater than 0"),
     ],
 )
 def test_numbers_out_of_range_are_refused(system, arguments, message):

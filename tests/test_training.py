@@ -7,10 +7,13 @@ import torch
 
 from kartina.pipeline import checkpoint
 from kartina.pipeline.images import read_metadata
-from kartina.pipeline.text_to_image import TextToImage
+from kartina.pipeline.text_to_image import SHIPPED, TextToImage
 from kartina.training import __main__ as trainer
 from kartina.training import loop, state
+from kartina.training import run as runs
+from kartina.training.data.shapes import ShapesSource
 from kartina.training.run import Data
+from kartina.training.stages import STAGES
 
 TINY = [
     "captions.vocab_size=300",
@@ -53,6 +56,9 @@ def test_every_stage_is_exported_with_what_it_was_trained_against(run):
     parts = checkpoint.read_card(run / "model")["parts"]
     assert set(parts) == {"tokenizer", "prior", "clip"}
     assert parts["prior"]["trained_against"]["tokenizer"] == parts["tokenizer"]["hash"]
+    read = {part: parts[part]["identity"]["data"] for part in parts}
+    assert read["tokenizer"] == read["prior"] == "shapes train 32 px, ('S1', 'S2'), ('en', 'ru'), 0.0, 0"
+    assert read["clip"] == "shapes train 32 px, ('S1', 'S2', 'S2', 'S2'), ('en', 'ru'), 0.0, 0"
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "prior/image_loss" in line] == [1, 2, 3, 4]
     headlines = {"tokenizer": "psnr", "prior": "nats_per_code", "clip": "accuracy"}
@@ -152,6 +158,7 @@ def test_swapped_captions_are_refused(run, tmp_path):
     [
         ("stages.prior.objective.caption_drp=0.9", "did you mean 'caption_drop'"),
         ("stages.clip.micro_batch=2", "cannot be split yet"),
+        ("stages.clip.data={level: [S2]}", "training.stages.clip.data: unknown key 'level'; did you mean 'levels'"),
     ],
 )
 def test_what_a_late_stage_cannot_do_is_refused_at_once(tmp_path, capsys, override, message):
@@ -219,3 +226,16 @@ def test_a_run_folder_has_one_trainer(tmp_path, capsys):
     with trainer._locked(tmp_path):
         assert trainer.main(["shapes/dalle", *TINY, "--run", str(tmp_path)]) == 2
     assert "in use by another trainer" in capsys.readouterr().err
+
+
+def test_clip_first_reads_every_caption_in_its_canonical_wording():
+    recipe, training = runs.load("shapes/dalle", ["stages.clip.steps=4", "stages.clip.objective.canonical=0.5"])
+    source, config = ShapesSource(levels=("S2",)), training.stages["clip"]
+    stage = STAGES["clip"](recipe, config, source, SHIPPED / "shapes/dalle", 0, torch.device("cpu"))
+    read, encode = [], stage.captions.encode
+    stage.captions.encode = lambda captions: (read.append(list(captions)), encode(captions))[1]
+    batch = source.read(range(16))
+    for step in (0, 1, 2, 3):
+        next(stage.updates(batch, step))
+    assert read[0] == read[1] == [source.canonical(text) for text in read[2]] != read[2] == read[3]
+    assert len(read[2]) == 16 * (1 + config.objective["wrong_captions"])

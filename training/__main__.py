@@ -135,6 +135,7 @@ def _check(training: runs.Training, names: list[str], processes: int) -> None:
         if name not in STAGES:
             raise RecipeError(f"training.stages: unknown stage {name!r}; {nearest(name, list(STAGES))}")
         config, stage = training.stages[name], STAGES[name]
+        training.data_of(name)
         for key in config.objective:
             if key not in stage.knobs:
                 raise RecipeError(f"stages.{name}.objective: unknown key {key!r}; {nearest(key, list(stage.knobs))}")
@@ -181,15 +182,17 @@ def _train(recipe: Recipe, training: runs.Training, names: list[str], folder: Pa
             f"asked for {asked} processes, got {accelerator.num_processes}: on CPU `accelerate launch` starts one; "
             "use `kartina train --processes N`, which starts them all"
         )
-    source, model = source_of(recipe, training.data), folder / "model"
+    model = folder / "model"
     validation = validation_of(recipe, training.data)
     _check_frozen(recipe, model)
     if accelerator.is_main_process:
-        _prepare_captions(recipe, source, model)
-        _carry_notices(training.data, model)
+        _prepare_captions(recipe, source_of(recipe, training.data), model)
+        for name in names:
+            _carry_notices(training.data_of(name), model)
     accelerator.wait_for_everyone()
     for name in names:
         config, against = training.stages[name], _against(model, STAGES[name].depends)
+        source = source_of(recipe, training.data_of(name))
         identity = runs.identity(recipe, training, name, source.fingerprint, against)
         if _finished(model, name, identity):
             accelerator.print(f"{name}: already trained in {model}")

@@ -51,6 +51,7 @@ class Stage(Section):
     validate_every: int = Field(500, ge=1)
     save_minutes: float = Field(5.0, gt=0)
     objective: dict[str, float] = {}
+    data: dict[str, Any] = Field({}, description="keys of training.data that are otherwise in this stage")
 
 
 class Training(Section):
@@ -60,6 +61,10 @@ class Training(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     data: Data
     stages: dict[str, Stage]
+
+    def data_of(self, stage: str) -> Data:
+        """What a stage reads. Raises RecipeError for a key or value that no data has."""
+        return validate(Data, self.data.model_dump() | self.stages[stage].data, f"training.stages.{stage}.data")
 
 
 def training_of(recipe: Recipe) -> Training:
@@ -114,7 +119,8 @@ def identity(recipe: Recipe, training: Training, name: str, data: str, against: 
     data: the source's fingerprint. against: hashes of what the stage depends on, the caption tokenizer's too. How often
     a run logs, previews and saves, and how a batch is split over devices, are left out: they may change at resume.
     """
-    config = training.stages[name].model_dump(mode="json", exclude=set(_CADENCE))
+    left_out = {*_CADENCE, "data"}  # the fingerprint tells of the data
+    config = training.stages[name].model_dump(mode="json", exclude=left_out)
     shared = {"image_size": recipe.image_size, "seed": training.seed}
     run = {"precision": training.precision, "data": data, "against": against}
     return {"stage": name, "part": recipe.parts[name], **shared, **run, **config}

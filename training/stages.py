@@ -152,14 +152,19 @@ class PriorStage:
 
 
 class CLIPStage:
-    """Fits CLIP (arXiv:2103.00020); captions of equal meaning are no negatives."""
+    """Fits CLIP (arXiv:2103.00020); captions of equal meaning are no negatives.
+
+    In the first share `canonical` of its steps every caption is read in the one wording of its meaning. With "A above
+    B" and "B below A" equally often from the start, neither the order of the words nor the relation alone tells where A
+    is, and both towers stay blind to it for long; with one wording the order alone tells.
+    """
 
     part = "clip"
     metrics = ("accuracy",)
     coupled = True
     depends = ("captions",)
     restart_step = None
-    knobs = frozenset({"wrong_captions"})
+    knobs = frozenset({"wrong_captions", "canonical"})
 
     def __init__(
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
@@ -171,32 +176,36 @@ class CLIPStage:
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
         clip_objective.clamp_logit_scale(self.network.logit_scale)
-        image_features, text_features, scale, wrong = self._features(self.forward, batch)
+        canonical = step < round(self.config.objective.get("canonical", 0) * self.config.steps)
+        image_features, text_features, scale, wrong = self._features(self.forward, batch, canonical)
         known: dict[Hashable, int] = {}
         meanings = [self.source.meaning(caption) for caption in batch.captions]
         groups = torch.tensor([known.setdefault(m, len(known)) for m in meanings], device=batch.image.device)
         loss, scalars = clip_objective.clip(image_features, text_features, scale, groups, wrong, batch.weight)
         yield self.part, loss, scalars
 
-    def _features(self, towers: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _features(
+        self, towers: Callable[..., Any], batch: Batch, canonical: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Features of images (B, D) and captions (B, D), the scale, features of wrong captions (B, W, D) or None."""
-        count, captions = len(batch.captions), list(batch.captions)
-        for caption, sample in zip(batch.captions, batch.samples.tolist(), strict=True):
-            captions += self._wrong(caption, sample)
-        text = self.network.with_end(*self.captions.encode(captions)).to(batch.image.device)
-        image_features, text_features, scale = towers(batch.image, text)
+        count, captions = len(batch.captions), [*batch.captions, *self._wrong(batch)]
+        if canonical:
+            captions = [self.source.canonical(caption) for caption in captions]
+        tokens, lengths = self.captions.encode(captions)
+        text = self.network.with_end(tokens, lengths)[:, : int(lengths.max()) + 1]  # what follows the end is not read
+        image_features, text_features, scale = towers(batch.image, text.to(batch.image.device))
         own, wrong = text_features[:count], text_features[count:]
         return image_features, own, scale, wrong.view(count, -1, own.shape[1]) if len(wrong) else None
 
-    def _wrong(self, caption: str, sample: int) -> list[str]:
-        """As many minimal wrong captions as the recipe asks for, in a row that differs from sample to sample."""
+    def _wrong(self, batch: Batch) -> list[str]:
+        """As many minimal wrong captions of each sample as the recipe asks for, one sample after the other."""
         wanted = int(self.config.objective.get("wrong_captions", 0))
         if not wanted:
             return []
-        found = self.source.wrong(caption, sample)
-        if not found:
+        found = self.source.wrong(batch.captions, batch.samples.tolist())
+        if not all(found):
             raise ValueError("this data has no minimal wrong captions; set stages.clip.objective.wrong_captions=0")
-        return [found[i % len(found)] for i in range(wanted)]
+        return [wrong[i % len(wrong)] for wrong in found for i in range(wanted)]
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, Tensor]:

@@ -67,8 +67,11 @@ class Source(Protocol):
     def meaning(self, caption: str) -> Hashable:
         """Equal for captions that say the same, so that a contrastive loss does not tell them apart."""
 
-    def wrong(self, caption: str, sample: int) -> list[str]:
-        """Captions one fact away from a true one, so false of its image; their order is a draw of the sample."""
+    def canonical(self, caption: str) -> str:
+        """The one wording of all captions of its language that mean the same; ValueError where none is known."""
+
+    def wrong(self, captions: Sequence[str], samples: Sequence[int]) -> list[list[str]]:
+        """For each true caption those one fact away, so false of its image; its sample draws which, in what order."""
 
 
 def permutation(seed: int, pass_: int, use: int, part: int, count: int) -> np.ndarray:
@@ -210,9 +213,13 @@ class ShardSource:
         """Captions mean the same if they are the same but for case and outer space."""
         return caption.strip().lower()
 
-    def wrong(self, caption: str, sample: int) -> list[str]:
+    def canonical(self, caption: str) -> str:
+        """Nobody knows another wording of these captions: ValueError."""
+        raise ValueError("the captions of shards have no canonical wording; set stages.clip.objective.canonical=0")
+
+    def wrong(self, captions: Sequence[str], samples: Sequence[int]) -> list[list[str]]:
         """Nobody knows what is false of these pictures: none."""
-        return []
+        return [[] for _ in captions]
 
 
 def rank_positions(step: int, global_batch: int, rank: int, world: int, micro_batch: int) -> list[list[int]]:

@@ -154,18 +154,37 @@ class ShapesSource:
         """Equal for captions that say the same in either wording or language."""
         return canonical(parse_caption(caption))
 
-    def wrong(self, caption: str, sample: int) -> list[str]:
-        """Minimal wrong captions, in the language of a true one; which and in what order is a draw of the sample.
+    def canonical(self, caption: str) -> str:
+        """The caption in the canonical wording of its meaning, in its own language."""
+        return write_caption(canonical(parse_caption(caption)), _language(caption))
 
-        In training none of them is a held-out meaning: a CLIP that sees those as false only learns that they are.
+    def wrong(self, captions: Sequence[str], samples: Sequence[int]) -> list[list[str]]:
+        """Minimal wrong captions, in the language of the true one; which and in what order is a draw of the sample.
+
+        The opposite relation comes first, where there is one: it is learnt last. In training none is a held-out
+        meaning: a CLIP that sees those as false only learns that they are.
         """
-        rng, facts = np.random.default_rng([self._seed, sample]), parse_caption(caption)
-        found: dict[str, Facts] = {}
+        facts = [parse_caption(caption) for caption in captions]
+        rngs = [np.random.default_rng([self._seed, sample]) for sample in samples]
+        found: list[dict[str, Facts]] = [{} for _ in facts]
         for _ in range(_TRIES):
-            drawn = {kind: f for kind, f in wrong_captions(facts, rng).items() if kind not in found}
-            if not drawn:
-                break
-            hidden = held_out(list(drawn.values())) if self._split == "train" else [False] * len(drawn)
-            found |= {kind: f for (kind, f), bad in zip(drawn.items(), hidden, strict=True) if not bad}
-        tongue, chosen = "en" if caption.isascii() else "ru", list(found.values())
-        return [write_caption(chosen[i], tongue) for i in rng.permutation(len(chosen))]
+            drawn = [
+                (mine, kind, wrong)
+                for mine, fact, rng in zip(found, facts, rngs, strict=True)
+                for kind, wrong in wrong_captions(fact, rng).items()
+                if kind not in mine
+            ]
+            hidden = held_out([wrong for *_, wrong in drawn]) if self._split == "train" else [False] * len(drawn)
+            for (mine, kind, wrong), bad in zip(drawn, hidden, strict=True):
+                if not bad:
+                    mine[kind] = wrong
+        result = []
+        for caption, rng, mine in zip(captions, rngs, found, strict=True):
+            kinds = [list(mine)[i] for i in rng.permutation(len(mine))]
+            kinds.sort(key=lambda kind: kind != "opposite relation")
+            result.append([write_caption(mine[kind], _language(caption)) for kind in kinds])
+        return result
+
+
+def _language(caption: str) -> str:
+    return "en" if caption.isascii() else "ru"
