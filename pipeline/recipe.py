@@ -85,8 +85,8 @@ def validate(section: type[S], given: dict[str, Any], where: str) -> S:
         key = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             hint = nearest(str(first["loc"][-1]), _fields_at(section, first["loc"][:-1]))
-            raise RecipeError(f"{where}: unknown key {key!r}; {hint}") from None
-        raise RecipeError(f"{where}: {key}: {first['msg']}, got {first.get('input')!r:.60}") from None
+            raise RecipeError(f"{where}: unknown key {key!r:.60}; {hint}") from None
+        raise RecipeError(f"{where}: {key:.60}: {first['msg']}, got {first.get('input')!r:.60}") from None
 
 
 def _fields_at(section: type[Section], location: Sequence[Any]) -> list[str]:

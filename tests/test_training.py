@@ -157,14 +157,38 @@ def test_swapped_captions_are_refused(run, tmp_path):
     ("override", "message"),
     [
         ("stages.prior.objective.caption_drp=0.9", "did you mean 'caption_drop'"),
-        ("stages.clip.micro_batch=2", "cannot be split yet"),
-        ("stages.clip.data={level: [S2]}", "training.stages.clip.data: unknown key 'level'; did you mean 'levels'"),
+        ("stages.clip.micro_batch=2", "cannot be read in 2 passes"),
+        ("stages.clip.levels=[S4]", "shapes has the levels"),
+        ("stages.clip.objective.canonical=22", "a share from 0 to 1, got 22"),
     ],
 )
 def test_what_a_late_stage_cannot_do_is_refused_at_once(tmp_path, capsys, override, message):
     assert trainer.main(["shapes/dalle", *TINY, override, "--run", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_wrong_captions_of_shards_are_refused_at_once(tmp_path, capsys):
+    data = ["training.data.kind=shards", f"training.data.shards={tmp_path}"]
+    assert trainer.main(["shapes/dalle", *TINY, *data, "--run", str(tmp_path / "run")]) == 2
+    assert "needs captions of a known grammar" in capsys.readouterr().err
+
+
+def test_a_resumed_log_repeats_no_step(tmp_path):
+    first = loop.Log(tmp_path, "tokenizer", True, 0)
+    first.write(4, 4, {"loss": 1.0})
+    crashed = loop.Log(tmp_path, "prior", True, 0)
+    for step in (1, 2, 3):
+        crashed.write(step, 4, {"loss": 1.0})
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"stage": "prior", "st')
+    loop.Log(tmp_path, "prior", False, 1)  # another rank leaves it alone
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 5
+    loop.Log(tmp_path, "prior", True, 1).write(2, 4, {"loss": 2.0})
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"], line["loss"]) for line in lines] == [
+        ("tokenizer", 4, 1.0), ("prior", 1, 1.0), ("prior", 2, 2.0)
+    ]  # fmt: skip
 
 
 def test_a_changed_recipe_is_refused_with_the_differing_key(run, capsys):
@@ -228,14 +252,26 @@ def test_a_run_folder_has_one_trainer(tmp_path, capsys):
     assert "in use by another trainer" in capsys.readouterr().err
 
 
-def test_clip_first_reads_every_caption_in_its_canonical_wording():
-    recipe, training = runs.load("shapes/dalle", ["stages.clip.steps=4", "stages.clip.objective.canonical=0.5"])
-    source, config = ShapesSource(levels=("S2",)), training.stages["clip"]
-    stage = STAGES["clip"](recipe, config, source, SHIPPED / "shapes/dalle", 0, torch.device("cpu"))
+def test_clip_reads_captions_in_their_canonical_wording_first_and_less_and_less():
+    objective = "stages.clip.objective={wrong_captions: 2, canonical: 0.25, canonical_end: 0.75}"
+    recipe, training = runs.load("shapes/dalle", ["stages.clip.steps=8", objective])
+    source = ShapesSource(levels=("S2",))
+    stage = STAGES["clip"](recipe, training.stages["clip"], source, SHIPPED / "shapes/dalle", 0, torch.device("cpu"))
     read, encode = [], stage.captions.encode
     stage.captions.encode = lambda captions: (read.append(list(captions)), encode(captions))[1]
-    batch = source.read(range(16))
-    for step in (0, 1, 2, 3):
+    batch = source.read(range(64))
+    for step in range(8):
         next(stage.updates(batch, step))
-    assert read[0] == read[1] == [source.canonical(text) for text in read[2]] != read[2] == read[3]
-    assert len(read[2]) == 16 * (1 + config.objective["wrong_captions"])
+    wrong = source.wrong(batch.captions, batch.samples.tolist())
+    early, late = ([*batch.captions, *(text for texts in wrong for text in texts[:count])] for count in (1, 2))
+    assert read[0] == read[1] == read[2] == [source.canonical(text) for text in early] != early
+    assert read[6] == read[7] == late
+    for step, share in ((3, 0.75), (4, 0.5), (5, 0.25)):
+        told = []
+        for i, own in enumerate(batch.captions):
+            mine = slice(64 + 2 * i, 66 + 2 * i)
+            plain = [own, *late[mine]]
+            found, rewritten = [read[step][i], *read[step][mine]], [source.canonical(text) for text in plain]
+            assert found in (plain, rewritten)
+            told += [found == rewritten] if plain != rewritten else []
+        assert abs(sum(told) / len(told) - share) < 0.2

@@ -20,6 +20,9 @@ from ..pipeline import checkpoint
 from ..pipeline.recipe import Recipe, RecipeError, nearest
 from . import run as runs
 
+_SHARES = ("autoencoder", "temperature_share", "kl_share", "caption_drop", "canonical", "canonical_end")
+_OF_A_GRAMMAR = ("wrong_captions", "canonical", "canonical_end")
+
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="kartina.training", description=__doc__)
@@ -135,16 +138,28 @@ def _check(training: runs.Training, names: list[str], processes: int) -> None:
         if name not in STAGES:
             raise RecipeError(f"training.stages: unknown stage {name!r}; {nearest(name, list(STAGES))}")
         config, stage = training.stages[name], STAGES[name]
-        training.data_of(name)
         for key in config.objective:
             if key not in stage.knobs:
                 raise RecipeError(f"stages.{name}.objective: unknown key {key!r}; {nearest(key, list(stage.knobs))}")
+            if key in _SHARES and not 0 <= config.objective[key] <= 1:
+                raise RecipeError(f"stages.{name}.objective.{key} is a share from 0 to 1, got {config.objective[key]}")
+            if key in _OF_A_GRAMMAR and config.objective[key] and training.data.kind != "shapes":
+                raise RecipeError(
+                    f"stages.{name}.objective.{key} needs captions of a known grammar, which shards have not; "
+                    f"set stages.{name}.objective={{}}"
+                )
         passes = runs.division(config, processes)[1]
-        if stage.coupled and passes * processes > 1:
+        if stage.coupled and passes > 1:
             raise RecipeError(
-                f"stage {name}: its loss compares the samples of a batch, so the batch cannot be split yet, got "
-                f"{processes} processes x {passes} passes; train it on one process with no micro_batch (--stage {name})"
+                f"stage {name}: its loss compares the samples of a step, so they cannot be read in {passes} passes; "
+                "leave out micro_batch, or use more processes"
             )
+
+
+def _sources(recipe: Recipe, training: runs.Training, names: list[str]) -> dict[runs.Data, Any]:
+    """What the caption tokenizer and the stages read, each source once, and before anything is trained."""
+    wanted = {training.data, *(training.data_of(name) for name in names)}
+    return {data: source_of(recipe, data) for data in wanted}
 
 
 def _keep_memory() -> None:
@@ -182,17 +197,16 @@ def _train(recipe: Recipe, training: runs.Training, names: list[str], folder: Pa
             f"asked for {asked} processes, got {accelerator.num_processes}: on CPU `accelerate launch` starts one; "
             "use `kartina train --processes N`, which starts them all"
         )
-    model = folder / "model"
+    sources, model = _sources(recipe, training, names), folder / "model"
     validation = validation_of(recipe, training.data)
     _check_frozen(recipe, model)
     if accelerator.is_main_process:
-        _prepare_captions(recipe, source_of(recipe, training.data), model)
-        for name in names:
-            _carry_notices(training.data_of(name), model)
+        _prepare_captions(recipe, sources[training.data], model)
+        _carry_notices(training.data, model)
     accelerator.wait_for_everyone()
     for name in names:
         config, against = training.stages[name], _against(model, STAGES[name].depends)
-        source = source_of(recipe, training.data_of(name))
+        source = sources[training.data_of(name)]
         identity = runs.identity(recipe, training, name, source.fingerprint, against)
         if _finished(model, name, identity):
             accelerator.print(f"{name}: already trained in {model}")

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from rich.console import Console
 
+from ..pipeline import checkpoint
 from . import state
 from .optim import EMA, build_optimizers, rate
 from .run import Stage, differences, division
@@ -38,21 +39,41 @@ class TrainingError(ValueError):
 
 @dataclass
 class Log:
-    """A JSON-lines file that any notebook reads, TensorBoard where it is installed, and a line on the terminal."""
+    """A JSON-lines file that any notebook reads, TensorBoard where it is installed, and a line on the terminal.
+
+    step: where the stage starts or resumes; what an interrupted run logged of it beyond that is taken out.
+    """
 
     folder: Path
     stage: str
     enabled: bool
+    step: int
 
     def __post_init__(self) -> None:
         self.console = Console()
         self.board: Any = None
         if self.enabled:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._rewind(self.folder / "log.jsonl")
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.board = SummaryWriter(str(self.folder / "tensorboard" / self.stage))
+                self.board = SummaryWriter(str(self.folder / "tensorboard" / self.stage), purge_step=self.step + 1)
+
+    def _rewind(self, path: Path) -> None:
+        if not path.exists():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if not self._is_ahead(line)]
+        if len(kept) < len(lines):
+            checkpoint.write_text(path, "".join(kept))
+
+    def _is_ahead(self, line: str) -> bool:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return True  # cut off as it was written
+        return not line.endswith("\n") or entry["stage"] == self.stage and entry["step"] > self.step
 
     def write(self, step: int, steps: int, scalars: dict[str, float]) -> None:
         if not self.enabled:
@@ -128,7 +149,7 @@ def train_stage(
     ema = EMA(stage.network, config.ema)
     checkpoints = folder / "state" / name
     first, trained_seconds = _resume(checkpoints, identity, stage, optimizers, ema)
-    log = Log(folder, name, accelerator.is_main_process)
+    log = Log(folder, name, accelerator.is_main_process, first)
     started = saved = time.monotonic()
     skipped = 0
     rank, world = accelerator.process_index, accelerator.num_processes

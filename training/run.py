@@ -18,7 +18,7 @@ class Data(Section):
     """Where pictures and captions come from: drawn (`shapes`) or packed (`shards`)."""
 
     kind: Literal["shapes", "shards"]
-    levels: tuple[str, ...] = ("S1", "S2")
+    levels: tuple[str, ...] = Field(("S1", "S2"), description="of `shapes`; one that is named twice counts twice")
     jitter: float = Field(0.02, ge=0, description="of `shapes`: deviation of the shift of each colour")
     shards: str | None = None
     validation: str | None = Field(None, description="a folder of shards on which the headline metric is measured")
@@ -51,7 +51,7 @@ class Stage(Section):
     validate_every: int = Field(500, ge=1)
     save_minutes: float = Field(5.0, gt=0)
     objective: dict[str, float] = {}
-    data: dict[str, Any] = Field({}, description="keys of training.data that are otherwise in this stage")
+    levels: tuple[str, ...] | None = Field(None, description="of `shapes`, in place of those of training.data")
 
 
 class Training(Section):
@@ -63,8 +63,11 @@ class Training(Section):
     stages: dict[str, Stage]
 
     def data_of(self, stage: str) -> Data:
-        """What a stage reads. Raises RecipeError for a key or value that no data has."""
-        return validate(Data, self.data.model_dump() | self.stages[stage].data, f"training.stages.{stage}.data")
+        """What a stage reads; shards have no levels."""
+        levels = self.stages[stage].levels
+        if levels is None or self.data.kind != "shapes":
+            return self.data
+        return self.data.model_copy(update={"levels": levels})
 
 
 def training_of(recipe: Recipe) -> Training:
@@ -119,7 +122,7 @@ def identity(recipe: Recipe, training: Training, name: str, data: str, against: 
     data: the source's fingerprint. against: hashes of what the stage depends on, the caption tokenizer's too. How often
     a run logs, previews and saves, and how a batch is split over devices, are left out: they may change at resume.
     """
-    left_out = {*_CADENCE, "data"}  # the fingerprint tells of the data
+    left_out = {*_CADENCE, "levels"}  # the fingerprint tells of them
     config = training.stages[name].model_dump(mode="json", exclude=left_out)
     shared = {"image_size": recipe.image_size, "seed": training.seed}
     run = {"precision": training.precision, "data": data, "against": against}

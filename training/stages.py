@@ -1,21 +1,24 @@
 """The stages: what each trains, against what, and with which losses.
 
 A stage is a plain object with `network` (trained), `forward` (its wrapped form, set by the loop), `depends` (what
-must be trained before), `knobs` (the keys its objective takes), `coupled` (its loss compares samples of a batch),
+must be trained before), `knobs` (the keys its objective takes), `coupled` (its loss compares the samples of a step, so
+that it gathers them over ranks and cannot be split in passes),
 `updates(batch, step)`, `measure(batch)` (values (B,) by name), `metrics` (those names), `preview(batch, path)`, and
 `restart_step` (None, or the step at which `restart()` changes the weights and the optimizers begin anew). Every draw
 comes from `kartina.layers.random`, keyed by the run's seed, the step and the sample's global position.
 
 B batch, H x W image, h x w grid of codes, K codebook, T caption tokens.
 
-It does not know optimizers, devices or checkpoints.
+It does not know optimizers or checkpoints, and of other devices only where a loss compares their samples.
 """
 
+import hashlib
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather
 from torch import Tensor, nn
 
 from ..layers import random
@@ -154,9 +157,10 @@ class PriorStage:
 class CLIPStage:
     """Fits CLIP (arXiv:2103.00020); captions of equal meaning are no negatives.
 
-    In the first share `canonical` of its steps every caption is read in the one wording of its meaning. With "A above
-    B" and "B below A" equally often from the start, neither the order of the words nor the relation alone tells where A
-    is, and both towers stay blind to it for long; with one wording the order alone tells.
+    In the first share `canonical` of its steps every caption is read in the one wording of its meaning, beside its
+    first wrong caption only; from there to the share `canonical_end` fewer and fewer are. With "A above B" and "B below
+    A" equally often from the start, neither the order of the words nor the relation alone tells where A is, and both
+    towers stay blind to it for long; with one wording the order alone tells, and the other wording is an exception.
     """
 
     part = "clip"
@@ -164,7 +168,7 @@ class CLIPStage:
     coupled = True
     depends = ("captions",)
     restart_step = None
-    knobs = frozenset({"wrong_captions", "canonical"})
+    knobs = frozenset({"wrong_captions", "canonical", "canonical_end"})
 
     def __init__(
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
@@ -176,30 +180,48 @@ class CLIPStage:
 
     def updates(self, batch: Batch, step: int) -> Iterator[Update]:
         clip_objective.clamp_logit_scale(self.network.logit_scale)
-        canonical = step < round(self.config.objective.get("canonical", 0) * self.config.steps)
-        image_features, text_features, scale, wrong = self._features(self.forward, batch, canonical)
-        known: dict[Hashable, int] = {}
-        meanings = [self.source.meaning(caption) for caption in batch.captions]
-        groups = torch.tensor([known.setdefault(m, len(known)) for m in meanings], device=batch.image.device)
-        loss, scalars = clip_objective.clip(image_features, text_features, scale, groups, wrong, batch.weight)
+        image_features, text_features, scale, wrong = self._features(self.forward, batch, step)
+        meanings = [_number(self.source.meaning(caption)) for caption in batch.captions]
+        groups = torch.tensor(meanings, device=batch.image.device)
+        if torch.distributed.is_initialized():
+            groups, weight = gather((groups, batch.weight))
+            image_features, text_features = _gather(image_features), _gather(text_features)
+            wrong = None if wrong is None else _gather(wrong)
+        else:
+            weight = batch.weight
+        loss, scalars = clip_objective.clip(image_features, text_features, scale, groups, wrong, weight)
         yield self.part, loss, scalars
 
     def _features(
-        self, towers: Callable[..., Any], batch: Batch, canonical: bool = False
+        self, towers: Callable[..., Any], batch: Batch, step: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Features of images (B, D) and captions (B, D), the scale, features of wrong captions (B, W, D) or None."""
-        count, captions = len(batch.captions), [*batch.captions, *self._wrong(batch)]
-        if canonical:
-            captions = [self.source.canonical(caption) for caption in captions]
+        """Features of images (B, D) and captions (B, D), the scale, features of wrong captions (B, W, D) or None.
+
+        step: of training, for the share of canonical wordings; None reads all captions as they are.
+        """
+        share = 0.0 if step is None else self._canonical_share(step)
+        wanted = int(self.config.objective.get("wrong_captions", 0))
+        wanted = min(wanted, 1) if share == 1 else wanted
+        count, captions = len(batch.captions), [*batch.captions, *self._wrong(batch, wanted)]
+        if share and step is not None:
+            drawn = (random.uniform(self.seed, step, batch.samples, (1,), "canonical wording")[:, 0] < share).tolist()
+            rewrite = drawn + [draw for draw in drawn for _ in range(wanted)]
+            captions = [self.source.canonical(c) if r else c for c, r in zip(captions, rewrite, strict=True)]
         tokens, lengths = self.captions.encode(captions)
         text = self.network.with_end(tokens, lengths)[:, : int(lengths.max()) + 1]  # what follows the end is not read
         image_features, text_features, scale = towers(batch.image, text.to(batch.image.device))
         own, wrong = text_features[:count], text_features[count:]
         return image_features, own, scale, wrong.view(count, -1, own.shape[1]) if len(wrong) else None
 
-    def _wrong(self, batch: Batch) -> list[str]:
-        """As many minimal wrong captions of each sample as the recipe asks for, one sample after the other."""
-        wanted = int(self.config.objective.get("wrong_captions", 0))
+    def _canonical_share(self, step: int) -> float:
+        """1 at first, then falling in a line to 0."""
+        knobs, steps = self.config.objective, self.config.steps
+        start = knobs.get("canonical", 0) * steps
+        end = max(start, knobs.get("canonical_end", 0) * steps)
+        return 1.0 if step < start else max(0.0, (end - step) / max(1.0, end - start))
+
+    def _wrong(self, batch: Batch, wanted: int) -> list[str]:
+        """As many minimal wrong captions of each sample as wanted, one sample after the other."""
         if not wanted:
             return []
         found = self.source.wrong(batch.captions, batch.samples.tolist())
@@ -222,6 +244,23 @@ class CLIPStage:
 
     def preview(self, batch: Batch, path: Path) -> None:
         """CLIP draws nothing."""
+
+
+def _number(meaning: Hashable) -> int:
+    """A number of 64 bits that is equal on all ranks for equal meanings."""
+    digest = hashlib.blake2b(repr(meaning).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def _gather(local: Tensor) -> Tensor:
+    """Rows of all ranks, in order of rank, for a loss that every rank computes whole.
+
+    Gradients reach the own rows only, times the number of ranks: the sum of what all ranks would send back.
+    """
+    fixed, ranks = local.detach(), torch.distributed.get_world_size()
+    rows = list(gather(fixed).chunk(ranks))
+    rows[torch.distributed.get_rank()] = fixed + ranks * (local - fixed)
+    return torch.cat(rows)
 
 
 STAGES: dict[str, Any] = {stage.part: stage for stage in (TokenizerStage, PriorStage, CLIPStage)}

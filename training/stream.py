@@ -71,7 +71,7 @@ class Source(Protocol):
         """The one wording of all captions of its language that mean the same; ValueError where none is known."""
 
     def wrong(self, captions: Sequence[str], samples: Sequence[int]) -> list[list[str]]:
-        """For each true caption those one fact away, so false of its image; its sample draws which, in what order."""
+        """For each true caption those one fact away, so false of its image: the hardest first, the rest as drawn."""
 
 
 def permutation(seed: int, pass_: int, use: int, part: int, count: int) -> np.ndarray:

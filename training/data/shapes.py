@@ -1,7 +1,8 @@
 """The `shapes` source: endless captioned images of one to four flat shapes, drawn fresh from (seed, position).
 
-Training draws evenly among the levels (of S3 evenly between its two parts), then evenly among the captions that the
-held-out rules leave, in a language drawn evenly, with fresh positions, radii and a small colour jitter. None is stored.
+Training draws evenly among the levels it is given, where one named twice counts twice (of S3 evenly between its two
+parts), then evenly among the captions that the held-out rules leave, in a language drawn evenly, with fresh positions,
+radii and a small colour jitter. None is stored.
 
 B positions, S image side.
 
