@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor, nn
 
@@ -183,12 +184,9 @@ class CLIPStage:
         image_features, text_features, scale, wrong = self._features(self.forward, batch, step)
         meanings = [_number(self.source.meaning(caption)) for caption in batch.captions]
         groups = torch.tensor(meanings, device=batch.image.device)
-        if torch.distributed.is_initialized():
-            groups, weight = gather((groups, batch.weight))
-            image_features, text_features = _gather(image_features), _gather(text_features)
-            wrong = None if wrong is None else _gather(wrong)
-        else:
-            weight = batch.weight
+        groups, weight = gather((groups, batch.weight))
+        image_features, text_features = _gather(image_features), _gather(text_features)
+        wrong = None if wrong is None else _gather(wrong)
         loss, scalars = clip_objective.clip(image_features, text_features, scale, groups, wrong, weight)
         yield self.part, loss, scalars
 
@@ -225,8 +223,6 @@ class CLIPStage:
         if not wanted:
             return []
         found = self.source.wrong(batch.captions, batch.samples.tolist())
-        if not all(found):
-            raise ValueError("this data has no minimal wrong captions; set stages.clip.objective.wrong_captions=0")
         return [wrong[i % len(wrong)] for wrong in found for i in range(wanted)]
 
     @torch.no_grad()
@@ -257,9 +253,9 @@ def _gather(local: Tensor) -> Tensor:
 
     Gradients reach the own rows only, times the number of ranks: the sum of what all ranks would send back.
     """
-    fixed, ranks = local.detach(), torch.distributed.get_world_size()
-    rows = list(gather(fixed).chunk(ranks))
-    rows[torch.distributed.get_rank()] = fixed + ranks * (local - fixed)
+    fixed, here = local.detach(), PartialState()
+    rows = list(gather(fixed).chunk(here.num_processes))
+    rows[here.process_index] = fixed + here.num_processes * (local - fixed)
     return torch.cat(rows)
 
 

@@ -71,7 +71,10 @@ class Source(Protocol):
         """The one wording of all captions of its language that mean the same; ValueError where none is known."""
 
     def wrong(self, captions: Sequence[str], samples: Sequence[int]) -> list[list[str]]:
-        """For each true caption those one fact away, so false of its image: the hardest first, the rest as drawn."""
+        """For each true caption those one fact away, so false of its image: the hardest first, the rest as drawn.
+
+        At least one each; ValueError where none is known.
+        """
 
 
 def permutation(seed: int, pass_: int, use: int, part: int, count: int) -> np.ndarray:
@@ -218,8 +221,8 @@ class ShardSource:
         raise ValueError("the captions of shards have no canonical wording; set stages.clip.objective.canonical=0")
 
     def wrong(self, captions: Sequence[str], samples: Sequence[int]) -> list[list[str]]:
-        """Nobody knows what is false of these pictures: none."""
-        return [[] for _ in captions]
+        """Nobody knows what is false of these pictures: ValueError."""
+        raise ValueError("shards have no minimal wrong captions; set stages.clip.objective.wrong_captions=0")
 
 
 def rank_positions(step: int, global_batch: int, rank: int, world: int, micro_batch: int) -> list[list[int]]:
