@@ -197,6 +197,7 @@ def train(
     stage: Annotated[str | None, typer.Option(help="train this stage only")] = None,
     run: Annotated[Path | None, typer.Option(help="the run folder; runs/<recipe> if absent")] = None,
     processes: Annotated[int, typer.Option(min=1)] = 1,
+    extend: Annotated[list[str] | None, typer.Option(help="STAGE=STEPS: go on to more steps than before")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the resolved recipe and its size; train nothing")
     ] = False,
@@ -216,6 +217,7 @@ def train(
         f"--processes={processes}",
         *([f"--stage={stage}"] if stage else []),
         *([f"--run={run}"] if run else []),
+        *(f"--extend={wish}" for wish in extend or []),
     ]
     if processes == 1:  # replaced, not wrapped: a signal to this process reaches the trainer
         sys.stdout.flush()

@@ -39,7 +39,7 @@ def assert_two_train_as_one(command, stage, names, folder):
     assert launched.returncode == 0, launched.stderr
     one, two = (losses(folder / run, stage, names) for run in ("one", "two"))
     assert len(one) > 4 and torch.allclose(one, two, rtol=1e-5, atol=1e-5)
-    one, two = (state.load_newest(folder / run / "state" / stage)["network"] for run in ("one", "two"))
+    one, two = (state.load_newest(folder / run / "state" / stage)["networks"][stage] for run in ("one", "two"))
     assert all(torch.allclose(two[name], value, atol=1e-4) for name, value in one.items())
 
 
@@ -54,7 +54,7 @@ def test_two_processes_compare_all_samples_of_a_step(tmp_path):
     command = [f"stages.clip.{key}" for key in ("steps=4", "global_batch=64", "log_every=1", "levels=[S1]")]
     command += ["parts.clip.vision_depth=1", "parts.clip.text_depth=1", "stages.clip.objective.canonical=0.5"]
     command += ["stages.clip.objective.canonical_end=0.5", "stages.clip.optimizer.warmup=0"]
-    names = ["clip/loss", "clip/chance", "clip/accuracy", "norm"]
+    names = ["clip/loss", "clip/chance", "clip/accuracy", "clip/norm"]
     assert_two_train_as_one(command, "clip", names, tmp_path)
     batch = ShapesSource(levels=["S1"], jitter=0.0).read(range(64))
     first, second = ({ShapesSource().meaning(c) for c in half} for half in (batch.captions[:32], batch.captions[32:]))

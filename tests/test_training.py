@@ -10,6 +10,7 @@ from kartina.pipeline.images import read_metadata
 from kartina.pipeline.text_to_image import SHIPPED, TextToImage
 from kartina.training import __main__ as trainer
 from kartina.training import loop, state
+from kartina.training.log import Log
 from kartina.training import run as runs
 from kartina.training.data.shapes import ShapesSource
 from kartina.training.run import Data
@@ -121,8 +122,8 @@ def test_stopped_and_resumed_equals_uninterrupted(kind, autoencoder, tmp_path, m
     assert trainer.main([*command, str(tmp_path / "stopped")]) == 0
     assert trainer.main([*command, str(tmp_path / "whole")]) == 0
     resumed, whole = (state.load_newest(tmp_path / name / "state" / "tokenizer") for name in ("stopped", "whole"))
-    for name, value in whole["network"].items():
-        assert torch.equal(resumed["network"][name], value), name
+    for name, value in whole["networks"]["tokenizer"].items():
+        assert torch.equal(resumed["networks"]["tokenizer"][name], value), name
     for name, value in whole["ema"].items():
         assert value == resumed["ema"][name] if name == "updates" else torch.equal(resumed["ema"][name], value)
     cards = [checkpoint.read_card(tmp_path / n / "model")["parts"]["tokenizer"]["hash"] for n in ("stopped", "whole")]
@@ -134,7 +135,7 @@ def test_accumulation_gives_the_same_gradient(tmp_path):
     command = ["shapes/dalle", *TINY, "--stage", "tokenizer", "--run"]
     trainer.main([*command, str(tmp_path / "one")])
     trainer.main([*command, str(tmp_path / "two"), "stages.tokenizer.micro_batch=2"])
-    one, two = (state.load_newest(tmp_path / name / "state" / "tokenizer")["network"] for name in ("one", "two"))
+    one, two = (state.load_newest(tmp_path / name / "state" / "tokenizer")["networks"]["tokenizer"] for name in ("one", "two"))
     for name, value in one.items():
         assert torch.allclose(two[name], value, atol=1e-4), name
 
@@ -159,7 +160,7 @@ def test_swapped_captions_are_refused(run, tmp_path):
         ("stages.prior.objective.caption_drp=0.9", "did you mean 'caption_drop'"),
         ("stages.clip.micro_batch=2", "cannot be read in 2 passes"),
         ("stages.clip.levels=[S4]", "shapes has the levels"),
-        ("stages.clip.objective.canonical=22", "a share from 0 to 1, got 22"),
+        ("stages.clip.objective.canonical=22", "must lie between 0 and 1, got 22"),
     ],
 )
 def test_what_a_late_stage_cannot_do_is_refused_at_once(tmp_path, capsys, override, message):
@@ -175,16 +176,16 @@ def test_wrong_captions_of_shards_are_refused_at_once(tmp_path, capsys):
 
 
 def test_a_resumed_log_repeats_no_step(tmp_path):
-    first = loop.Log(tmp_path, "tokenizer", True, 0)
+    first = Log(tmp_path, "tokenizer", True, 0)
     first.write(4, 4, {"loss": 1.0})
-    crashed = loop.Log(tmp_path, "prior", True, 0)
+    crashed = Log(tmp_path, "prior", True, 0)
     for step in (1, 2, 3):
         crashed.write(step, 4, {"loss": 1.0})
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"stage": "prior", "st')
-    loop.Log(tmp_path, "prior", False, 1)  # another rank leaves it alone
+    Log(tmp_path, "prior", False, 1)  # another rank leaves it alone
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 5
-    loop.Log(tmp_path, "prior", True, 1).write(2, 4, {"loss": 2.0})
+    Log(tmp_path, "prior", True, 1).write(2, 4, {"loss": 2.0})
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["step"], line["loss"]) for line in lines] == [
         ("tokenizer", 4, 1.0), ("prior", 1, 1.0), ("prior", 2, 2.0)

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,19 @@ from ..pipeline import checkpoint
 from ..pipeline.recipe import Recipe, RecipeError, nearest
 from . import run as runs
 
-_SHARES = ("autoencoder", "temperature_share", "kl_share", "caption_drop", "canonical", "canonical_end")
-_OF_A_GRAMMAR = ("wrong_captions", "canonical", "canonical_end")
-
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="kartina.training", description=__doc__)
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", help="key.sub=value, as in stages.tokenizer.steps=24")
     parser.add_argument("--stage", help="train this stage only")
+    parser.add_argument(
+        "--extend",
+        action="append",
+        default=[],
+        metavar="STAGE=STEPS",
+        help="go on to more steps than the run began with",
+    )
     parser.add_argument("--run", type=Path, help="the run folder; runs/<recipe> if absent")
     parser.add_argument(
         "--processes", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="the number of processes asked for"
@@ -130,20 +135,34 @@ def _against(model: Path, depends: tuple[str, ...]) -> dict[str, str]:
     return hashes
 
 
-def _check(training: runs.Training, names: list[str], processes: int) -> None:
-    """Refuses, before anything is trained, what a later stage could not do."""
+def _stage(recipe: Recipe, name: str) -> Any:
+    """The class of a stage, by the kind of its part. Raises RecipeError where nothing trains that part."""
     from .stages import STAGES
 
+    if name not in recipe.parts:
+        raise RecipeError(f"training.stages: no part {name!r} to train; {nearest(name, list(recipe.parts))}")
+    kind = recipe.parts[name]["kind"]
+    if kind not in STAGES or STAGES[kind].part != name:
+        raise RecipeError(f"training.stages.{name}: nothing trains {name} of the kind {kind!r} yet")
+    return STAGES[kind]
+
+
+def _check(recipe: Recipe, training: runs.Training, names: list[str], processes: int) -> None:
+    """Refuses, before anything is trained, what a later stage could not do."""
+    from .log import check_trackers
+
+    check_trackers(training.trackers)
     for name in names:
-        if name not in STAGES:
-            raise RecipeError(f"training.stages: unknown stage {name!r}; {nearest(name, list(STAGES))}")
-        config, stage = training.stages[name], STAGES[name]
-        for key in config.objective:
+        config, stage = training.stages[name], _stage(recipe, name)
+        for key, value in config.objective.items():
             if key not in stage.knobs:
                 raise RecipeError(f"stages.{name}.objective: unknown key {key!r}; {nearest(key, list(stage.knobs))}")
-            if key in _SHARES and not 0 <= config.objective[key] <= 1:
-                raise RecipeError(f"stages.{name}.objective.{key} is a share from 0 to 1, got {config.objective[key]}")
-            if key in _OF_A_GRAMMAR and config.objective[key] and training.data.kind != "shapes":
+            knob = stage.knobs[key]
+            if not knob.low <= value <= knob.high:
+                raise RecipeError(
+                    f"stages.{name}.objective.{key} must lie between {knob.low:g} and {knob.high:g}, got {value}"
+                )
+            if knob.grammar and value and training.data.kind != "shapes":
                 raise RecipeError(
                     f"stages.{name}.objective.{key} needs captions of a known grammar, which shards have not; "
                     f"set stages.{name}.objective={{}}"
@@ -173,16 +192,17 @@ def _keep_memory() -> None:
             mallopt(option, value)
 
 
-def _train(recipe: Recipe, training: runs.Training, names: list[str], folder: Path, asked: int) -> None:
+def _train(
+    recipe: Recipe, training: runs.Training, names: list[str], folder: Path, asked: int, extended: set[str], stop: Any
+) -> None:
     import torch
     from accelerate import Accelerator, PartialState
     from accelerate.utils import parse_flag_from_env, set_seed
 
     from .loop import train_stage
     from .optim import fast_bf16
-    from .stages import STAGES
 
-    _check(training, names, asked)
+    _check(recipe, training, names, asked)
     # The tails of a softmax are denormal numbers, with which a CPU is many times slower. Threads made later inherit it.
     torch.set_flush_denormal(True)
     _keep_memory()
@@ -205,28 +225,36 @@ def _train(recipe: Recipe, training: runs.Training, names: list[str], folder: Pa
         _carry_notices(training.data, model)
     accelerator.wait_for_everyone()
     for name in names:
-        config, against = training.stages[name], _against(model, STAGES[name].depends)
+        kind, config = _stage(recipe, name), training.stages[name]
+        against = _against(model, kind.depends)
         source = sources[training.data_of(name)]
         identity = runs.identity(recipe, training, name, source.fingerprint, against)
-        if _finished(model, name, identity):
+        if _finished(model, name, identity, name in extended):
             accelerator.print(f"{name}: already trained in {model}")
             continue
         set_seed(training.seed)
-        stage = STAGES[name](recipe, config, source, model, training.seed, accelerator.device)
-        ema = train_stage(identity, stage, config, source, validation, folder, accelerator)
+        stage = kind(recipe, config, source, model, training.seed, accelerator.device)
+        run = (identity, stage, training, source, validation, folder, accelerator, stop, name in extended)
+        ema = train_stage(*run)
         if accelerator.is_main_process:
-            stage.network.load_state_dict(ema.average)
+            ema.copy_to_network()
             facts = {"trained_against": against, "identity": identity, "computed_in": precision}
-            checkpoint.save_part(model, recipe, name, checkpoint.export(stage.network), **facts)
+            checkpoint.save_part(model, recipe, name, checkpoint.export(stage.networks[name]), **facts)
         accelerator.wait_for_everyone()
 
 
-def _finished(model: Path, part: str, identity: dict[str, Any]) -> bool:
-    """Whether the model folder holds this very part. Raises RecipeError where it holds one trained otherwise."""
+def _finished(model: Path, part: str, identity: dict[str, Any], extended: bool) -> bool:
+    """Whether the model folder holds this very part. Raises RecipeError where it holds one trained otherwise.
+
+    extended: one of fewer steps, but else the same, is not finished.
+    """
     entry = checkpoint.read_card(model)["parts"].get(part) if _has_card(model) else None
     if entry is None:
         return False
-    keys = runs.differences(entry.get("identity", {}), identity)
+    known = entry.get("identity", {})
+    keys = runs.differences(known, identity, extended)
+    if extended and not keys and known != identity:
+        return False
     if keys:
         raise RecipeError(
             f"{model}: {part} was trained with another recipe (differs in {keys}); "
@@ -235,23 +263,49 @@ def _finished(model: Path, part: str, identity: dict[str, Any]) -> bool:
     return True
 
 
+def _extend(training: runs.Training, wishes: list[str]) -> tuple[runs.Training, set[str]]:
+    """The training half with the steps of `--extend STAGE=STEPS`, and the names of those stages."""
+    stages = dict(training.stages)
+    for wish in wishes:
+        name, _, steps = wish.partition("=")
+        if name not in stages or not steps.isdecimal() or int(steps) <= stages[name].steps:
+            known = ", ".join(f"{known}={stage.steps}" for known, stage in stages.items())
+            raise RecipeError(f"--extend {wish}: expected STAGE=STEPS with more steps than the recipe has ({known})")
+        stages[name] = stages[name].model_copy(update={"steps": int(steps)})
+    return training.model_copy(update={"stages": stages}), {wish.partition("=")[0] for wish in wishes}
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Trains; returns 2 with one clear line for a wrong recipe, 0 when the stages are done."""
+    """Trains. Returns 0 when the stages are done, 2 with one clear line for a wrong recipe or run.
+
+    A signal that stopped the run after saving gives 128 + its number, but 0 to a launcher of several processes, which
+    would take anything else for a crash.
+    """
+    from .stopping import Stopped, watched
+
     given = _arguments(argv)
+    rank = os.environ.get("RANK", "0")
     try:
         recipe, training = runs.load(given.recipe, given.overrides)
         if training is None:
             raise RecipeError(f"recipe {recipe.name} has no training section")
         if given.stage and given.stage not in training.stages:
             raise RecipeError(f"no stage {given.stage!r}; {nearest(given.stage, list(training.stages))}")
+        training, extended = _extend(training, given.extend)
         names = [given.stage] if given.stage else list(training.stages)
         folder = given.run or Path("runs") / recipe.name
-        first = os.environ.get("RANK", "0") == "0"  # the lock is the job's, not a rank's
-        with _locked(folder) if first else contextlib.nullcontext():
-            _train(recipe, training, names, folder, given.processes)
-    except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
+        with _locked(folder) if rank == "0" else contextlib.nullcontext(), watched() as stop:  # the lock is the job's
+            _train(recipe, training, names, folder, given.processes, extended, stop)
+    except Stopped as stopped:
+        return 128 + stopped.signum if given.processes == 1 else 0
+    except (RecipeError, checkpoint.ModelError) as error:
+        if rank == "0":  # all ranks find the same
             print(f"kartina: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        if given.processes > 1:  # it may be this rank's alone
+            traceback.print_exc()
+        print(f"kartina: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,259 +1,298 @@
 """The one loop: it steps the optimizer of whatever a stage yields, then resumes the stage.
 
 A stage is a generator of (name, (loss_sum, count), scalars). With k micro-batches the loop holds k generators: all
-advance to the first yield (gradients are exchanged on the last only), the optimizer steps once, and so on. Sums are
-divided by the global count, so the gradient does not depend on how a batch is split. Accelerate gives the device, DDP
-and autocast; positions, accumulation, learning rate, EMA and checkpoints are ours.
+advance to the first yield (gradients are exchanged on the last only), that network's optimizers step once, and so on.
+Sums are divided by the global count, so the gradient does not depend on how a batch is split. Accelerate gives the
+device, DDP and autocast; positions, accumulation, learning rate, EMA and checkpoints are ours.
+
+A step whose loss or gradient is not finite is left out on every rank. After `patience` of them in a row the run goes
+back to its last checkpoint, but not back in the data: what stands there would only do the same again.
 
 It does not know what a stage trains, nor how its loss is made.
 """
 
-import contextlib
-import json
+import itertools
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
-from rich.console import Console
+from accelerate.utils import broadcast, gather_object
 
-from ..pipeline import checkpoint
-from . import state
+from . import exchange, state
+from .exchange import TrainingError
+from .log import Log
 from .optim import EMA, build_optimizers, rate
-from .run import Stage, differences, division
-from .stages import Update
-from .stream import Batch, Source, prefetch, rank_positions, validation_positions
+from .run import Stage, Training, differences, division
+from .stages import TrainingStage
+from .state import RunState
+from .stopping import Stop, Stopped
+from .stream import Batch, Source, prefetch, rank_positions
 
-_VALIDATION_BATCH = 64
-
-
-class TrainingError(ValueError):
-    """A run that must not go on; the message says why and what to do."""
-
-
-@dataclass
-class Log:
-    """A JSON-lines file that any notebook reads, TensorBoard where it is installed, and a line on the terminal.
-
-    step: where the stage starts or resumes; what an interrupted run logged of it beyond that is taken out.
-    """
-
-    folder: Path
-    stage: str
-    enabled: bool
-    step: int
-
-    def __post_init__(self) -> None:
-        self.console = Console()
-        self.board: Any = None
-        if self.enabled:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._rewind(self.folder / "log.jsonl")
-            with contextlib.suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(str(self.folder / "tensorboard" / self.stage), purge_step=self.step + 1)
-
-    def _rewind(self, path: Path) -> None:
-        if not path.exists():
-            return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if not self._is_ahead(line)]
-        if len(kept) < len(lines):
-            checkpoint.write_text(path, "".join(kept))
-
-    def _is_ahead(self, line: str) -> bool:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            return True  # cut off as it was written
-        return not line.endswith("\n") or entry["stage"] == self.stage and entry["step"] > self.step
-
-    def write(self, step: int, steps: int, scalars: dict[str, float]) -> None:
-        if not self.enabled:
-            return
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-            file.write(json.dumps({"stage": self.stage, "step": step, **finite}) + "\n")
-        for name, value in scalars.items():
-            if self.board:
-                self.board.add_scalar(name, value, step)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
-        self.console.print(f"{self.stage} {step}/{steps}  {shown}", highlight=False)
-
-
-def _advance(generators: list[Iterator[Update]], network: Any, accelerator: Accelerator) -> list[Update]:
-    """Every generator to its next yield, with its backward pass; gradients are exchanged on the last one."""
-    updates = []
-    for k, generator in enumerate(generators):
-        last = k == len(generators) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(network):
-            update = next(generator, None)
-            if update is not None:
-                accelerator.backward(update[1][0])
-                updates.append(update)
-    if len({update[0] for update in updates}) > 1 or len(updates) not in (0, len(generators)):
-        raise TrainingError(f"micro-batches of one step disagree on what they train: {[u[0] for u in updates]}")
-    return updates
-
-
-def _divide_gradients(network: torch.nn.Module, updates: list[Update], accelerator: Accelerator) -> torch.Tensor:
-    """Turns gradients of sums, averaged over ranks by DDP, into the gradient of the global mean. Returns the count."""
-    local = torch.stack([torch.as_tensor(u[1][1], device=accelerator.device, dtype=torch.float32) for u in updates])
-    count = accelerator.reduce(local.sum(), reduction="sum")
-    if count > 0:
-        for parameter in network.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(accelerator.num_processes / count)
-    return count
-
-
-def _mean_scalars(updates: list[Update], accelerator: Accelerator) -> dict[str, float]:
-    """The scalars of one step, averaged over micro-batches and ranks by the weight of their samples."""
-    names = sorted(updates[0][2])
-    rows = []
-    for _, (_, count), scalars in updates:
-        weight = torch.as_tensor(count, dtype=torch.float32, device=accelerator.device)
-        rows.append(torch.stack([weight, *(weight * scalars[name].detach().float() for name in names)]))
-    total = accelerator.reduce(torch.stack(rows).sum(0), reduction="sum")
-    mean = (total[1:] / total[0].clamp(min=1e-12)).tolist()
-    return {f"{updates[0][0]}/{name}": value for name, value in zip(names, mean, strict=True)}
+_RETURNS, _WITHIN = 2, 1000  # going back so often within so many steps ends a run
 
 
 def train_stage(
     identity: dict[str, Any],
-    stage: Any,
-    config: Stage,
+    stage: TrainingStage,
+    training: Training,
     source: Source,
     validation: Source | None,
     folder: Path,
     accelerator: Accelerator,
+    stop: Stop,
+    extend: bool = False,
 ) -> EMA:
     """Trains a stage to its last step, resuming from the newest whole checkpoint; returns the averaged weights.
 
-    identity: see `training.run.identity`. stage: an object of `kartina.training.stages`. folder: the run folder.
-    validation: where the stage's headline metric is measured, with the averaged weights.
-    Raises TrainingError on a changed recipe or a gradient that stays non-finite.
+    identity: see `training.run.identity`. folder: the run folder. validation: where the stage's metrics are measured,
+    with the averaged weights. extend: more steps than the run began with are no other recipe. Raises TrainingError on
+    a changed recipe or a loss that stays non-finite, Stopped where a signal asked for it.
     """
-    name = identity["stage"]
-    micro, passes = division(config, accelerator.num_processes)
-    network = accelerator.prepare_model(stage.network)
-    stage.forward = network
-    optimizers = build_optimizers(stage.network, config.optimizer)
-    ema = EMA(stage.network, config.ema)
-    checkpoints = folder / "state" / name
-    first, trained_seconds = _resume(checkpoints, identity, stage, optimizers, ema)
-    log = Log(folder, name, accelerator.is_main_process, first)
-    started = saved = time.monotonic()
-    skipped = 0
-    rank, world = accelerator.process_index, accelerator.num_processes
-    positions = (rank_positions(s, config.global_batch, rank, world, micro) for s in range(first, config.steps))
-    stream = prefetch(source, chain.from_iterable(positions))
+    run = _Run(identity, stage, training, source, validation, folder, accelerator, stop, extend)
+    try:
+        return run.train()
+    finally:
+        run.log.close()
 
-    for step in range(first, config.steps):
-        if step == stage.restart_step:
-            ema.copy_to_network()
-            stage.restart()
-            for tensor in stage.network.state_dict().values():
-                broadcast(tensor)  # ranks may round differently
-            optimizers, ema = build_optimizers(stage.network, config.optimizer), EMA(stage.network, config.ema)
-        restart = stage.restart_step if stage.restart_step is not None and step >= stage.restart_step else 0
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate(step, config.steps, config.optimizer, restart)
-        waited = time.monotonic()
-        batches = [_to_device(next(stream), accelerator.device) for _ in range(passes)]
-        waited = time.monotonic() - waited
-        generators = [stage.updates(batch, step) for batch in batches]
-        while updates := _advance(generators, network, accelerator):
-            count = _divide_gradients(stage.network, updates, accelerator)
-            norm = torch.nn.utils.clip_grad_norm_(stage.network.parameters(), config.optimizer.clip)
-            # After the exchange both numbers, and so the choice, are the same on every rank.
-            if count > 0 and torch.isfinite(norm):
-                for optimizer in optimizers:
-                    optimizer.step()
-                ema.update()
-                skipped = 0
+
+class _Run:
+    """One stage on its way: see `train_stage`."""
+
+    def __init__(
+        self,
+        identity: dict[str, Any],
+        stage: TrainingStage,
+        training: Training,
+        source: Source,
+        validation: Source | None,
+        folder: Path,
+        accelerator: Accelerator,
+        stop: Stop,
+        extend: bool,
+    ) -> None:
+        name = identity["stage"]
+        self.config: Stage = training.stages[name]
+        self.stage, self.source, self.validation, self.folder = stage, source, validation, folder
+        self.accelerator, self.stop = accelerator, stop
+        rank, world = accelerator.process_index, accelerator.num_processes
+        micro, self.passes = division(self.config, world)
+        for part, network in stage.networks.items():
+            stage.forward[part] = accelerator.prepare_model(network)
+        self.checkpoints = folder / "state" / name
+        self.state = RunState(identity, stage.networks, self._optimizers(), self._average())
+        self._resume(extend)
+        self.log = Log(
+            folder,
+            name,
+            accelerator.is_main_process,
+            self.state.step,
+            training.trackers,
+            training.model_dump(mode="json"),
+        )
+        # Never-ending: going back leaves out steps, which are made up for.
+        positions = (
+            rank_positions(at, self.config.global_batch, rank, world, micro) for at in itertools.count(self.state.at)
+        )
+        self.stream = prefetch(source, itertools.chain.from_iterable(positions))
+        self.streak = 0
+        self.shown = (validation or source).read(range(16))  # previews always show the same samples
+        self.began = self.saved = time.monotonic()
+        self.lap, self.waited, self.bad = time.monotonic(), 0.0, 0.0
+
+    def _optimizers(self) -> dict[str, list[torch.optim.Optimizer]]:
+        configs, default = self.config.optimizers, self.config.optimizer
+        return {
+            name: build_optimizers(network, configs.get(name, default)) for name, network in self.stage.networks.items()
+        }
+
+    def _average(self) -> EMA:
+        return EMA(self.stage.networks[self.stage.part], self.config.ema)
+
+    def _resume(self, extend: bool) -> None:
+        saved = state.load_newest(self.checkpoints)
+        if saved is None:
+            return
+        keys = differences(saved["identity"], self.state.identity, extend)
+        if keys:
+            raise TrainingError(
+                f"{self.folder}: the recipe changed since this run began ({keys}); put it back, or start another run "
+                "with --run FOLDER; more steps alone are taken with --extend STAGE=STEPS"
+            )
+        self.state.restore(saved)
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def train(self) -> EMA:
+        run, steps = self.state, self.config.steps
+        if run.at == 0:
+            self._save()  # where bad weather at the very start goes back to
+        while run.step < steps:
+            self._restart_if_due()
+            self._set_rates()
+            batches = self._read()
+            scalars = self._update(batches)
+            run.step, run.at = run.step + 1, run.at + 1
+            if scalars is None:
+                self._skip(batches)
             else:
-                skipped += 1
-                log.console.print(
-                    f"step {step}: no good sample or a non-finite gradient, skipped; samples {batches[0].keys[:8]}"
-                )
-                if skipped == 10:
-                    raise TrainingError(f"{name}: 10 steps in a row had a non-finite gradient, up to step {step}")
-            for optimizer in optimizers:
+                self.streak = 0
+                if scalars:
+                    self._report(scalars)
+            last = run.step == steps
+            if self.streak == 0 or last:
+                self._look(last)
+                self._save_if_due(last)
+        self.stream.close()
+        if self.config.export == "best" and run.best is not None:
+            run.ema.load(state.load(self.checkpoints / str(state.best_name(self.checkpoints)))["ema"])
+        self.accelerator.wait_for_everyone()
+        return run.ema
+
+    def _restart_if_due(self) -> None:
+        if self.state.step != self.stage.restart_step:
+            return
+        self.state.ema.copy_to_network()
+        self.stage.restart()
+        for network in self.stage.networks.values():
+            for tensor in network.state_dict().values():
+                broadcast(tensor)  # ranks may round differently
+        self.state.optimizers, self.state.ema = self._optimizers(), self._average()
+
+    def _set_rates(self) -> None:
+        step, begun = self.state.step, self.stage.restart_step
+        restart = begun if begun is not None and step >= begun else 0
+        for name, optimizers in self.state.optimizers.items():
+            config = self.config.optimizers.get(name, self.config.optimizer)
+            for group in itertools.chain.from_iterable(one.param_groups for one in optimizers):
+                group["lr"] = group["peak"] * rate(step, self.config.steps, config, restart)
+
+    def _read(self) -> list[Batch]:
+        begin = time.monotonic()
+        batches = [exchange.to_device(next(self.stream), self.accelerator.device) for _ in range(self.passes)]
+        self.waited += time.monotonic() - begin
+        return batches
+
+    def _update(self, batches: list[Batch]) -> dict[str, float] | None:
+        """One step of every network. Its scalars, empty where no line is due; None where one was not finite."""
+        run, due = self.state, (self.state.step + 1) % self.config.log_every == 0
+        due = due or self.state.step + 1 == self.config.steps
+        generators = [iter(self.stage.updates(batch, run.step)) for batch in batches]
+        scalars: dict[str, float] = {}
+        while updates := exchange.advance(generators, self.stage.forward.values(), self.accelerator):
+            name = updates[0][0]
+            network, config = run.networks[name], self.config.optimizers.get(name, self.config.optimizer)
+            loss, count = exchange.divide(network, updates, self.accelerator)
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip)
+            # After the exchange the three are the same on every rank, and so is the choice.
+            finite = bool(count > 0 and torch.isfinite(loss) and torch.isfinite(norm))
+            if finite:
+                for optimizer in run.optimizers[name]:
+                    optimizer.step()
+                if name == self.stage.part:
+                    run.ema.update()
+            for optimizer in itertools.chain.from_iterable(run.optimizers.values()):
                 optimizer.zero_grad(set_to_none=True)
-            if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-                seconds = trained_seconds + time.monotonic() - started
-                facts = {"norm": float(norm), "wait": waited, "seconds": seconds}
-                log.write(step + 1, config.steps, _mean_scalars(updates, accelerator) | facts)
-        if validation is not None and ((step + 1) % config.validate_every == 0 or step + 1 == config.steps):
-            log.write(step + 1, config.steps, _validate(stage, ema, validation, accelerator))
-        preview = (step + 1) % config.preview_every == 0 or step + 1 == config.steps
-        if preview and accelerator.is_main_process:
-            stage.preview(batches[0], folder / "previews" / f"{name}-{step + 1:06d}.png")
-        due = time.monotonic() - saved > 60 * config.save_minutes or step + 1 == config.steps
-        if due and accelerator.is_main_process:
-            seconds = trained_seconds + time.monotonic() - started
-            state.save(checkpoints, step + 1, _collect(step + 1, seconds, identity, stage, optimizers, ema))
-            saved = time.monotonic()
-    accelerator.wait_for_everyone()
-    return ema
+            if not finite:
+                return None
+            if due:
+                scalars |= exchange.mean_scalars(updates, self.accelerator) | {f"{name}/norm": float(norm)}
+        self.bad += sum(float((1 - batch.weight).sum()) for batch in batches)
+        return scalars
 
+    # --- bad weather --------------------------------------------------------------------------------------------------
 
-def _validate(stage: Any, ema: EMA, source: Source, accelerator: Accelerator, most: int = 512) -> dict[str, float]:
-    """The stage's metrics on the first samples of another source, each scored once, with the averaged weights."""
-    total = most if source.size is None else min(most, source.size)
-    mine = validation_positions(total, accelerator.process_index, accelerator.num_processes)
-    count = torch.zeros((), device=accelerator.device)
-    sums = dict.fromkeys(stage.metrics, count)  # all of them on every rank, for one may have no samples
-    with ema.applied():  # no autocast here: codes must be those that training reads and painting makes
-        for start in range(0, len(mine), _VALIDATION_BATCH):
-            batch = _to_device(source.read(mine[start : start + _VALIDATION_BATCH]), accelerator.device)
-            for name, value in stage.measure(batch).items():
-                sums[name] = sums[name] + (value.float() * batch.weight).sum()
-            count = count + batch.weight.sum()
-    count = accelerator.reduce(count, reduction="sum")
-    return {f"valid/{name}": float(accelerator.reduce(value, reduction="sum") / count) for name, value in sums.items()}
+    def _skip(self, batches: list[Batch]) -> None:
+        """A step that was not finite: its samples are named, and after so many in a row the run goes back."""
+        self.streak += 1
+        run, keys = self.state, gather_object([key for batch in batches for key in batch.keys])
+        message = f"no good sample, or a loss or gradient that is not finite: skipped; samples {', '.join(keys[:8])}"
+        self.log.event(run.step, "skipped", message + (" ..." if len(keys) > 8 else ""), keys=keys)
+        if self.streak < self.config.patience:
+            return
+        span = [run.at - self.streak, run.at - 1]
+        if len([first for first, _ in run.bad if first > span[0] - _WITHIN]) == _RETURNS:
+            raise TrainingError(
+                f"{run.identity['stage']}: {self.streak} steps in a row were not finite for the third time within "
+                f"{_WITHIN} steps, last at samples {', '.join(keys[:8])}; log.jsonl names all of them. "
+                "Lower the learning rate, or look at these samples, and start again"
+            )
+        reached = run.step
+        saved = state.load_newest(self.checkpoints)
+        assert saved is not None  # one was written before the first step
+        run.restore(saved, data_too=False)
+        run.bad.append(span)
+        self.streak = 0
+        message = f"{self.config.patience} such steps in a row: back to the weights of step {run.step}, on in the data"
+        self.log.event(run.step, "returned", message, reached=reached, bad=span)
+        self._save()
 
+    # --- telling and keeping ------------------------------------------------------------------------------------------
 
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(
-        image=batch.image.to(device),
-        captions=batch.captions,
-        keys=batch.keys,
-        samples=batch.samples.to(device),
-        weight=batch.weight.to(device),
-    )
+    def _report(self, scalars: dict[str, float]) -> None:
+        now, run = time.monotonic(), self.state
+        bad = self.accelerator.reduce(torch.tensor(self.bad, device=self.accelerator.device), reduction="sum")
+        optimizer = run.optimizers[self.stage.part][0]
+        facts = {
+            "lr": optimizer.param_groups[0]["lr"],
+            "wait": self.waited / max(1e-9, now - self.lap),  # share of the time since the last line
+            "bad": float(bad),  # samples that could not be read since then
+            "samples": float(run.at * self.config.global_batch),
+            "seconds": self._seconds(),
+        }
+        self.log.write(run.step, self.config.steps, scalars | facts)
+        self.lap, self.waited, self.bad = time.monotonic(), 0.0, 0.0
 
+    def _seconds(self) -> float:
+        return self.state.seconds + time.monotonic() - self.began
 
-def _collect(step: int, seconds: float, identity: dict[str, Any], stage: Any, optimizers: Any, ema: EMA) -> dict:
-    return {
-        "step": step,
-        "seconds": seconds,
-        "identity": identity,
-        "network": stage.network.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "ema": ema.state(),
-    }
+    def _look(self, last: bool) -> None:
+        """Validation and a preview, where they are due."""
+        run, config = self.state, self.config
+        if self.validation is not None and (run.step % config.validate_every == 0 or last):
+            found = exchange.validate(self.stage, run.ema, self.validation, self.accelerator)
+            self.log.write(run.step, config.steps, {f"valid/{name}": value for name, value in found.items()})
+            value = found[self.stage.metrics[0]]
+            sign = 1 if self.stage.higher_is_better else -1
+            if math.isfinite(value) and (run.best is None or sign * value > sign * run.best[0]):
+                run.best = (value, run.step)
+                self._save(best=True)
+        if (run.step % config.preview_every == 0 or last) and self.accelerator.is_main_process:
+            with run.ema.applied():
+                picture = self.stage.preview(exchange.to_device(self.shown, self.accelerator.device))
+            if picture is not None:
+                path = self.folder / "previews" / f"{run.identity['stage']}-{run.step:06d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(path)
 
+    def _save_if_due(self, last: bool) -> None:
+        """By steps, by the first rank's clock, at the end, and where any rank was asked to stop."""
+        every = self.config.save_every
+        due = last or (every is not None and self.state.step % every == 0)
+        late = self.accelerator.is_main_process and time.monotonic() - self.saved > 60 * self.config.save_minutes
+        wishes = torch.tensor([self.stop.signum, int(late)], device=self.accelerator.device)
+        signum, late = (self.accelerator.gather(wishes[None]).amax(0)).tolist()
+        if due or late or signum:
+            self._save(must=last or bool(signum))
+        if signum and not last:
+            self.log.event(self.state.step, "stopped", "saved and stopped; the same command goes on from here")
+            raise Stopped(int(signum))
 
-def _resume(folder: Path, identity: dict, stage: Any, optimizers: Any, ema: EMA) -> tuple[int, float]:
-    """Restores the newest whole checkpoint. Returns (step, seconds trained so far)."""
-    saved = state.load_newest(folder)
-    if saved is None:
-        return 0, 0.0
-    if keys := differences(saved["identity"], identity):
-        raise TrainingError(f"{folder.parent.parent}: the recipe changed since this run began ({keys}); "
-                            "put it back, or start another run with --run FOLDER")  # fmt: skip
-    stage.network.load_state_dict(saved["network"])
-    for optimizer, weights in zip(optimizers, saved["optimizers"], strict=True):
-        optimizer.load_state_dict(weights)
-    ema.load(saved["ema"])
-    return saved["step"], saved["seconds"]
+    def _save(self, best: bool = False, must: bool = False) -> None:
+        """Writes a checkpoint. Without `must` a failure, as of a full disk, is told and the run goes on."""
+        run = self.state
+        if self.accelerator.is_main_process:
+            content = run.collect() | {"seconds": self._seconds()}
+            try:
+                path = state.save(self.checkpoints, content, self.config.keep)
+                if best:
+                    state.mark_best(self.checkpoints, path)
+                    state.rotate(self.checkpoints, self.config.keep)
+            except OSError as error:
+                if must or run.at == 0:
+                    raise
+                self.log.event(run.step, "not saved", f"could not save ({error}); the last checkpoint is whole")
+        self.saved = time.monotonic()
+        self.accelerator.wait_for_everyone()

@@ -11,7 +11,9 @@ from pydantic import Field
 from ..pipeline.recipe import Recipe, RecipeError, Section, nearest, read, validate
 
 RECIPES = Path(__file__).parent / "recipes"
-_CADENCE = ("log_every", "preview_every", "validate_every", "save_minutes", "micro_batch")
+_CADENCE = (
+    "log_every", "preview_every", "validate_every", "save_minutes", "save_every", "keep", "patience", "micro_batch"
+)  # fmt: skip
 
 
 class Data(Section):
@@ -45,11 +47,18 @@ class Stage(Section):
     global_batch: int = Field(ge=1)
     micro_batch: int | None = Field(None, ge=1, description="samples per device and forward pass; derived if absent")
     optimizer: Optimizer
+    optimizers: dict[str, Optimizer] = Field({}, description="of the stage's other networks, in place of `optimizer`")
     ema: float = Field(0.999, ge=0, lt=1)
     log_every: int = Field(20, ge=1)
     preview_every: int = Field(500, ge=1)
     validate_every: int = Field(500, ge=1)
     save_minutes: float = Field(5.0, gt=0)
+    save_every: int | None = Field(None, ge=1, description="steps; as well as by time")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best one")
+    patience: int = Field(10, ge=1, description="steps in a row that are not finite before the run goes back")
+    export: Literal["last", "best"] = Field(
+        "last", description="the weights that become the part; best: by the headline metric"
+    )
     objective: dict[str, float] = {}
     levels: tuple[str, ...] | None = Field(None, description="of `shapes`, in place of those of training.data")
 
@@ -59,6 +68,7 @@ class Training(Section):
 
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     data: Data
     stages: dict[str, Stage]
 
@@ -111,9 +121,15 @@ def division(stage: Stage, world: int) -> tuple[int, int]:
     return micro, per_device // micro
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The keys in which an older identity differs from a newer one, for an error; empty where they are equal."""
-    return ", ".join(key for key in new if old.get(key) != new[key])
+def differences(old: dict[str, Any], new: dict[str, Any], extend: bool = False) -> str:
+    """The keys in which an older identity differs from a newer one, for an error; empty where they are equal.
+
+    extend: more steps than before are no difference.
+    """
+    keys = [key for key in new if old.get(key) != new[key]]
+    if extend and "steps" in keys and old.get("steps", new["steps"]) < new["steps"]:
+        keys.remove("steps")
+    return ", ".join(keys)
 
 
 def identity(recipe: Recipe, training: Training, name: str, data: str, against: dict[str, str]) -> dict[str, Any]:

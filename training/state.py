@@ -1,36 +1,144 @@
-"""Saving and resuming a stage: written beside, fsynced with a manifest of hashes, renamed, and only then rotated.
+"""The state of a run, saved and resumed: all that a stage's training is, beside its data.
 
-It does not know what the state holds: a dictionary of tensors and plain values, read back with weights_only.
+A checkpoint is a folder, written beside, fsynced with a manifest of hashes, renamed, and only then are older ones
+removed. So a kill at any moment leaves the newest whole one. Everything is read back with weights_only.
+
+It does not know what the networks are, nor the data.
 """
 
+import contextlib
+import errno
 import json
 import os
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..pipeline.checkpoint import file_hash, write_text
+from .optim import EMA
+
+_BEST = "best.json"
 
 
-def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Writes `folder/step-<step>` whole or not at all, then removes all but the newest `keep`. Returns its path."""
+@dataclass
+class RunState:
+    """All that a stage's run is.
+
+    identity: see `training.run.identity`. step: optimizer steps of the weights. at: steps of data that were read; it
+    only grows, and is ahead of `step` by what was given up after bad weather. bad: spans [first, last] of `at` whose
+    steps were not finite, k in a row. best: (the headline metric, the step it was measured at). seconds: trained.
+    """
+
+    identity: dict[str, Any]
+    networks: dict[str, nn.Module]
+    optimizers: dict[str, list[torch.optim.Optimizer]]
+    ema: EMA
+    step: int = 0
+    at: int = 0
+    bad: list[list[int]] = field(default_factory=list)
+    best: tuple[float, int] | None = None
+    seconds: float = 0.0
+
+    def collect(self) -> dict[str, Any]:
+        """The state as tensors and plain values."""
+        return {
+            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "optimizers": {name: [one.state_dict() for one in group] for name, group in self.optimizers.items()},
+            "ema": self.ema.state(),
+            **{name: getattr(self, name) for name in ("identity", "step", "at", "bad", "best", "seconds")},
+        }
+
+    def restore(self, saved: dict[str, Any], data_too: bool = True) -> None:
+        """Takes a collected state. Without `data_too` only what was learnt: the data goes on where it stands."""
+        for name, network in self.networks.items():
+            network.load_state_dict(saved["networks"][name])
+            for optimizer, values in zip(self.optimizers[name], saved["optimizers"][name], strict=True):
+                optimizer.load_state_dict(values)
+        self.ema.load(saved["ema"])
+        self.step = saved["step"]
+        if data_too:
+            self.at, self.bad, self.best, self.seconds = (saved[n] for n in ("at", "bad", "best", "seconds"))
+
+
+def save(folder: Path, content: dict[str, Any], keep: int = 2) -> Path:
+    """Writes `folder/step-<at>` whole or not at all, then removes all but the newest `keep` and the best.
+
+    content: of `RunState.collect`. Returns its path. Raises OSError, with the earlier ones untouched, where the disk
+    has no room for it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    final, temporary = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    final, temporary = folder / f"step-{content['at']:08d}", folder / f".writing-{content['at']:08d}"
+    for left in folder.glob(".writing-*"):  # of a run that was killed, which held the lock then
+        shutil.rmtree(left)
+    if final in complete(folder):
+        return final
+    _require_room(folder, content)
     temporary.mkdir()
-    with open(temporary / "state.pt", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    write_text(temporary / "manifest.json", json.dumps({"step": step, "state.pt": file_hash(temporary / "state.pt")}))
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(temporary, final)
-    for old in [path for path in complete(folder) if path != final][: 1 - keep or None]:
-        shutil.rmtree(old)
+    try:
+        with open(temporary / "state.pt", "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        hashes = {path.name: file_hash(path) for path in sorted(temporary.iterdir())}
+        write_text(temporary / "manifest.json", json.dumps({"step": content["step"], "files": hashes}))
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one, without a manifest
+        os.rename(temporary, final)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    rotate(folder, keep)
     return final
+
+
+def _require_room(folder: Path, content: dict[str, Any]) -> None:
+    needed, free = int(1.05 * size(content)) + 2**20, shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC, f"a checkpoint takes {needed / 2**20:.0f} MiB, the disk has {free / 2**20:.0f}; make room"
+        )
+
+
+def size(content: Any) -> int:
+    """Bytes of all tensors in nested dictionaries and lists."""
+    if isinstance(content, Tensor):
+        return content.numel() * content.element_size()
+    if isinstance(content, dict):
+        return sum(size(value) for value in content.values())
+    return sum(size(value) for value in content) if isinstance(content, list | tuple) else 0
+
+
+def _sync(folder: Path) -> None:
+    """Makes a rename in a folder outlast a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rotate(folder: Path, keep: int) -> None:
+    """Removes all checkpoints but the newest `keep` and the best one."""
+    for old in complete(folder)[: -max(1, keep)]:
+        if old.name != best_name(folder):
+            shutil.rmtree(old)
+
+
+def mark_best(folder: Path, checkpoint: Path) -> None:
+    """From now on this checkpoint is kept as the best one."""
+    write_text(folder / _BEST, json.dumps(checkpoint.name))
+
+
+def best_name(folder: Path) -> str | None:
+    """The name of the checkpoint that is kept as the best, or None."""
+    try:
+        return str(json.loads((folder / _BEST).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
 
 
 def complete(folder: Path) -> list[Path]:
@@ -40,20 +148,27 @@ def complete(folder: Path) -> list[Path]:
 
 def _is_whole(path: Path) -> bool:
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        return file_hash(path / "state.pt") == manifest["state.pt"]
+        files = json.loads((path / "manifest.json").read_text())["files"]
+        return "state.pt" in files and all(file_hash(path / name) == wanted for name, wanted in files.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
+def load(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint. Raises ValueError where a hash disagrees with its manifest."""
+    if not _is_whole(path):
+        raise ValueError(f"{path}: the checkpoint is damaged; move it away to use an older one")
+    return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+
+
 def load_newest(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint whose hash agrees with its manifest, or None where there is none at all.
+    """The newest checkpoint whose hashes agree with its manifest, or None where there is none at all.
 
     Raises ValueError where there are checkpoints but all are damaged: starting anew must be the user's choice.
     """
     for path in reversed(complete(folder)):
-        if _is_whole(path):
-            return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        with contextlib.suppress(ValueError):
+            return load(path)
     if complete(folder):
         raise ValueError(f"{folder}: every checkpoint is damaged; move them away to start anew")
     return None

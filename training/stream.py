@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,7 +248,7 @@ def validation_positions(total: int, rank: int, world: int) -> list[int]:
     return list(range(total * rank // world, total * (rank + 1) // world))
 
 
-def prefetch(source: Source, positions: Iterable[Sequence[int]], ahead: int = 2) -> Iterator[Batch]:
+def prefetch(source: Source, positions: Iterable[Sequence[int]], ahead: int = 2) -> Generator[Batch]:
     """Batches at each list of positions, in order, read up to `ahead` batches early by one background thread.
 
     An error of the source is raised here, at its own turn.

@@ -1,0 +1,111 @@
+"""What a run tells: a JSON-lines file that any notebook reads, trackers, and a line on the terminal.
+
+A line of log.jsonl is {"stage", "step", scalars...}, or {"stage", "step", "event", facts...} for what is no scalar.
+The trackers are Accelerate's, so that each has its own ways of starting and of authenticating.
+
+It does not know what the numbers mean; `doctor` and `compare` read them.
+"""
+
+import importlib
+import importlib.util
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..pipeline.checkpoint import write_text
+from ..pipeline.recipe import RecipeError
+from ..pipeline.terminal import printable
+
+TRACKERS = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker", "trackio": "TrackioTracker"}
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raises RecipeError for a tracker whose package is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise RecipeError(
+                f"training.trackers names {name}, which is not installed; `pip install {name}`, or leave it out"
+            )
+
+
+@dataclass
+class Log:
+    """The log of one stage. step: where it starts or resumes; what an interrupted run logged beyond is taken out.
+
+    enabled: false on all ranks but the first, where nothing is written. config: what trackers show as settings.
+    """
+
+    folder: Path
+    stage: str
+    enabled: bool
+    step: int
+    trackers: tuple[str, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.console = Console()
+        self.path = self.folder / "log.jsonl"
+        self._started: list[Any] = []
+        if self.enabled:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._rewind()
+            self._started = [self._start(name) for name in self.trackers]
+
+    def _start(self, name: str) -> Any:
+        kind = getattr(importlib.import_module("accelerate.tracking"), TRACKERS[name])
+        run = f"{self.folder.name}-{self.stage}"
+        if name == "tensorboard":
+            tracker = kind(self.stage, self.folder / "tensorboard", purge_step=self.step + 1)
+        elif name == "wandb":  # the same run goes on where this one resumes
+            tracker = kind("kartina", name=run, id=run, resume="allow", dir=str(self.folder))
+        else:
+            tracker = kind("kartina", name=run, resume="allow")
+        tracker.start()
+        if name != "tensorboard":  # that one takes flat values only, and recipe.yaml lies beside it
+            tracker.store_init_configuration(self.config)
+        return tracker
+
+    def _rewind(self) -> None:
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if not self._is_ahead(line)]
+        if len(kept) < len(lines):
+            write_text(self.path, "".join(kept))
+
+    def _is_ahead(self, line: str) -> bool:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return True  # cut off as it was written
+        return not line.endswith("\n") or entry["stage"] == self.stage and entry["step"] > self.step
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def write(self, step: int, steps: int, scalars: dict[str, float]) -> None:
+        """Scalars of a step; one that is not finite is null in the file."""
+        if not self.enabled:
+            return
+        finite = {name: value for name, value in scalars.items() if math.isfinite(value)}
+        self._append({"stage": self.stage, "step": step, **{name: finite.get(name) for name in scalars}})
+        for tracker in self._started:
+            tracker.log(finite, step=step)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+        self.console.print(f"{self.stage} {step}/{steps}  {shown}", highlight=False)
+
+    def event(self, step: int, event: str, message: str, **facts: Any) -> None:
+        """What happened at a step, by name, with facts that JSON holds; the message is for the terminal."""
+        if self.enabled:
+            self._append({"stage": self.stage, "step": step, "event": event, **facts})
+            self.console.print(printable(f"{self.stage} {step}: {message}"), highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Ends the trackers."""
+        for tracker in self._started:
+            tracker.finish()

@@ -1,0 +1,137 @@
+"""The stage of CLIP.
+
+B batch, D features, W wrong captions.
+"""
+
+import hashlib
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from ...layers import random
+from ...pipeline.recipe import Recipe, build
+from ...tokenizers.captions import CaptionTokenizer
+from ..objectives import clip as clip_objective
+from ..run import Stage
+from ..stream import Batch, Source
+from .contract import Knob, Updates
+
+
+class CLIPStage:
+    """Fits CLIP (arXiv:2103.00020); captions of equal meaning are no negatives.
+
+    In the first share `canonical` of its steps every caption is read in the one wording of its meaning, beside its
+    first wrong caption only; from there to the share `canonical_end` fewer and fewer are. With "A above B" and "B below
+    A" equally often from the start, neither the order of the words nor the relation alone tells where A is, and both
+    towers stay blind to it for long; with one wording the order alone tells, and the other wording is an exception.
+    """
+
+    part = "clip"
+    metrics = ("accuracy",)
+    higher_is_better = True
+    coupled = True
+    depends: tuple[str, ...] = ("captions",)
+    restart_step: int | None = None
+    knobs: ClassVar = {
+        "wrong_captions": Knob(grammar=True),
+        "canonical": Knob(high=1, grammar=True),
+        "canonical_end": Knob(high=1, grammar=True),
+    }
+
+    def __init__(
+        self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
+    ) -> None:
+        self.captions = CaptionTokenizer.load(model / "captions.json")
+        self.network: Any = build(recipe, self.part).to(device)
+        self.networks: dict[str, nn.Module] = {self.part: self.network}
+        self.forward: dict[str, Callable[..., Any]] = dict(self.networks)
+        self.config, self.source, self.seed = config, source, seed
+
+    def updates(self, batch: Batch, step: int) -> Updates:
+        clip_objective.clamp_logit_scale(self.network.logit_scale)
+        image_features, text_features, scale, wrong = self._features(self.forward[self.part], batch, step)
+        meanings = [_number(self.source.meaning(caption)) for caption in batch.captions]
+        groups = torch.tensor(meanings, device=batch.image.device)
+        groups, weight = gather((groups, batch.weight))
+        image_features, text_features = _gather(image_features), _gather(text_features)
+        wrong = None if wrong is None else _gather(wrong)
+        loss, scalars = clip_objective.clip(image_features, text_features, scale, groups, wrong, weight)
+        yield self.part, loss, scalars
+
+    def _features(
+        self, towers: Callable[..., Any], batch: Batch, step: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Features of images (B, D) and captions (B, D), the scale, features of wrong captions (B, W, D) or None.
+
+        step: of training, for the share of canonical wordings; None reads all captions as they are.
+        """
+        share = 0.0 if step is None else self._canonical_share(step)
+        wanted = int(self.config.objective.get("wrong_captions", 0))
+        wanted = min(wanted, 1) if share == 1 else wanted
+        count, captions = len(batch.captions), [*batch.captions, *self._wrong(batch, wanted)]
+        if share and step is not None:
+            drawn = (random.uniform(self.seed, step, batch.samples, (1,), "canonical wording")[:, 0] < share).tolist()
+            rewrite = drawn + [draw for draw in drawn for _ in range(wanted)]
+            captions = [self.source.canonical(c) if r else c for c, r in zip(captions, rewrite, strict=True)]
+        tokens, lengths = self.captions.encode(captions)
+        text = self.network.with_end(tokens, lengths)[:, : int(lengths.max()) + 1]  # what follows the end is not read
+        image_features, text_features, scale = towers(batch.image, text.to(batch.image.device))
+        own, wrong = text_features[:count], text_features[count:]
+        return image_features, own, scale, wrong.view(count, -1, own.shape[1]) if len(wrong) else None
+
+    def _canonical_share(self, step: int) -> float:
+        """1 at first, then falling in a line to 0."""
+        knobs, steps = self.config.objective, self.config.steps
+        start = knobs.get("canonical", 0) * steps
+        end = max(start, knobs.get("canonical_end", 0) * steps)
+        return 1.0 if step < start else max(0.0, (end - step) / max(1.0, end - start))
+
+    def _wrong(self, batch: Batch, wanted: int) -> list[str]:
+        """As many minimal wrong captions of each sample as wanted, one sample after the other."""
+        if not wanted:
+            return []
+        found = self.source.wrong(batch.captions, batch.samples.tolist())
+        return [wrong[i % len(wrong)] for wrong in found for i in range(wanted)]
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """`accuracy`: how often an image's caption beats those of the batch that mean another thing, and wrong ones."""
+        image_features, text_features, _, wrong = self._features(self.network, batch)
+        similarity = image_features.float() @ text_features.float().T  # (B, B)
+        right = similarity.diagonal().clone()
+        meanings = [self.source.meaning(caption) for caption in batch.captions]
+        same = torch.tensor([[a == b for b in meanings] for a in meanings], device=right.device)
+        best = similarity.masked_fill(same, -1.0).amax(dim=1)
+        if wrong is not None:
+            best = best.maximum(torch.einsum("bd,bwd->bw", image_features.float(), wrong.float()).amax(dim=1))
+        return {"accuracy": (right > best).float()}
+
+    def preview(self, batch: Batch) -> Image | None:
+        """CLIP draws nothing."""
+        return None
+
+    def restart(self) -> None:
+        """It never does."""
+
+
+def _number(meaning: Hashable) -> int:
+    """A number of 64 bits that is equal on all ranks for equal meanings."""
+    digest = hashlib.blake2b(repr(meaning).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def _gather(local: Tensor) -> Tensor:
+    """Rows of all ranks, in order of rank, for a loss that every rank computes whole.
+
+    Gradients reach the own rows only, times the number of ranks: the sum of what all ranks would send back.
+    """
+    fixed, here = local.detach(), PartialState()
+    rows = list(gather(fixed).chunk(here.num_processes))
+    rows[here.process_index] = fixed + here.num_processes * (local - fixed)
+    return torch.cat(rows)

@@ -1,0 +1,48 @@
+"""SIGTERM and SIGINT: the first asks a run to save and stop, a later one stops it at once.
+
+It does not know what is saved.
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SAME = 2.0  # seconds in which a launcher, a scheduler and a terminal may all pass on one wish
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class Stop:
+    """Whether this process was asked to stop: `signum`, 0 where not."""
+
+    def __init__(self) -> None:
+        self.signum, self._first = 0, 0.0
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        """The handler of the signals."""
+        now = time.monotonic()
+        if self.signum and now - self._first > _SAME:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        if not self.signum:
+            self.signum, self._first = signum, now
+
+
+@contextmanager
+def watched() -> Iterator[Stop]:
+    """Within it the two signals only set a Stop; only in the main thread, where Python has signals."""
+    stop = Stop()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
