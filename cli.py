@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -222,18 +221,9 @@ def train(
     if processes == 1:  # replaced, not wrapped: a signal to this process reaches the trainer
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-m", *trainer])
-    import torch
+    from .training.launcher import launch
 
-    environment = dict(os.environ)
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    if torch.cuda.is_available():
-        config = Path(__file__).parent / "accelerate_config.yaml"
-        launcher = ["accelerate.commands.launch", f"--config_file={config}"]
-        launcher += ["--multi_gpu", f"--num_processes={processes}"]
-    else:
-        environment["ACCELERATE_USE_CPU"] = "1"
-    command = [sys.executable, "-m", *launcher, "-m", *trainer]
-    raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
+    raise typer.Exit(launch(trainer, processes))
 
 
 @app.command()
