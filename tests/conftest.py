@@ -66,14 +66,11 @@ def work(tmp_path_factory):
 
     def run(jobs, processes):
         folder = tmp_path_factory.mktemp("jobs")
-        lines = [json.dumps({"stop_at": None, **job}) for job in jobs]
-        (folder / "jobs.jsonl").write_text("\n".join(lines))
+        (folder / "jobs.jsonl").write_text("\n".join(json.dumps(job) for job in jobs))
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, *(launcher if processes > 1 else []), str(WORKER), str(folder / "jobs.jsonl"), str(folder)],
-            env=environment, capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
+        worker = [*(launcher if processes > 1 else []), str(WORKER), str(folder / "jobs.jsonl"), str(folder)]
+        done = subprocess.run([sys.executable, *worker], env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         sys.stderr.write(done.stderr)  # shown where a test fails
         ranks = range(processes)

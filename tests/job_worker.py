@@ -2,9 +2,10 @@
 
     python job_worker.py JOBS.jsonl RESULTS
 
-A job is a line {"name", "argv", "stop_at"}: the arguments of the trainer, and the step at which the first rank sends
-itself a real SIGTERM, or null. Per job and rank, RESULTS/<name>-<rank>.json holds {"status", "world", "keys"}, with
-the keys of the samples of each step.
+A job is a line {"name", "argv", ...}: the arguments of the trainer, and what happens to it: "stop_at", the step at
+which the first rank sends itself a real SIGTERM; "poison", the first and last position of samples whose pictures are
+not numbers; "fail_at", the step at which the last rank fails. Per job and rank, RESULTS/<name>-<rank>.json holds
+{"status", "world", "keys"}, with the keys of the samples of each step.
 """
 
 import json
@@ -18,30 +19,35 @@ from accelerate import PartialState
 from kartina.training import __main__ as trainer
 from kartina.training import stages
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-def recording(kind, keys, stop_at):
-    """The stage, which also writes down its samples and at a step asks its own process to stop."""
 
-    class Recording(kind):
+def troubled(kind, job, keys):
+    """The stage, which also writes down its samples, and to which happens what the job says."""
+
+    class Troubled(kind):
         def updates(self, batch, step):
             keys.append([step, batch.keys])
-            if step == stop_at and os.environ.get("RANK", "0") == "0":
+            if step == job.get("stop_at") and RANK == 0:
                 signal.raise_signal(signal.SIGTERM)
+            if step == job.get("fail_at") and RANK == WORLD - 1:
+                raise RuntimeError(f"rank {RANK} fails at step {step}")
+            first, last = job.get("poison", (0, -1))
+            batch.image[(batch.samples >= first) & (batch.samples <= last)] = float("nan")
             return super().updates(batch, step)
 
-    return Recording
+    return Troubled
 
 
 def run(job, results):
     keys, known = [], dict(stages.STAGES)
-    stages.STAGES.update({name: recording(kind, keys, job["stop_at"]) for name, kind in known.items()})
+    stages.STAGES.update({name: troubled(kind, job, keys) for name, kind in known.items()})
     try:
-        status = trainer.main([*job["argv"], f"--processes={os.environ.get('WORLD_SIZE', 1)}"])
+        status = trainer.main([*job["argv"], f"--processes={WORLD}"])
     finally:
         stages.STAGES.update(known)
-    here = PartialState()
-    facts = {"status": status, "world": here.num_processes, "keys": keys}
-    (results / f"{job['name']}-{here.process_index}.json").write_text(json.dumps(facts))
+    facts = {"status": status, "world": PartialState().num_processes, "keys": keys}
+    (results / f"{job['name']}-{RANK}.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":

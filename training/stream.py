@@ -17,7 +17,7 @@ import logging
 from collections import OrderedDict, deque
 from collections.abc import Generator, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -37,7 +37,7 @@ _WORD = 2**64 - 1
 class Batch:
     """image float32 (B, 3, S, S) in [-1, 1]; captions, keys; samples int64 (B,), the positions; weight float32 (B,).
 
-    A weight is 1, or 0 for a sample that could not be read.
+    A weight is 1, or 0 for a sample that could not be read; problems says why, by key.
     """
 
     image: Tensor
@@ -45,6 +45,7 @@ class Batch:
     keys: list[str]
     samples: Tensor
     weight: Tensor
+    problems: dict[str, str] = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -97,8 +98,8 @@ class ShardSource:
     """Reads tar shards by position.
 
     shards: a folder, or a list of files. size: the image side. window: shards whose members are mixed. A sample that
-    cannot be read keeps its position with weight 0, an image of zeros and no caption, and is named in `bad`
-    (shard/key -> reason); when more than `bad_limit` of all samples are bad, `read` raises ValueError.
+    cannot be read keeps its position with weight 0, an image of zeros and no caption, and is named in the batch's
+    `problems`.
     """
 
     def __init__(
@@ -107,14 +108,11 @@ class ShardSource:
         size: int,
         seed: int,
         window: int = 4,
-        bad_limit: float = 0.05,
     ):
         if size < 1 or window < 1:
             raise ValueError(f"image side and window must be at least 1, got {size} and {window}")
         self.indexes: list[Index] = [load_index(path) for path in find_shards(shards)]
-        self.side, self.seed, self.window, self.bad_limit = size, seed, window, bad_limit
-        self.bad: dict[str, str] = {}
-        self._bad_places: set[tuple[int, int]] = set()
+        self.side, self.seed, self.window = size, seed, window
         self._counts = np.array([len(index.entries) for index in self.indexes], dtype=np.int64)
         self._total = int(self._counts.sum())
         self._last_pass = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
@@ -169,7 +167,7 @@ class ShardSource:
             self._windows.popitem(last=False)
         return shards, members
 
-    def _read_one(self, position: int) -> tuple[Tensor, str, str, float]:
+    def _read_one(self, position: int) -> tuple[Tensor, str, str, str | None]:
         shard, member = self._place(position)
         index = self.indexes[shard]
         entry = index.entries[member]
@@ -177,30 +175,19 @@ class ShardSource:
         try:
             with open(index.path, "rb") as file:
                 picture, caption = read_sample(file, entry)
-            return fit(picture, self.side), caption, key, 1.0
+            return fit(picture, self.side), caption, key, None
         except BadSample as error:
-            self._count_bad((shard, member), key, str(error))
-            return torch.zeros(3, self.side, self.side), "", key, 0.0
-
-    def _count_bad(self, place: tuple[int, int], key: str, reason: str) -> None:
-        if place not in self._bad_places:
-            _log.warning("bad sample %s: %s", key, reason)
-            self._bad_places.add(place)
-            self.bad[key] = reason
-        if len(self._bad_places) > self.bad_limit * self._total:
-            named = "; ".join(f"{k}: {r}" for k, r in list(self.bad.items())[:5])
-            raise ValueError(
-                f"at most {self.bad_limit:.1%} of the samples may be bad, got {len(self._bad_places)} of {self._total} "
-                f"({named}); run check_shards and pack again, or raise bad_limit"
-            )
+            return torch.zeros(3, self.side, self.side), "", key, str(error)
 
     def read(self, positions: Sequence[int]) -> Batch:
-        """The batch at these positions. Raises ValueError for a negative position or too many bad samples."""
+        """The batch at these positions. Raises ValueError for a negative position."""
         if not len(positions) or min(positions) < 0:
             raise ValueError(f"positions must be a non-empty sequence of numbers >= 0, got {list(positions)}")
-        images, captions, keys, weights = zip(*(self._read_one(int(p)) for p in positions), strict=True)
+        images, captions, keys, reasons = zip(*(self._read_one(int(p)) for p in positions), strict=True)
         samples = torch.tensor([int(p) for p in positions], dtype=torch.int64)
-        return Batch(torch.stack(images), list(captions), list(keys), samples, torch.tensor(weights))
+        problems = {key: reason for key, reason in zip(keys, reasons, strict=True) if reason is not None}
+        weight = torch.tensor([0.0 if key in problems else 1.0 for key in keys])
+        return Batch(torch.stack(images), list(captions), list(keys), samples, weight, problems)
 
     def captions(self, positions: Sequence[int]) -> list[str]:
         """The captions at these positions, without those that cannot be read."""
@@ -248,11 +235,15 @@ def validation_positions(total: int, rank: int, world: int) -> list[int]:
     return list(range(total * rank // world, total * (rank + 1) // world))
 
 
-def prefetch(source: Source, positions: Iterable[Sequence[int]], ahead: int = 2) -> Generator[Batch]:
-    """Batches at each list of positions, in order, read up to `ahead` batches early by one background thread.
+def prefetch(source: Source, positions: Iterable[Sequence[int]], ahead: int = 2, workers: int = 0) -> Generator[Batch]:
+    """Batches at each list of positions, in order, read up to `ahead` batches early (by each worker).
 
-    An error of the source is raised here, at its own turn.
+    workers: processes that read; 0 is one thread of this process. An error of the source is raised here, at its turn.
     """
+    return _by_workers(source, positions, ahead, workers) if workers else _by_thread(source, positions, ahead)
+
+
+def _by_thread(source: Source, positions: Iterable[Sequence[int]], ahead: int) -> Generator[Batch]:
     # One core, for this thread alone: a second pool of workers would wait beside the one that trains, and slow it.
     pool = ThreadPoolExecutor(1, "stream", initializer=torch.set_num_threads, initargs=(1,))
     pending: deque[Future[Batch]] = deque()
@@ -265,3 +256,31 @@ def prefetch(source: Source, positions: Iterable[Sequence[int]], ahead: int = 2)
             yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Reads(torch.utils.data.Dataset):
+    """A source as torch's DataLoader wants it: indexed by a whole list of positions."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitems__(self, positions: list[int]) -> Batch:
+        return self.source.read(positions)
+
+    def __getitem__(self, position: int) -> Batch:
+        return self.source.read([position])
+
+
+def _whole(batch: Batch) -> Batch:
+    return batch
+
+
+def _by_workers(source: Source, positions: Iterable[Sequence[int]], ahead: int, workers: int) -> Generator[Batch]:
+    loader = torch.utils.data.DataLoader(
+        _Reads(source), batch_sampler=positions, num_workers=workers, prefetch_factor=ahead, collate_fn=_whole
+    )
+    read = iter(loader)
+    try:
+        yield from read
+    finally:
+        read._shutdown_workers()  # now, not whenever the iterator is collected
