@@ -17,9 +17,10 @@ def images(seed: int = 0, batch: int = 2) -> torch.Tensor:
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Equal as the house defines it: max |a - b| <= 1e-5 max(1, max |b|)."""
-    assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() <= 1e-5 * max(1.0, theirs.abs().max().item())
+    """Equal as the house defines it: max |a - b| <= 1e-5 max(1, max |b|), and <= 1e-10 in float64."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    bound = 1e-10 if ours.dtype == torch.float64 else 1e-5 * max(1.0, theirs.abs().max().item())
+    assert (ours - theirs).abs().max() <= bound
 
 
 @pytest.fixture
@@ -44,9 +45,10 @@ def pair():
     return reference, ours
 
 
-def test_kl_equals_diffusers_in_outputs_and_gradients(pair):
-    reference, ours = pair
-    image, noise = images(), torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kl_equals_diffusers_in_outputs_and_gradients(pair, dtype):
+    reference, ours = (model.to(dtype) for model in pair)
+    image, noise = images().to(dtype), torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
     posterior = reference.encode(image).latent_dist
     latents = posterior.mean + posterior.std * noise
     decoded = reference.decode(latents).sample

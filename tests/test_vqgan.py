@@ -28,9 +28,10 @@ def images(seed: int = 0, batch: int = 2) -> torch.Tensor:
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Equal as the house defines it: max |a - b| <= 1e-5 max(1, max |b|)."""
-    assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() <= 1e-5 * max(1.0, theirs.abs().max().item())
+    """Equal as the house defines it: max |a - b| <= 1e-5 max(1, max |b|), and <= 1e-10 in float64."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    bound = 1e-10 if ours.dtype == torch.float64 else 1e-5 * max(1.0, theirs.abs().max().item())
+    assert (ours - theirs).abs().max() <= bound
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -62,7 +63,8 @@ def test_published_sizes():
     assert sum(p.numel() for p in large.parameters()) == 76_073_859
 
 
-def test_vqgan_equals_diffusers_in_outputs_and_gradients():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_vqgan_equals_diffusers_in_outputs_and_gradients(dtype):
     from diffusers import VQModel
 
     torch.manual_seed(0)
@@ -82,10 +84,11 @@ def test_vqgan_equals_diffusers_in_outputs_and_gradients():
     ours = VQGAN(**TINY)
     ours.load_state_dict(from_diffusers(reference.state_dict()))
     assert set(to_diffusers(ours.state_dict())) == set(reference.state_dict())
-    latents = reference.encode(images()).latents
+    reference, ours, image = reference.to(dtype), ours.to(dtype), images().to(dtype)
+    latents = reference.encode(image).latents
     sample = reference.decode(latents).sample
     codes = reference.quantize(latents)[2][2].view(2, 8, 8)
-    out = ours(images())
+    out = ours(image)
     assert torch.equal(out["codes"], codes) and len(codes.unique()) > 3
     close(out["latents"], latents)
     close(out["reconstruction"], sample)
