@@ -38,6 +38,14 @@ def codebook_counts(codes: Tensor, num_codes: int, weight: Tensor) -> Tensor:
     return zeros.index_put_((codes.reshape(-1),), each, accumulate=True)
 
 
+@torch.no_grad()
+def codebook_scalars(codes: Tensor, num_codes: int, weight: Tensor) -> dict[str, Tensor]:
+    """`perplexity` in [1, K] and `usage` in (0, 1] of a batch's codes (B, h, w), by image weight (B,)."""
+    counts = codebook_counts(codes, num_codes, weight)
+    share = counts / counts.sum().clamp(min=1e-12)
+    return {"perplexity": torch.exp(torch.special.entr(share).sum()), "usage": (counts > 0).float().mean()}
+
+
 def dvae(
     parameters: Tensor,
     logits: Tensor,
@@ -72,14 +80,11 @@ def dvae(
     count = weight.sum()
     with torch.no_grad():
         mean = weight / count.clamp(min=1e-12)
-        counts = codebook_counts(logits.argmax(dim=1), logits.shape[1], weight)
-        share = counts / counts.sum().clamp(min=1e-12)
         scalars = {
             "nll": (mean * nll).sum(),
             "squared": (mean * squared).sum(),
             "kl": (mean * kl.mean(dim=(1, 2))).sum(),
-            "perplexity": torch.exp(torch.special.entr(share).sum()),
-            "usage": (counts > 0).float().mean(),
+            **codebook_scalars(logits.argmax(dim=1), logits.shape[1], weight),
         }
     return ((weight * loss).sum(), count), scalars
 
