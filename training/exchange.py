@@ -90,4 +90,5 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         keys=batch.keys,
         samples=batch.samples.to(device),
         weight=batch.weight.to(device),
+        encoded={name: array.to(device) for name, array in batch.encoded.items()},
     )
