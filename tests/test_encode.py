@@ -318,7 +318,7 @@ def test_other_shards_preprocessing_or_contents_are_refused_with_the_key(shards,
         with pytest.raises(RecipeError, match=r"differs in source\.shard-000003\.tar|differs in source\.shard-000000"):
             read_as_stage(changed, encoded, run)
     with pytest.raises(
-        RecipeError, match=r"no cache of this format; make it with `kartina data encode .* --what codes`"
+        RecipeError, match=r"no cache of this format; make it with `kartina data encode .* --what=codes`"
     ):
         read_as_stage(shards, tmp_path / "nowhere", run)
     with monkeypatch.context() as patch:

@@ -14,6 +14,7 @@ It does not know how the arrays are computed: `encode` writes them.
 """
 
 import json
+import shlex
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,8 @@ def source_for(stage: Any, source: Source, data: Data, against: dict[str, str], 
     assert isinstance(source, ShardSource)  # `check_data` refuses a cache of anything else
     folder, names = Path(data.cache), list(stage.cached)
     manifest = read_manifest(folder)
-    words = ["kartina data encode", str(data.shards), "FOLDER", f"--model {model}", *(f"--what {n}" for n in names)]
-    anew = f"make it with `{' '.join(words)}` and set training.data.cache=FOLDER"
+    words = ["data", "encode", str(data.shards), "FOLDER", "--model", str(model), *(f"--what={n}" for n in names)]
+    anew = f"make it with `kartina {shlex.join(words)}` and set training.data.cache=FOLDER"
     if manifest is None:
         raise RecipeError(f"training.data.cache: {folder} is no cache of this format; {anew}")
     parts = {part: digest for part, digest in against.items() if part in manifest["parts"]}
