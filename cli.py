@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -244,34 +243,24 @@ def plan(recipe: str, as_json: Annotated[bool, typer.Option("--json")] = False) 
 @data.command()
 def pack(folder: Path, out: Path, samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000) -> None:
     """Pack pictures with sibling .txt captions into WebDataset shards."""
+    from .pipeline.terminal import tell
     from .training.shards import pack_folder
 
     report = pack_folder(folder, out, samples_per_shard)
     typer.echo(f"packed {report.packed} samples into {out}")
-    _list("no caption", report.no_caption)
-    _list("no picture", report.no_picture)
-    _list("duplicate (packed)", report.duplicates)
-    _list("not a picture or caption", report.ignored)
-    _list("bad", (f"{name}: {reason}" for name, reason in report.bad.items()))
-
-
-def _list(finding: str, names: Iterable[str]) -> None:
-    """One line for each name, which comes from a file and is not believed."""
-    from .pipeline.terminal import printable
-
-    for name in names:
-        typer.echo(f"  {finding}: {printable(name)}")
+    tell({"no caption": report.no_caption, "no picture": report.no_picture, "duplicate (packed)": report.duplicates})
+    tell({"not a picture or caption": report.ignored, "bad": report.bad})
 
 
 @data.command()
 def check(shards: Path) -> None:
     """Read every sample of the shards; name each bad one with its reason, exit with 1 if there is any."""
+    from .pipeline.terminal import tell
     from .training.shards import check_shards
 
     report = check_shards(shards)
     typer.echo(f"read {report.samples} samples, {len(report.bad)} bad, {len(report.shards)} shards with findings")
-    _list("shard", (f"{name}: {reason}" for name, reason in report.shards.items()))
-    _list("bad", (f"{name}: {reason}" for name, reason in report.bad.items()))
+    tell({"shard": report.shards, "bad": report.bad})
     if report.bad or report.shards:
         raise typer.Exit(1)
 
@@ -284,11 +273,30 @@ def emoji(
     per_concept: Annotated[int, typer.Option(help="records of each concept")] = 16,
 ) -> None:
     """Fetch Noto and Fluent emoji with your npm, rasterise them, and write shards with their licence notices."""
+    from .pipeline.terminal import tell
     from .training.data.emoji import prepare
 
     report = prepare(out, packed=packed, size=size, per_concept=per_concept)
     typer.echo(f"{report.samples} samples of {report.concepts} concepts in {out}; held out: {report.held_out}")
-    _list("left out", (f"{name}: {reason}" for name, reason in report.left_out.items()))
+    tell({"left out": report.left_out})
+
+
+@data.command()
+def encode(
+    shards: Path,
+    out: Path,
+    model: Annotated[str, typer.Option(help="a model's name or folder")],
+    what: Annotated[list[str] | None, typer.Option(help="codes, latents, image_embedding, text_embedding")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="one for each core or GPU if absent")] = None,
+    device: Device = "auto",
+) -> None:
+    """Write what a model's frozen parts make of shards, codes by default, to train from; run it again to go on."""
+    from .pipeline.terminal import tell
+    from .training.encode import encode as encode_shards
+
+    report = encode_shards(shards, out, model, what or ["codes"], processes, _device(device))
+    typer.echo(f"{out}: {report.samples} samples; shards: {report.written} written, {report.kept} were there")
+    tell({"still being written by another process": report.left, "bad": report.bad})
 
 
 @app.command()

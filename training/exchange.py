@@ -91,4 +91,5 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         samples=batch.samples.to(device),
         weight=batch.weight.to(device),
         problems=batch.problems,
+        encoded={name: array.to(device) for name, array in batch.encoded.items()},
     )

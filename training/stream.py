@@ -19,7 +19,7 @@ from collections.abc import Generator, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from .samples import BadSample, Index, find_shards, load_index, read_caption, re
 
 _log = logging.getLogger(__name__)
 _SHARDS, _MEMBERS = 0, 1  # the two uses of Philox, kept apart by its counter
+FIT = "upright RGB over white, centre square, box to about twice the side, bicubic"  # what `fit` reads and does
 _WORD = 2**64 - 1
 
 
@@ -37,7 +38,8 @@ _WORD = 2**64 - 1
 class Batch:
     """image float32 (B, 3, S, S) in [-1, 1]; captions, keys; samples int64 (B,), the positions; weight float32 (B,).
 
-    A weight is 1, or 0 for a sample that could not be read; problems says why, by key.
+    A weight is 1, or 0 for a sample that could not be read; problems says why, by key. encoded: what a cache holds in
+    the picture's place, by name (see `samples.ARRAYS`), integers as int64; the image is then (B, 3, 0, 0).
     """
 
     image: Tensor
@@ -46,6 +48,7 @@ class Batch:
     samples: Tensor
     weight: Tensor
     problems: dict[str, str] = field(default_factory=dict)
+    encoded: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -134,7 +137,15 @@ class ShardSource:
         words = [f"{self.seed} {self.window}", *(index.sha256 for index in self.indexes)]
         return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
-    def _place(self, position: int) -> tuple[int, int]:
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What is done to a picture before anything reads it: a cache was made with the same, or is refused.
+
+        A random augmentation belongs here, by name, so that no cache is made of one of its draws.
+        """
+        return {"image_size": self.side, "fit": FIT}
+
+    def place(self, position: int) -> tuple[int, int]:
         """(shard, member) at a position."""
         pass_, offset = divmod(position, self._total)
         order, starts = self._pass(pass_)
@@ -168,13 +179,12 @@ class ShardSource:
         return shards, members
 
     def _read_one(self, position: int) -> tuple[Tensor, str, str, str | None]:
-        shard, member = self._place(position)
+        shard, member = self.place(position)
         index = self.indexes[shard]
-        entry = index.entries[member]
-        key = f"{index.path.name.removesuffix('.tar')}/{entry.key}"
+        key = index.sample_name(member)
         try:
             with open(index.path, "rb") as file:
-                picture, caption = read_sample(file, entry)
+                picture, caption = read_sample(file, index.entries[member])
             return fit(picture, self.side), caption, key, None
         except BadSample as error:
             return torch.zeros(3, self.side, self.side), "", key, str(error)
@@ -193,7 +203,7 @@ class ShardSource:
         """The captions at these positions, without those that cannot be read."""
         found = []
         for position in positions:
-            shard, member = self._place(int(position))
+            shard, member = self.place(int(position))
             index = self.indexes[shard]
             with open(index.path, "rb") as file, contextlib.suppress(BadSample):
                 found.append(read_caption(file, index.entries[member]))
