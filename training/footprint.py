@@ -218,9 +218,12 @@ def measure(
         )
     parts, loss_of = PASSES[kind]
 
+    outputs: list[Any] = []
+
     def forward(*inputs: Any) -> Any:  # as Accelerate wraps it: outputs come back in float32
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            return convert_to_fp32(network(*inputs))
+            outputs.append(convert_to_fp32(network(*inputs)))  # which a stage holds until the step is done
+        return outputs[-1]
 
     setting = Setting(recipe, network, forward, knobs or {}, world)
     setting.frozen = {other: build_fake(recipe, other).requires_grad_(False) for other in parts}
@@ -234,6 +237,7 @@ def measure(
             loss = loss_of(setting, batch)
         loss.backward()
     frozen = setting.frozen_flops
+    outputs.clear()
     with _saved(modules) as more:
         loss_of(setting, 2 * batch)
     weights = sum(tensor.nbytes for module in setting.frozen.values() for tensor in module.parameters())
