@@ -226,18 +226,22 @@ def train(
 
 
 @app.command()
-def plan(recipe: str, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """Print what a recipe needs, counted without building it."""
-    from .pipeline.recipe import count_parameters
+def plan(
+    recipe: str,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="how many train together")] = 1,
+    device: Annotated[str, typer.Option(help="h100, h200, a100, a100-40gb, l40s, rtx4090, v100 ...")] = "h100",
+    utilisation: Annotated[float, typer.Option(help="the assumed share of the device's peak rate")] = 0.4,
+    shard: Annotated[str, typer.Option(help="none: DDP; fsdp: the state divided over the devices")] = "none",
+    stage: Annotated[str | None, typer.Option(help="plan this stage only")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print what training a recipe takes: parameters, FLOPs, memory, days; nothing is built or trained."""
+    from .training import plan as plans
     from .training import run as runs
 
-    resolved, _ = runs.load(recipe, [])
-    counts = count_parameters(resolved)
-    if as_json:
-        typer.echo(json.dumps({"parameters": counts}))
-        return
-    for part, count in counts.items():
-        typer.echo(f"{part:12s} {count:>16,d} parameters")
+    found = plans.plan(*runs.load(recipe, overrides or []), device, devices, utilisation, shard, stage)
+    typer.echo(json.dumps(found) if as_json else plans.report(found), nl=as_json)
 
 
 @data.command()
