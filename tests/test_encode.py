@@ -260,7 +260,7 @@ def trained(folder, *words):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     names = ("prior/image_loss", "prior/text_loss", "prior/norm")
     logged = [[line[name] for name in names] for line in lines if "prior/image_loss" in line]
-    return torch.tensor(logged), state.load_newest(folder / "state" / "prior")
+    return torch.tensor(logged), state.load(state.newest(folder / "state" / "prior"))
 
 
 def test_training_from_a_cache_equals_training_on_the_fly(shards, run, encoded, tmp_path, monkeypatch):

@@ -118,10 +118,12 @@ def test_stopped_and_resumed_equals_uninterrupted(kind, autoencoder, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         trainer.main([*command, str(tmp_path / "stopped")])
     monkeypatch.setattr(loop, "rate", real)
-    assert state.load_newest(tmp_path / "stopped" / "state" / "tokenizer")["step"] == 2
+    assert state.load(state.newest(tmp_path / "stopped" / "state" / "tokenizer"))["step"] == 2
     assert trainer.main([*command, str(tmp_path / "stopped")]) == 0
     assert trainer.main([*command, str(tmp_path / "whole")]) == 0
-    resumed, whole = (state.load_newest(tmp_path / name / "state" / "tokenizer") for name in ("stopped", "whole"))
+    resumed, whole = (
+        state.load(state.newest(tmp_path / name / "state" / "tokenizer")) for name in ("stopped", "whole")
+    )
     for name, value in whole["networks"]["tokenizer"].items():
         assert torch.equal(resumed["networks"]["tokenizer"][name], value), name
     for name, value in whole["ema"].items():
@@ -136,7 +138,8 @@ def test_accumulation_gives_the_same_gradient(tmp_path):
     trainer.main([*command, str(tmp_path / "one")])
     trainer.main([*command, str(tmp_path / "two"), "stages.tokenizer.micro_batch=2"])
     one, two = (
-        state.load_newest(tmp_path / name / "state" / "tokenizer")["networks"]["tokenizer"] for name in ("one", "two")
+        state.load(state.newest(tmp_path / name / "state" / "tokenizer"))["networks"]["tokenizer"]
+        for name in ("one", "two")
     )
     for name, value in one.items():
         assert torch.allclose(two[name], value, atol=1e-4), name

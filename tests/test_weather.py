@@ -28,7 +28,7 @@ def events(folder, name):
 
 
 def newest(folder, stage="tokenizer"):
-    return state.load_newest(folder / "state" / stage)
+    return state.load(state.newest(folder / "state" / stage))
 
 
 def is_finite(saved):
@@ -317,6 +317,6 @@ def test_killed_at_random_moments_of_saving_a_whole_checkpoint_remains(kills, ke
         process.kill()
         rest = process.communicate()[0].split()
         reached = int(rest[-1]) if rest else reached
-        saved = state.load_newest(folder)
+        saved = state.load(state.newest(folder))
         assert saved["at"] >= reached and bool((saved["weights"] == saved["at"]).all())
         code = save_forever(folder).replace("KEEP", str(keep)).replace("at = 0", f"at = {saved['at']}")
