@@ -5,8 +5,9 @@
 A job is a line {"name", "argv", ...}: the arguments of the trainer, and what happens to it: "stop_at", the step at
 which the first rank sends itself a real SIGTERM; "poison", the first and last position of samples whose pictures are
 not numbers; "fail_at", the step at which the last rank fails. Per job and rank, RESULTS/<name>-<rank>.json holds
-{"status", "world", "keys", "held"}, with the keys of the samples of each step, and of each network the number of its
-values that this rank holds, of how many, and whether all its parameters are DTensors.
+{"status", "world", "keys", "scored", "held"}: the keys of the samples of each step; those that were measured, with a
+weight; and of each network the number of its values that this rank holds, of how many, and whether all its parameters
+are DTensors.
 """
 
 import json
@@ -32,7 +33,7 @@ def held(network):
     return [sum(p.numel() for p in local), sum(p.numel() for p in parameters), divided]
 
 
-def troubled(kind, job, keys, found):
+def troubled(kind, job, keys, scored, found):
     """The stage, which also writes down its samples, and to which happens what the job says."""
 
     class Troubled(kind):
@@ -47,17 +48,21 @@ def troubled(kind, job, keys, found):
             batch.image[(batch.samples >= first) & (batch.samples <= last)] = float("nan")
             return super().updates(batch, step)
 
+        def measure(self, batch):
+            scored.extend(key for key, weight in zip(batch.keys, batch.weight.tolist(), strict=True) if weight)
+            return super().measure(batch)
+
     return Troubled
 
 
 def run(job, results):
-    keys, found, known = [], {}, dict(stages.STAGES)
-    stages.STAGES.update({name: troubled(kind, job, keys, found) for name, kind in known.items()})
+    keys, scored, found, known = [], [], {}, dict(stages.STAGES)
+    stages.STAGES.update({name: troubled(kind, job, keys, scored, found) for name, kind in known.items()})
     try:
         status = trainer.main([*job["argv"], f"--processes={WORLD}"])
     finally:
         stages.STAGES.update(known)
-    facts = {"status": status, "world": PartialState().num_processes, "keys": keys, "held": found}
+    facts = {"status": status, "world": PartialState().num_processes, "keys": keys, "scored": scored, "held": found}
     (results / f"{job['name']}-{RANK}.json").write_text(json.dumps(facts))
 
 

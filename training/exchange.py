@@ -77,10 +77,10 @@ def validate(stage: TrainingStage, ema: EMA, source: Source, accelerator: Accele
         for start in range(0, most, _VALIDATION_BATCH):
             chunk = mine[start : start + _VALIDATION_BATCH]
             batch = to_device(source.read(chunk or [0]), accelerator.device)
-            weight = batch.weight if chunk else torch.zeros_like(batch.weight)
+            batch.weight *= bool(chunk)  # a rank that has scored all its own still takes part
             for name, value in stage.measure(batch).items():
-                sums[name] = sums[name] + (value.float() * weight).sum()
-            count = count + weight.sum()
+                sums[name] = sums[name] + (value.float() * batch.weight).sum()
+            count = count + batch.weight.sum()
     count = accelerator.reduce(count, reduction="sum")
     return {name: float(accelerator.reduce(value, reduction="sum") / count) for name, value in sums.items()}
 
