@@ -232,7 +232,6 @@ def plan(
     devices: Annotated[int, typer.Option(min=1, help="how many train together")] = 1,
     device: Annotated[str, typer.Option(help="h100, h200, a100, a100-40gb, l40s, rtx4090, v100 ...")] = "h100",
     utilisation: Annotated[float, typer.Option(help="the assumed share of the device's peak rate")] = 0.4,
-    shard: Annotated[str, typer.Option(help="none: DDP; fsdp: the state divided over the devices")] = "none",
     stage: Annotated[str | None, typer.Option(help="plan this stage only")] = None,
     as_json: Json = False,
 ) -> None:
@@ -240,7 +239,7 @@ def plan(
     from .training import plan as plans
     from .training import run as runs
 
-    found = plans.plan(*runs.load(recipe, overrides or []), device, devices, utilisation, shard, stage)
+    found = plans.plan(*runs.load(recipe, overrides or []), device, devices, utilisation, stage)
     typer.echo(json.dumps(found) if as_json else plans.report(found), nl=as_json)
 
 

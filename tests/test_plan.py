@@ -18,7 +18,7 @@ from kartina.training import footprint, plan
 from kartina.training import run as runs
 from kartina.training.optim import EMA, build_optimizers
 
-BATCH = 4
+BATCH, FSDP = 4, "training.shard=fsdp"
 DVAE = "parts.tokenizer={kind: dvae, image_size: 32, num_codes: 64, width: 16, init_width: 16, num_groups: 2}"
 SMALL = ["parts.prior.depth=2", "parts.prior.attention=[conv, causal]", "parts.clip.vision_depth=1"]
 _LAYOUT = "image_size: 32, width: 16, channel_mult: [1, 2], norm_groups: 4"
@@ -181,14 +181,14 @@ def test_twice_the_devices_take_half_the_time():
     assert one["days"] == pytest.approx(9000 * one["step_seconds"] / 86400)
     assert two["device_hours"] == pytest.approx(48 * two["days"])
     assert one["memory"]["buckets"] == 0 and two["memory"]["buckets"] == two["memory"]["gradients"]
-    assert prior(adamw, devices=2, shard="fsdp")["step_seconds"] == pytest.approx(one["step_seconds"] / 2)
+    assert prior(adamw, FSDP, devices=2)["step_seconds"] == pytest.approx(one["step_seconds"] / 2)
     assert prior(adamw, utilisation=0.2)["compute_seconds"] == pytest.approx(2 * one["compute_seconds"])
     products = 5 * (2 * 128**2 * 512 * 2 + 2 * 128**3)  # Muon's, five rounds of an MLP's matrix
     assert prior()["flops_per_update"] > 4 * products > one["flops_per_update"] == 0
 
 
 def test_fsdp_divides_the_state_and_not_the_activations():
-    whole, parts = (prior(devices=4, shard=shard)["memory"] for shard in ("none", "fsdp"))
+    whole, parts = (prior(*key, devices=4)["memory"] for key in ((), (FSDP,)))
     for key in ("weights", "gradients", "optimizer", "ema"):
         assert parts[key] == whole[key] / 4
     assert parts["activations"] == whole["activations"] and parts["frozen"] == whole["frozen"]
@@ -203,7 +203,7 @@ def test_a_device_without_bfloat16_computes_in_float32():
 
 def test_twelve_billion_parameters_are_planned_in_seconds_without_memory():
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    found = planned("paper/dalle-12b", devices=1024, shard="fsdp", stage="prior")["stages"]["prior"]
+    found = planned("paper/dalle-12b", FSDP, devices=1024, stage="prior")["stages"]["prior"]
     assert time.process_time() - started < 30
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 500e6  # the weights alone are 49e9
     assert found["samples"] == 430_000 * 1024 and found["passes"] == 1 and found["fits"]
@@ -223,7 +223,6 @@ def test_a_recipe_without_training_has_no_days(tmp_path):
     ("options", "says"),
     [
         ({"device": "h10"}, "did you mean 'h100'"),
-        ({"shard": "fsdb"}, "did you mean 'fsdp'"),
         ({"stage": "priors"}, "did you mean 'prior'"),
         ({"utilisation": 0.0}, "above 0 and at most 1, got 1 and 0"),
         ({"devices": 3}, "stage tokenizer: .* does not divide .*--stage"),
@@ -250,3 +249,13 @@ def test_the_command_prints_a_table_or_json():
 def test_the_front_door_is_light():
     code = "import sys, kartina.cli; sys.exit('torch' in sys.modules or 'rich.table' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_recomputed_activations_are_computed_twice_and_not_kept():
+    kept, twice = prior(), prior("stages.prior.recompute=true")
+    assert twice["memory"]["activations"] < 0.7 * kept["memory"]["activations"]
+    assert (
+        1.1 * kept["flops_per_sample"]["trained"]
+        < twice["flops_per_sample"]["trained"]
+        < 4 / 3 * kept["flops_per_sample"]["trained"]
+    )

@@ -33,8 +33,7 @@ def prepare(network: nn.Module, accelerator: Accelerator, shard: bool, recompute
     computed again in the backward pass instead of being kept (Chen 2016, arXiv:1604.06174).
     """
     if recompute:
-        for block in blocks_of(network):
-            block.forward = partial(_recomputed, block.forward)  # type: ignore[method-assign]
+        recompute_blocks(network)
     if not (shard and blocks_of(network) and accelerator.num_processes > 1):
         return accelerator.prepare_model(network)
     # Autocast alone: placing is left to fully_shard, so that no device ever holds the whole network.
@@ -46,6 +45,12 @@ def prepare(network: nn.Module, accelerator: Accelerator, shard: bool, recompute
     for name in getattr(network, "sampling_methods", ()):
         register_fsdp_forward_method(network, name)
     return network
+
+
+def recompute_blocks(network: nn.Module) -> None:
+    """Activations inside blocks are computed again in the backward pass (see `prepare`), in place."""
+    for block in blocks_of(network):
+        block.forward = partial(_recomputed, block.forward)  # type: ignore[method-assign]
 
 
 def _recomputed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:

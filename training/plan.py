@@ -3,8 +3,8 @@
 A stage's step is `passes` forward and backward passes of `micro_batch` samples on every device, then one update:
 
 - weights, gradients, the optimizers' state (AdamW two values a weight, Muon one) and the moving average are float32.
-  With shard="fsdp" all four are divided over the devices, and each gathers two blocks and what lies in no block at a
-  time; without it, several devices keep DDP's buckets too, which are as large as the gradients.
+  With training.shard=fsdp all four are divided over the devices, where there are blocks, and each gathers two blocks
+  and what lies in none at a time; without it, several devices keep DDP's buckets too, as large as the gradients.
 - peak: the most that is alive at once. In a single pass gradients grow as activations shrink, so it may lie below the
   sum of the lines; AdamW's update takes its weights' size once more for a moment. A device is full at 90 %, for CUDA's
   context, the kernels' workspace and the allocator's gaps are not counted.
@@ -64,18 +64,15 @@ def plan(
     device: str = "h100",
     devices: int = 1,
     utilisation: float = 0.4,
-    shard: str = "none",
     stage: str | None = None,
 ) -> dict[str, Any]:
-    """The plan as plain values, under "stages" by stage. shard: "none" (DDP) or "fsdp". stage: plan only this one.
+    """The plan as plain values, under "stages" by stage. stage: plan only this one.
 
     Bytes and seconds. Without a training section: every part by itself, one sample a device, AdamW; no steps, no days.
-    Raises RecipeError for an unknown device, stage or way to shard, a utilisation that is none, and as `run.division`.
+    Raises RecipeError for an unknown device or stage, a utilisation that is none, and as `run.division`.
     """
     if device not in DEVICES:
         raise RecipeError(f"--device {device!r} is unknown; {nearest(device, list(DEVICES))}")
-    if shard not in ("none", "fsdp"):
-        raise RecipeError(f"--shard {shard!r} is unknown; {nearest(shard, ['none', 'fsdp'])}")
     if devices < 1 or not 0 < utilisation <= 1:
         raise RecipeError(
             f"a plan needs at least one device and a utilisation above 0 and at most 1, got {devices} and {utilisation}"
@@ -85,6 +82,7 @@ def plan(
         raise RecipeError(f"no stage {stage!r}; {nearest(stage, list(stages))}")
     card = DEVICES[device]
     precision = training.precision if training else "bf16"
+    shard = training.shard if training else "none"
     bf16 = precision == "bf16" and card.bf16 is not None
     setting = _Setting(recipe, card, devices, utilisation, shard == "fsdp", bf16)
     return {
@@ -125,6 +123,7 @@ class _Setting:
 
 def _stage(setting: _Setting, name: str, config: runs.Stage, stated: bool) -> dict[str, Any]:
     from .footprint import build_fake, fake, measure
+    from .parallel import blocks_of, recompute_blocks
 
     try:
         micro, passes = runs.division(config, setting.devices)
@@ -132,15 +131,18 @@ def _stage(setting: _Setting, name: str, config: runs.Stage, stated: bool) -> di
         raise RecipeError(f"stage {name}: {error}; or plan one stage with --stage") from None
     with fake():
         network = build_fake(setting.recipe, name)
+        divided = setting.fsdp and setting.devices > 1 and bool(blocks_of(network))
+        if config.recompute:
+            recompute_blocks(network)
         cost = measure(setting.recipe, name, network, micro, setting.devices, config.objective, setting.bf16)
         update = _update(network, config.optimizer)
-        gathered = _gathered(network) if setting.fsdp and setting.devices > 1 else 0
+        gathered = _gathered(network) if divided else 0
         weights = sum(parameter.nbytes for parameter in network.parameters())
         average = sum(value.nbytes for value in network.state_dict().values())
-    share = setting.devices if setting.fsdp else 1
-    exchange = weights if setting.devices > 1 and not setting.fsdp else 0
+    share = setting.devices if divided else 1
+    exchange = weights if setting.devices > 1 and not divided else 0
     state = (weights + update["state"] + average) / share + cost.frozen_weights + exchange
-    whole_pass = setting.fsdp or passes > 1  # gradients are there, whole, from its start
+    whole_pass = divided or passes > 1  # gradients are there, whole, from its start
     in_pass = weights / share + gathered + cost.working if whole_pass else cost.alive
     at_update = state + (weights + update["temporary"]) / share
     peak, most = max(state + in_pass, at_update), FULL * setting.device.memory
@@ -214,21 +216,13 @@ def _muon_flops(shape: tuple[int, int]) -> int:
 
 
 def _gathered(network: Any) -> int:
-    """Bytes that a sharded network holds whole at a time: two blocks, one's gradients, and what lies in no block.
-
-    Blocks are the items of its outermost lists of modules.
-    """
-    from torch import nn
+    """Bytes that a sharded network holds whole at a time: two blocks, one's gradients, and what lies in no block."""
+    from .parallel import blocks_of
 
     def size(module: Any) -> int:
         return sum(parameter.nbytes for parameter in module.parameters())
 
-    blocks: list[Any] = []
-    waiting: list[Any] = [network]
-    while waiting:
-        for child in waiting.pop().children():
-            is_list = isinstance(child, nn.ModuleList | nn.Sequential)
-            (blocks.extend(child) if is_list else waiting.append(child))
+    blocks = blocks_of(network)
     return 3 * max(map(size, blocks), default=0) + size(network) - sum(map(size, blocks))
 
 
