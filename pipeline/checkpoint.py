@@ -51,19 +51,19 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def export(module: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+def export(module: nn.Module, dtype: torch.dtype = torch.bfloat16, keep: bool = True) -> dict[str, Tensor]:
     """A part's weights as shipped: floating tensors rounded to `dtype`, everything on the CPU and contiguous.
 
-    What is divided over processes (a DTensor) is put together, for which all of them must call this.
+    What is divided over processes (a DTensor) is put together, one tensor at a time; all processes must call this, and
+    those without `keep` get nothing.
     """
-    weights = {name: getattr(value, "full_tensor", lambda v=value: v)() for name, value in module.state_dict().items()}
-    return {
-        name: (value.to(dtype) if value.is_floating_point() else value)
-        .detach()
-        .cpu()
-        .clone(memory_format=torch.contiguous_format)
-        for name, value in weights.items()
-    }
+    weights = {}
+    for name, value in module.state_dict().items():
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        if keep:
+            value = value.to(dtype) if value.is_floating_point() else value
+            weights[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return weights
 
 
 def write_text(path: Path, text: str) -> None:

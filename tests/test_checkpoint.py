@@ -236,7 +236,13 @@ def test_the_newest_whole_state_is_taken(tmp_path):
     assert state.load(state.newest(tmp_path))["step"] == 20
     (tmp_path / "step-00000020" / "state.pt").write_bytes(b"rotten")
     assert state.load(state.newest(tmp_path))["step"] == 10
-    (tmp_path / "step-00000010" / "manifest.json").write_text("{")
+    # The damaged one counts no longer as one to keep, and its step is saved again.
+    state.save(tmp_path, {"at": 20, "step": 20, "w": torch.ones(3)}, keep=1)
+    assert [path.name for path in state.complete(tmp_path)] == ["step-00000020"]
+    assert state.load(state.newest(tmp_path))["step"] == 20
+    state.save(tmp_path, {"at": 10, "step": 10, "w": torch.ones(3)})
+    for step in (10, 20):
+        (tmp_path / f"step-000000{step}" / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="every checkpoint is damaged"):
         state.load(state.newest(tmp_path))
 

@@ -185,12 +185,15 @@ def test_a_resumed_log_repeats_no_step(tmp_path):
     first.write(4, 4, {"loss": 1.0})
     crashed = Log(tmp_path, "prior", True, 0)
     for step in (1, 2, 3):
+        crashed.at = step
         crashed.write(step, 4, {"loss": 1.0})
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"stage": "prior", "st')
     Log(tmp_path, "prior", False, 1)  # another rank leaves it alone
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 5
-    Log(tmp_path, "prior", True, 1).write(2, 4, {"loss": 2.0})
+    again = Log(tmp_path, "prior", True, 1)
+    again.at = 2
+    again.write(2, 4, {"loss": 2.0})
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["step"], line["loss"]) for line in lines] == [
         ("tokenizer", 4, 1.0), ("prior", 1, 1.0), ("prior", 2, 2.0)
@@ -317,7 +320,7 @@ def test_the_best_checkpoint_is_kept_and_may_be_what_is_exported(tmp_path, monke
     exported = checkpoint.load_weights(tmp_path / "model", "tokenizer")
     assert all(torch.equal(best[f"average.{name}"].to(value.dtype), value) for name, value in exported.items())
     assert not all(torch.equal(last[f"average.{name}"].to(value.dtype), value) for name, value in exported.items())
-    assert state.load(state.newest(folder))["best"] == (30.0, 2)
+    assert state.load(state.newest(folder))["best"] == (30.0, 2, 2)
 
 
 def test_tensorboard_has_the_scalars_and_a_missing_tracker_is_refused_at_once(tmp_path, capsys):

@@ -1,10 +1,10 @@
 """Bad weather: numbers that are not finite, samples that cannot be read, a full disk, ranks that fail, kills."""
 
-import errno
 import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from kartina.training import __main__ as trainer
-from kartina.training import state
+from kartina.training import loop, state
 from kartina.training.shards import ShardWriter
 from kartina.training.stages import STAGES
 
@@ -83,6 +83,8 @@ def test_a_run_that_went_back_resumes_like_any_other(stormy):
     whole, parted = newest(home / "span"), newest(home / "parted")
     assert all(torch.equal(whole["networks"]["tokenizer"][k], v) for k, v in parted["networks"]["tokenizer"].items())
     assert parted["bad"] == [[5, 7]] and parted["at"] == 24
+    for name in ("skipped", "returned"):
+        assert events(home / "parted", name) == events(home / "span", name)
 
 
 def test_bad_weather_at_the_very_start_goes_back_to_fresh_weights(stormy):
@@ -154,7 +156,7 @@ def test_validation_of_fewer_samples_than_ranks_hangs_nowhere(tiny, shards, tmp_
     argv = of_shards(tiny, shards, f"training.data.validation={tmp_path / 'one'}", "--run", str(tmp_path / "run"))
     (ranks,) = work([{"name": "few", "argv": argv}], 2).values()
     assert [rank["status"] for rank in ranks] == [0, 0]
-    assert [rank["scored"] for rank in ranks] == [[], ["alone-000000/000000000"] * 2]
+    assert [rank["scored"] for rank in ranks] == [["alone-000000/000000000"] * 2, []]
 
 
 def test_one_shard_for_four_readers(tiny, shards, tmp_path, work):
@@ -187,31 +189,41 @@ def test_too_many_unreadable_samples_end_the_run(tiny, shards, tmp_path, capsys)
 
 
 def test_a_full_disk_costs_nothing_but_the_new_checkpoint(tiny, tmp_path, monkeypatch, capsys):
-    """Neither where the room is known to be too small, nor where writing stops in the middle."""
+    """Neither where writing stops in the middle, by the system's own limit, nor where the room is seen too small."""
     argv = [*tiny["patch_dvae"][1], "stages.tokenizer.save_every=4", "stages.tokenizer.validate_every=100"]
-    real = torch.save
+    real, usage = state._finish, namedtuple("usage", "total used free")
+    room = iter([10**12] * 4 + [1000] + [10**12] * 9)  # of the step 0, 4, 8, 12 and then 16
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, next(room)))
 
-    def torn(content, file):
-        real(content, file)
+    def tight(temporary, final, content):
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
         if content["at"] in (8, 12):
-            file.truncate(1000)
-            raise OSError(errno.ENOSPC, "No space left on device")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (state.size(content) // (content["at"] // 4), limit[1]))
+        try:
+            real(temporary, final, content)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
-    monkeypatch.setattr(torch, "save", torn)
-    usage = namedtuple("usage", "total used free")
-    steps = iter([10**12] * 4 + [1000] + [10**12] * 9)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, next(steps)))
+    monkeypatch.setattr(state, "_finish", tight)
     assert trainer.main([*argv, "--run", str(tmp_path)]) == 0
     assert [event["step"] for event in events(tmp_path, "not saved")] == [8, 12, 16]
     assert newest(tmp_path)["step"] == 20 and not list((tmp_path / "state" / "tokenizer").glob(".writing*"))
-
-    def full(path):
-        return usage(0, 0, 1000)
-
-    monkeypatch.setattr(shutil, "disk_usage", full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 1000))
     capsys.readouterr()
     assert trainer.main([*argv, "--run", str(tmp_path / "full")]) == 2
     assert "make room" in capsys.readouterr().err
+
+
+def test_a_best_that_could_not_be_saved_is_not_the_best(tiny, tmp_path, monkeypatch):
+    """Nor does it keep a later one from being it, and the run can be finished."""
+    argv = [*tiny["patch_dvae"][1], "stages.tokenizer.validate_every=5", "stages.tokenizer.export=best"]
+    measured, real = iter([30.0, 20.0, 10.0, 15.0]), loop.exchange.validate
+    monkeypatch.setattr(loop.exchange, "validate", lambda *rest: real(*rest) | {"psnr": next(measured)})
+    usage = namedtuple("usage", "total used free")
+    room = iter([10**12, 1000, *[10**12] * 9])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, next(room)))
+    assert trainer.main([*argv, "--run", str(tmp_path)]) == 0
+    assert newest(tmp_path)["best"] == (20.0, 10, 10)
 
 
 def test_a_rank_that_fails_ends_all_with_its_traceback(tiny, tmp_path):
@@ -232,10 +244,11 @@ def test_a_rank_that_fails_ends_all_with_its_traceback(tiny, tmp_path):
 # --- signals and kills ------------------------------------------------------------------------------------------------
 
 
-def start(argv, processes=1):
+def start(argv, processes=1, **options):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "kartina.cli", "train", *argv, f"--processes={processes}"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, **options)
 
 
 def wait_for_step(folder, step, process, seconds=120):
@@ -270,6 +283,35 @@ def test_a_signal_to_the_command_saves_and_leaves_no_process(processes, tiny, tm
     assert not psutil.wait_procs(started, timeout=10)[1]
     (stopped,) = events(tmp_path, "stopped")
     assert newest(tmp_path)["step"] == stopped["step"] >= 5
+
+
+def test_a_signal_to_the_whole_group_saves_too(tiny, tmp_path):
+    """As a scheduler sends it: to the processes that read as well."""
+    argv = [*tiny["patch_dvae"][1], *LONG, "training.data.workers=2", "--run", str(tmp_path)]
+    process = start(argv, start_new_session=True)
+    wait_for_step(tmp_path, 5, process)
+    started = family(process)
+    assert len(started) == 3
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert not psutil.wait_procs(started, timeout=10)[1] and events(tmp_path, "stopped")
+
+
+def test_a_second_signal_stops_at_once(tiny, tmp_path):
+    """Also a trainer that no longer comes to look at signals, as one that waits for ever in a save."""
+    stuck = "import time; from kartina.training import state; state.save = lambda *rest: time.sleep(1000); "
+    argv = [*tiny["patch_dvae"][1], *LONG, "stages.tokenizer.save_every=7", "--run", str(tmp_path)]
+    code = f"{stuck}import sys; from kartina.training import __main__ as trainer; sys.exit(trainer.main({argv!r}))"
+    (tmp_path / "state" / "tokenizer").mkdir(parents=True)
+    code = code.replace("lambda *rest: time", "lambda folder, content, *rest: content['at'] and time")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    wait_for_step(tmp_path, 7, process)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == -signal.SIGTERM
 
 
 def test_a_killed_command_leaves_no_process_either(tiny, tmp_path):
@@ -309,7 +351,7 @@ def save_forever(folder):
     return f"""
 import torch
 from pathlib import Path
-from kartina.training import state
+from kartina.training import loop, state
 at = 0
 while True:
     at += 1

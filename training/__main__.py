@@ -240,11 +240,13 @@ def _train(
         run = (identity, stage, training, source, validation, folder, accelerator, stop, name in extended)
         ema = train_stage(*run)
         ema.copy_to_network()
-        weights = checkpoint.export(stage.networks[name])
+        weights = checkpoint.export(stage.networks[name], keep=accelerator.is_main_process)
         if accelerator.is_main_process:
             facts = {"trained_against": against, "identity": identity, "computed_in": precision}
             checkpoint.save_part(model, recipe, name, weights, **facts)
         accelerator.wait_for_everyone()
+        del stage, run, ema  # and what Accelerate keeps of them, before the next one is built
+        accelerator.free_memory()
 
 
 def _finished(model: Path, part: str, identity: dict[str, Any], extended: bool) -> bool:
@@ -303,8 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as stopped:
         return 128 + stopped.signum if given.processes == 1 else 0
     except (RecipeError, checkpoint.ModelError) as error:
-        if rank == "0":  # all ranks find the same
-            print(f"kartina: {error}", file=sys.stderr)
+        print(f"kartina: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         if given.processes > 1:  # it may be this rank's alone

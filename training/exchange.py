@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from . import parallel
 from .optim import EMA
 from .stages import TrainingStage, Update
-from .stream import Batch, Source, validation_positions
+from .stream import Batch, Source
 
-_VALIDATION_BATCH, _VALIDATED = 64, 512
+_CHUNK, _VALIDATED = 64, 512
 
 
 class TrainingError(ValueError):
@@ -40,14 +39,14 @@ def advance(generators: list[Iterator[Update]], networks: Collection[Any], accel
     return updates
 
 
-def divide(network: torch.nn.Module, updates: list[Update], accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+def divide(network: torch.nn.Module, updates: list[Update], accelerator: Accelerator) -> tuple[float, float]:
     """Turns gradients of sums, averaged over ranks by DDP, into that of the global mean. Returns (loss, count)."""
     sums = [
         torch.stack([torch.as_tensor(x, device=accelerator.device, dtype=torch.float32) for x in u[1]]) for u in updates
     ]
-    loss, count = accelerator.reduce(torch.stack(sums).sum(0).detach(), reduction="sum")
+    loss, count = accelerator.reduce(torch.stack(sums).sum(0).detach(), reduction="sum").tolist()
     if count > 0:
-        scale = accelerator.num_processes / float(count)
+        scale = accelerator.num_processes / count
         for parameter in network.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
@@ -67,19 +66,22 @@ def mean_scalars(updates: list[Update], accelerator: Accelerator) -> dict[str, f
 
 
 def validate(stage: TrainingStage, ema: EMA, source: Source, accelerator: Accelerator) -> dict[str, float]:
-    """The stage's metrics on the first samples of another source, each scored once, with the averaged weights."""
-    total = _VALIDATED if source.size is None else min(_VALIDATED, source.size)
-    mine = validation_positions(total, accelerator.process_index, accelerator.num_processes)
-    most = -(-total // accelerator.num_processes)  # of any rank: all make as many forward passes
+    """The stage's metrics on the first samples of another source, each scored once, with the averaged weights.
+
+    The samples lie in the same chunks on any number of ranks, since some metrics compare those of a chunk.
+    """
+    total, world = _VALIDATED if source.size is None else min(_VALIDATED, source.size), accelerator.num_processes
+    chunks = [range(start, min(total, start + _CHUNK)) for start in range(0, total, _CHUNK)]
     count = torch.zeros((), device=accelerator.device)
     sums = dict.fromkeys(stage.metrics, count)  # all of them on every rank, for one may have no samples
-    with ema.applied():  # no autocast here: codes must be those that training reads and painting makes
-        for start in range(0, most, _VALIDATION_BATCH):
-            chunk = mine[start : start + _VALIDATION_BATCH]
-            batch = to_device(source.read(chunk or [0]), accelerator.device)
-            batch.weight *= bool(chunk)  # a rank that has scored all its own still takes part
+    with ema.applied():
+        for turn in range(0, len(chunks), world):
+            at = turn + accelerator.process_index
+            batch = to_device(source.read(chunks[at if at < len(chunks) else 0]), accelerator.device)
+            batch.weight *= at < len(chunks)  # a rank without a chunk still takes part
             for name, value in stage.measure(batch).items():
-                sums[name] = sums[name] + (value.float() * batch.weight).sum()
+                weighted = torch.where(batch.weight > 0, value.float() * batch.weight, 0.0)  # without it may be inf
+                sums[name] = sums[name] + weighted.sum()
             count = count + batch.weight.sum()
     count = accelerator.reduce(count, reduction="sum")
     return {name: float(accelerator.reduce(value, reduction="sum") / count) for name, value in sums.items()}

@@ -40,6 +40,8 @@ def launch(trainer: Sequence[str], processes: int) -> int:
     def pass_on(signum: int, frame: FrameType | None) -> None:
         asked.append(signum)
         _signal_trainers(agent.pid, signum)
+        if len(asked) > 1:  # a trainer that waits for another one does not look at signals
+            agent.terminate()
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -1,6 +1,7 @@
 """What a run tells: a JSON-lines file that any notebook reads, trackers, and a line on the terminal.
 
-A line of log.jsonl is {"stage", "step", scalars...}, or {"stage", "step", "event", facts...} for what is no scalar.
+A line of log.jsonl is {"stage", "step", "at", scalars...}, or with "event" and its facts for what is no scalar. `at`
+counts steps of data, which only grows; `step` goes back where a run does, see `loop`.
 The trackers are Accelerate's, so that each has its own ways of starting and of authenticating.
 
 It does not know what the numbers mean; `doctor` and `compare` read them.
@@ -38,7 +39,7 @@ def _is_installed(name: str) -> bool:
 
 @dataclass
 class Log:
-    """The log of one stage. step: where it starts or resumes; what an interrupted run logged beyond is taken out.
+    """The log of one stage. at: where it starts or resumes; what an interrupted run logged beyond is taken out.
 
     enabled: false on all ranks but the first, where nothing is written. config: what trackers show as settings.
     """
@@ -46,7 +47,7 @@ class Log:
     folder: Path
     stage: str
     enabled: bool
-    step: int
+    at: int
     trackers: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -67,7 +68,7 @@ class Log:
         kind = getattr(importlib.import_module("accelerate.tracking"), TRACKERS[name])
         run = f"{self.folder.name}-{self.stage}"
         if name == "tensorboard":
-            tracker = kind(self.stage, self.folder / "tensorboard", purge_step=self.step + 1)
+            tracker = kind(self.stage, self.folder / "tensorboard", purge_step=self.at + 1)
         elif name == "wandb":  # the same run goes on where this one resumes
             tracker = kind("kartina", name=run, id=run, resume="allow", dir=str(self.folder))
         else:
@@ -90,27 +91,31 @@ class Log:
             entry = json.loads(line)
         except ValueError:
             return True  # cut off as it was written
-        return not line.endswith("\n") or entry["stage"] == self.stage and entry["step"] > self.step
+        return not line.endswith("\n") or entry["stage"] == self.stage and entry["at"] > self.at
 
-    def _append(self, entry: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    def _append(self, step: int, entry: dict[str, Any]) -> None:
+        entry = {"stage": self.stage, "step": step, "at": self.at, **entry}
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        except OSError as error:  # a full disk, which must not end what would go on once there is room
+            self.console.print(f"{self.path}: a line is lost ({error})", markup=False)
 
     def write(self, step: int, steps: int, scalars: dict[str, float]) -> None:
         """Scalars of a step; one that is not finite is null in the file."""
         if not self.enabled:
             return
         finite = {name: value for name, value in scalars.items() if math.isfinite(value)}
-        self._append({"stage": self.stage, "step": step, **{name: finite.get(name) for name in scalars}})
+        self._append(step, {name: finite.get(name) for name in scalars})
         for tracker in self._started:
-            tracker.log(finite, step=step)
+            tracker.log(finite, step=self.at)  # some trackers take no step back
         shown = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
         self.console.print(f"{self.stage} {step}/{steps}  {shown}", highlight=False)
 
     def event(self, step: int, event: str, message: str, **facts: Any) -> None:
         """What happened at a step, by name, with facts that JSON holds; the message is for the terminal."""
         if self.enabled:
-            self._append({"stage": self.stage, "step": step, "event": event, **facts})
+            self._append(step, {"event": event, **facts})
             self.console.print(printable(f"{self.stage} {step}: {message}"), highlight=False, markup=False)
 
     def close(self) -> None:

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 
-from . import exchange, parallel, state
+from . import exchange, parallel, sharded, state
 from .exchange import TrainingError
 from .log import Log
 from .optim import EMA, build_optimizers, rate
@@ -90,20 +90,11 @@ class _Run:
         self.checkpoints = folder / "state" / name
         self.state = RunState(identity, stage.networks, self._optimizers(), self._average())
         self._resume(extend)
-        self.log = Log(
-            folder,
-            name,
-            accelerator.is_main_process,
-            self.state.step,
-            training.trackers,
-            training.model_dump(mode="json"),
-        )
-        # Never-ending: going back leaves out steps, which are made up for.
-        positions = (
-            rank_positions(at, self.config.global_batch, rank, world, micro) for at in itertools.count(self.state.at)
-        )
-        workers = training.data.workers
-        self.stream = prefetch(source, itertools.chain.from_iterable(positions), workers=workers)
+        settings = training.model_dump(mode="json")
+        self.log = Log(folder, name, accelerator.is_main_process, self.state.at, training.trackers, settings)
+        batch, steps = self.config.global_batch, itertools.count(self.state.at)  # for going back leaves out some
+        positions = itertools.chain.from_iterable(rank_positions(at, batch, rank, world, micro) for at in steps)
+        self.stream = prefetch(source, positions, workers=training.data.workers)
         self.streak = 0
         self.problems: dict[str, str] = {}  # met since the last line
         self.shown = (validation or source).read(range(16))  # previews always show the same samples
@@ -112,24 +103,42 @@ class _Run:
 
     def _optimizers(self) -> dict[str, list[torch.optim.Optimizer]]:
         configs, default = self.config.optimizers, self.config.optimizer
-        return {
-            name: build_optimizers(network, configs.get(name, default)) for name, network in self.stage.networks.items()
-        }
+        networks = self.stage.networks.items()
+        return {name: build_optimizers(network, configs.get(name, default)) for name, network in networks}
 
     def _average(self) -> EMA:
         return EMA(self.stage.networks[self.stage.part], self.config.ema)
 
     def _resume(self, extend: bool) -> None:
-        path = state.newest(self.checkpoints)
+        path = self._newest()
         if path is None:
             return
-        keys = differences(state.load(path)["identity"], self.state.identity, extend)
+        keys = differences(state.identity_of(path), self.state.identity, extend)
         if keys:
             raise TrainingError(
                 f"{self.folder}: the recipe changed since this run began ({keys}); put it back, or start another run "
                 "with --run FOLDER; more steps alone are taken with --extend STAGE=STEPS"
             )
         self.state.restore(path)
+        restart = self.stage.restart_step
+        if extend and restart is not None and restart >= self.state.step > 0:
+            raise TrainingError(
+                f"{self.folder}: with {self.config.steps} steps the part that ends at step {restart} would begin again "
+                f"at step {self.state.step}; name fewer steps with --extend, or start another run with --run FOLDER"
+            )
+
+    def _newest(self) -> Path | None:
+        """The newest whole checkpoint, chosen by the first rank for all."""
+        found: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                found[0] = state.newest(self.checkpoints)
+            except ValueError as error:
+                found[1] = str(error)
+        path, problem = broadcast_object_list(found)
+        if problem:
+            raise TrainingError(problem)
+        return path
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -143,19 +152,19 @@ class _Run:
             batches = self._read()
             scalars = self._update(batches)
             run.step, run.at = run.step + 1, run.at + 1
+            self.log.at = run.at
             if scalars is None:
                 self._skip(batches)
             else:
                 self.streak = 0
                 if scalars:
                     self._report(scalars)
-            last = run.step == steps
-            if self.streak == 0 or last:
-                self._look(last)
-                self._save_if_due(last)
+                self._look()
+            if self.streak == 0 or run.step == steps:
+                self._save_if_due()
         self.stream.close()
         if self.config.export == "best" and run.best is not None:
-            run.restore(self.checkpoints / str(state.best_name(self.checkpoints)), data_too=False)
+            run.restore(state.path_of(self.checkpoints, run.best[2]), data_too=False)
         self.accelerator.wait_for_everyone()
         return run.ema
 
@@ -164,6 +173,7 @@ class _Run:
             return
         self.state.ema.copy_to_network()
         self.stage.restart()
+        assert self.together is None  # no stage of blocks begins anew
         for network in self.stage.networks.values():
             for tensor in network.state_dict().values():
                 broadcast(tensor)  # ranks may round differently
@@ -196,9 +206,9 @@ class _Run:
             name = updates[0][0]
             network, config = run.networks[name], self.config.optimizers.get(name, self.config.optimizer)
             loss, count = exchange.divide(network, updates, self.accelerator)
-            norm = parallel.whole(torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip))
+            norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip)))
             # After the exchange the three are the same on every rank, and so is the choice.
-            finite = bool(count > 0 and torch.isfinite(loss) and torch.isfinite(norm))
+            finite = count > 0 and math.isfinite(loss) and math.isfinite(norm)
             if finite:
                 for optimizer in run.optimizers[name]:
                     optimizer.step()
@@ -209,7 +219,7 @@ class _Run:
             if not finite:
                 return None
             if due:
-                scalars |= exchange.mean_scalars(updates, self.accelerator) | {f"{name}/norm": float(norm)}
+                scalars |= exchange.mean_scalars(updates, self.accelerator) | {f"{name}/norm": norm}
         return scalars
 
     # --- bad weather --------------------------------------------------------------------------------------------------
@@ -217,6 +227,7 @@ class _Run:
     def _skip(self, batches: list[Batch]) -> None:
         """A step that was not finite: its samples are named, and after so many in a row the run goes back."""
         self.streak += 1
+        self._name_problems()
         run, keys = self.state, gather_object([key for batch in batches for key in batch.keys])
         message = f"no good sample, or a loss or gradient that is not finite: skipped; samples {', '.join(keys[:8])}"
         self.log.event(run.step, "skipped", message + (" ..." if len(keys) > 8 else ""), keys=keys)
@@ -230,7 +241,7 @@ class _Run:
                 "Lower the learning rate, or look at these samples, and start again"
             )
         reached = run.step
-        path = state.newest(self.checkpoints)
+        path = self._newest()
         assert path is not None  # one was written before the first step
         run.restore(path, data_too=False)
         run.bad.append(span)
@@ -253,13 +264,15 @@ class _Run:
             "seconds": self._seconds(),
         }
         self.log.write(run.step, self.config.steps, scalars | facts)
-        if bad:
-            self._name_problems()
+        self._name_problems()
         self.lap, self.waited, self.bad = time.monotonic(), 0.0, 0.0
 
     def _name_problems(self) -> None:
         """Samples that no rank had met before are named; too many end the run."""
         run, known = self.state, set(self.state.problems)
+        met = torch.tensor(float(len(self.problems)), device=self.accelerator.device)
+        if self.accelerator.reduce(met, reduction="sum") == 0:
+            return
         run.problems |= dict(gather_object(list(self.problems.items())))
         self.problems = {}
         new = {key: reason for key, reason in run.problems.items() if key not in known}
@@ -275,29 +288,40 @@ class _Run:
     def _seconds(self) -> float:
         return self.state.seconds + time.monotonic() - self.began
 
-    def _look(self, last: bool) -> None:
+    def _look(self) -> None:
         """Validation and a preview, where they are due."""
         run, config = self.state, self.config
+        last = run.step == config.steps
         if self.validation is not None and (run.step % config.validate_every == 0 or last):
             found = exchange.validate(self.stage, run.ema, self.validation, self.accelerator)
             self.log.write(run.step, config.steps, {f"valid/{name}": value for name, value in found.items()})
-            value = found[self.stage.metrics[0]]
+            value, before = found[self.stage.metrics[0]], run.best
             sign = 1 if self.stage.higher_is_better else -1
-            if math.isfinite(value) and (run.best is None or sign * value > sign * run.best[0]):
-                run.best = (value, run.step)
-                self._save(best=True)
-        first = self.accelerator.is_main_process
-        if (run.step % config.preview_every == 0 or last) and (first or self.together):
-            with run.ema.applied():
-                picture = self.stage.preview(exchange.to_device(self.shown, self.accelerator.device))
-            if picture is not None and first:
-                path = self.folder / "previews" / f"{run.identity['stage']}-{run.step:06d}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                picture.save(path)
+            if math.isfinite(value) and (before is None or sign * value > sign * before[0]):
+                run.best = (value, run.step, run.at)
+                if not self._save():
+                    run.best = before
+        if run.step % config.preview_every == 0 or last:
+            self._preview()
 
-    def _save_if_due(self, last: bool) -> None:
+    def _preview(self) -> None:
+        run, first = self.state, self.accelerator.is_main_process
+        if not (first or self.together):
+            return
+        with run.ema.applied():
+            picture = self.stage.preview(exchange.to_device(self.shown, self.accelerator.device))
+        if picture is None or not first:
+            return
+        path = self.folder / "previews" / f"{run.identity['stage']}-{run.step:06d}.png"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+        except OSError as error:
+            self.log.console.print(f"{path} is not saved ({error})", markup=False)
+
+    def _save_if_due(self) -> None:
         """By steps, by the first rank's clock, at the end, and where any rank was asked to stop."""
-        every = self.config.save_every
+        every, last = self.config.save_every, self.state.step == self.config.steps
         due = last or (every is not None and self.state.step % every == 0)
         late = self.accelerator.is_main_process and time.monotonic() - self.saved > 60 * self.config.save_minutes
         wishes = torch.tensor([self.stop.signum, int(late)], device=self.accelerator.device)
@@ -308,19 +332,18 @@ class _Run:
             self.log.event(self.state.step, "stopped", "saved and stopped; the same command goes on from here")
             raise Stopped(int(signum))
 
-    def _save(self, best: bool = False, must: bool = False) -> None:
-        """Writes a checkpoint. Without `must` a failure, as of a full disk, is told and the run goes on."""
-        run, first = self.state, self.accelerator.is_main_process
-        if first or self.together:
+    def _save(self, must: bool = False) -> bool:
+        """Writes a checkpoint, and whether it could. Without `must` a failure is told and the run goes on."""
+        run, problem = self.state, None
+        self._name_problems()
+        if self.accelerator.is_main_process or self.together:
             content = run.collect() | {"seconds": self._seconds()}
             try:
-                path = state.save(self.checkpoints, content, self.config.keep, self.together)
-                if best and first:
-                    state.mark_best(self.checkpoints, path)
-                    state.rotate(self.checkpoints, self.config.keep)
+                state.save(self.checkpoints, content, self.config.keep, self.together)
             except OSError as error:
                 if must or run.at == 0:
                     raise
                 self.log.event(run.step, "not saved", f"could not save ({error}); the last checkpoint is whole")
+                problem = error
         self.saved = time.monotonic()
-        self.accelerator.wait_for_everyone()
+        return not sharded.any_rank(problem is not None, self.accelerator)

@@ -88,8 +88,3 @@ def like(tensor: Tensor, model: Tensor) -> Tensor:
     if not isinstance(model, DTensor):
         return tensor
     return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
-
-
-def whole_weights(network: nn.Module) -> dict[str, Tensor]:
-    """The state dict with whole tensors; all processes must call this."""
-    return {name: whole(value) for name, value in network.state_dict().items()}

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
@@ -56,7 +57,10 @@ def write(folder: Path, content: dict[str, Any], together: Accelerator) -> dict[
     named = _replaced(content, "", lambda key, value: _take(divided, key, value))
     writer = HuggingFaceStorageWriter(str(folder / _FOLDER), save_distributed=True)
     with agreed(together):
-        dcp.save(divided, storage_writer=writer)
+        try:
+            dcp.save(divided, storage_writer=writer)
+        except CheckpointException as error:  # a BaseException, of whatever went wrong on any process
+            raise OSError(f"parts of the checkpoint could not be written: {error}") from error
     return named
 
 

@@ -24,7 +24,6 @@ from . import sharded
 from .optim import EMA
 from .parallel import is_sharded
 
-_BEST = "best.json"
 _OF_THE_DATA = ("at", "bad", "problems", "best", "seconds")
 
 
@@ -34,8 +33,8 @@ class RunState:
 
     identity: see `training.run.identity`. step: optimizer steps of the weights. at: steps of data that were read; it
     only grows, and is ahead of `step` by what was given up after bad weather. bad: spans [first, last] of `at` whose
-    steps were not finite, k in a row. problems: why samples could not be read, by key. best: (the headline metric, the
-    step it was measured at). seconds: trained.
+    steps were not finite, k in a row. problems: why samples could not be read, by key. best: the best headline metric
+    that a checkpoint was kept of, its step, and its `at`. seconds: trained.
     """
 
     identity: dict[str, Any]
@@ -46,7 +45,7 @@ class RunState:
     at: int = 0
     bad: list[list[int]] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
-    best: tuple[float, int] | None = None
+    best: tuple[float, int, int] | None = None
     seconds: float = 0.0
 
     def collect(self) -> dict[str, Any]:
@@ -88,7 +87,7 @@ def save(folder: Path, content: dict[str, Any], keep: int = 2, together: Acceler
     each write their own. Returns its path. Raises OSError, with the earlier checkpoints untouched, where the disk has
     no room for it.
     """
-    final, temporary = folder / f"step-{content['at']:08d}", folder / f".writing-{content['at']:08d}"
+    final, temporary = path_of(folder, content["at"]), folder / f".writing-{content['at']:08d}"
     first = together is None or together.is_main_process
     if sharded.any_rank(first and final in complete(folder), together):
         return final
@@ -101,7 +100,7 @@ def save(folder: Path, content: dict[str, Any], keep: int = 2, together: Acceler
         with sharded.agreed(together):
             if first:
                 _finish(temporary, final, content)
-                rotate(folder, keep)
+                rotate(folder, keep, content["best"][2] if content.get("best") else None)
     except BaseException:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -120,12 +119,17 @@ def _make_room(folder: Path, temporary: Path, content: dict[str, Any]) -> None:
 def _finish(temporary: Path, final: Path, content: dict[str, Any]) -> None:
     """The last file, the manifest, and the name under which the checkpoint is found."""
     with open(temporary / "state.pt", "wb") as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # what torch's writer makes of a disk that is full
+            raise OSError(errno.ENOSPC, f"state.pt could not be written: {error}") from error
         file.flush()
         os.fsync(file.fileno())
     files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
     hashes = {str(path.relative_to(temporary)): file_hash(path) for path in files}
-    write_text(temporary / "manifest.json", json.dumps({"step": content["step"], "files": hashes}))
+    write_text(temporary / "manifest.json", json.dumps({"identity": content.get("identity", {}), "files": hashes}))
+    for folder in {path.parent for path in files} | {temporary}:
+        _sync(folder)
     shutil.rmtree(final, ignore_errors=True)  # one without a manifest
     os.rename(temporary, final)
     _sync(final.parent)
@@ -157,24 +161,16 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def rotate(folder: Path, keep: int) -> None:
-    """Removes all checkpoints but the newest `keep` and the best one."""
+def rotate(folder: Path, keep: int, best: int | None = None) -> None:
+    """Removes all checkpoints but the newest `keep` and the one of `at` best."""
     for old in complete(folder)[: -max(1, keep)]:
-        if old.name != best_name(folder):
+        if best is None or old != path_of(folder, best):
             shutil.rmtree(old)
 
 
-def mark_best(folder: Path, checkpoint: Path) -> None:
-    """From now on this checkpoint is kept as the best one."""
-    write_text(folder / _BEST, json.dumps(checkpoint.name))
-
-
-def best_name(folder: Path) -> str | None:
-    """The name of the checkpoint that is kept as the best, or None."""
-    try:
-        return str(json.loads((folder / _BEST).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return None
+def path_of(folder: Path, at: int) -> Path:
+    """Where the checkpoint lies that was written when so many steps of data had been read."""
+    return folder / f"step-{at:08d}"
 
 
 def complete(folder: Path) -> list[Path]:
@@ -190,21 +186,27 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
+def identity_of(path: Path) -> dict[str, Any]:
+    """The identity of the run that wrote a checkpoint."""
+    return json.loads((path / "manifest.json").read_text())["identity"]
+
+
 def load(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint; what is divided is left out. Raises ValueError where a hash disagrees."""
-    if not _is_whole(path):
-        raise ValueError(f"{path}: the checkpoint is damaged; move it away to use an older one")
+    """The content of a checkpoint that `newest` has found whole; what is divided is left out."""
     return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
 
 
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint whose hashes agree with its manifest, or None where there is none at all.
 
-    Raises ValueError where there are checkpoints but all are damaged: starting anew must be the user's choice.
+    Newer ones that are damaged are put aside under another name, so that they do not count as ones to keep. One process
+    of a job calls this. Raises ValueError where all are damaged: starting anew must be the user's choice.
     """
-    for path in reversed(complete(folder)):
-        if _is_whole(path):
-            return path
-    if complete(folder):
+    found = complete(folder)
+    whole = next((path for path in reversed(found) if _is_whole(path)), None)
+    if found and whole is None:
         raise ValueError(f"{folder}: every checkpoint is damaged; move them away to start anew")
-    return None
+    for path in found[found.index(whole) + 1 :] if whole else []:
+        shutil.rmtree(aside := path.with_name(f"damaged-{path.name}"), ignore_errors=True)
+        path.rename(aside)
+    return whole

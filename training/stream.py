@@ -14,6 +14,7 @@ It does not know devices, the model or the objective.
 import contextlib
 import hashlib
 import logging
+import signal
 from collections import OrderedDict, deque
 from collections.abc import Generator, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -238,13 +239,6 @@ def rank_positions(step: int, global_batch: int, rank: int, world: int, micro_ba
     return [list(range(at, at + micro_batch)) for at in range(start, start + share, micro_batch)]
 
 
-def validation_positions(total: int, rank: int, world: int) -> list[int]:
-    """One rank's slice of range(total): together the ranks hold each position once; lengths differ by at most one."""
-    if not 0 <= rank < world:
-        raise ValueError(f"0 <= rank < world is needed, got rank {rank} of {world}")
-    return list(range(total * rank // world, total * (rank + 1) // world))
-
-
 def prefetch(source: Source, positions: Iterable[Sequence[int]], ahead: int = 2, workers: int = 0) -> Generator[Batch]:
     """Batches at each list of positions, in order, read up to `ahead` batches early (by each worker).
 
@@ -285,10 +279,17 @@ def _whole(batch: Batch) -> Batch:
     return batch
 
 
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole group asks the trainer to save, which needs no dead workers; they end with it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _by_workers(source: Source, positions: Iterable[Sequence[int]], ahead: int, workers: int) -> Generator[Batch]:
     loader = torch.utils.data.DataLoader(
-        _Reads(source), batch_sampler=positions, num_workers=workers, prefetch_factor=ahead, collate_fn=_whole
-    )
+        _Reads(source), batch_sampler=positions, num_workers=workers, prefetch_factor=ahead, collate_fn=_whole,
+        worker_init_fn=_ignore_signals,
+    )  # fmt: skip
     read = iter(loader)
     try:
         yield from read

@@ -20,7 +20,7 @@ from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import clip as clip_objective
 from ..run import Stage
 from ..stream import Batch, Source
-from .contract import Knob, Updates
+from .contract import Knob, Loss, Updates
 
 
 class CLIPStage:
@@ -55,6 +55,9 @@ class CLIPStage:
         self.config, self.source, self.seed = config, source, seed
 
     def updates(self, batch: Batch, step: int) -> Updates:
+        yield self.part, *self._loss(batch, step)
+
+    def _loss(self, batch: Batch, step: int) -> Loss:
         clip_objective.clamp_logit_scale(self.network.logit_scale)
         image_features, text_features, scale, wrong = self._features(self.forward[self.part], batch, step)
         meanings = [_number(self.source.meaning(caption)) for caption in batch.captions]
@@ -62,8 +65,7 @@ class CLIPStage:
         groups, weight = gather((groups, batch.weight))
         image_features, text_features = _gather(image_features), _gather(text_features)
         wrong = None if wrong is None else _gather(wrong)
-        loss, scalars = clip_objective.clip(image_features, text_features, scale, groups, wrong, weight)
-        yield self.part, loss, scalars
+        return clip_objective.clip(image_features, text_features, scale, groups, wrong, weight)
 
     def _features(
         self, towers: Callable[..., Any], batch: Batch, step: int | None = None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...pipeline.images import grid, to_pil
 from ..stream import Batch
 
+Loss = tuple[tuple[Tensor, Tensor], dict[str, Tensor]]  # (loss_sum, count), scalars
 Update = tuple[str, tuple[Tensor, Tensor], dict[str, Tensor]]
 Updates = Iterator[Update]
 
@@ -58,7 +59,7 @@ class TrainingStage(Protocol):
         """Yields (network, (loss_sum, count), scalars); the loop steps that network's optimizer and resumes.
 
         The names are a function of `step` alone. Where a step is skipped, for a number that is not finite, the loop
-        does not resume.
+        does not resume. What is alive across a yield is kept for every micro-batch of a step.
         """
 
     def measure(self, batch: Batch) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import dalle as dalle_objective
 from ..run import Stage
 from ..stream import Batch, Source
-from .contract import Knob, Updates, contact_sheet
+from .contract import Knob, Loss, Updates, contact_sheet
 
 
 class DALLEStage:
@@ -44,14 +44,16 @@ class DALLEStage:
         self.config, self.source, self.seed = config, source, seed
 
     def updates(self, batch: Batch, step: int) -> Updates:
+        yield self.part, *self._loss(batch, step)
+
+    def _loss(self, batch: Batch, step: int) -> Loss:
         text, codes = self._read(batch)
         drop = random.uniform(self.seed, step, batch.samples, (1,), "caption drop")
         text = torch.where(
             drop < self.config.objective.get("caption_drop", 0.1), self.network.null_text(len(text)), text
         )
         text_logits, image_logits = self.forward[self.part](text, codes)
-        loss, scalars = dalle_objective.dalle(text_logits, image_logits, text, codes, batch.weight)
-        yield self.part, loss, scalars
+        return dalle_objective.dalle(text_logits, image_logits, text, codes, batch.weight)
 
     @torch.no_grad()
     def _read(self, batch: Batch) -> tuple[Tensor, Tensor]:

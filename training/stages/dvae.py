@@ -16,7 +16,7 @@ from ...pipeline.recipe import Recipe, build
 from ..objectives import dvae as dvae_objective
 from ..run import Stage
 from ..stream import Batch, Source
-from .contract import Knob, Updates, contact_sheet
+from .contract import Knob, Loss, Updates, contact_sheet
 
 
 class DVAEStage:
@@ -67,10 +67,14 @@ class DVAEStage:
         end = self.start * self.config.global_batch or min(2048, self.source.size or 2048)
         positions = range(max(0, end - 2048), end)
         chunks = [positions[i : i + 128] for i in range(0, len(positions), 128)]
-        images = (self.source.read(chunk).image.to(self.device) for chunk in chunks)
+        batches = (self.source.read(chunk) for chunk in chunks)
+        images = (batch.image[batch.weight > 0].to(self.device) for batch in batches)
         self.network.start_codes(images, self.seed)
 
     def updates(self, batch: Batch, step: int) -> Updates:
+        yield self.part, *self._loss(batch, step)
+
+    def _loss(self, batch: Batch, step: int) -> Loss:
         spec, noise, age = self.network.spec, None, step - self.start
         if age >= 0:
             noise = random.gumbel(self.seed, step, batch.samples, (*spec.shape, spec.vocabulary), "dvae gumbel")
@@ -78,8 +82,7 @@ class DVAEStage:
         beta = dvae_objective.kl_weight(age, **self.kl_weight) if age >= 0 else 0.0
         out = self.forward[self.part](batch.image, noise, dvae_objective.temperature(age, **self.temperature))
         squared = self.config.objective.get("squared", 0.0)
-        loss, scalars = dvae_objective.dvae(out["parameters"], out["logits"], batch.image, beta, batch.weight, squared)
-        yield self.part, loss, scalars
+        return dvae_objective.dvae(out["parameters"], out["logits"], batch.image, beta, batch.weight, squared)
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, Tensor]:
