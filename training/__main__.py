@@ -51,7 +51,10 @@ def source_of(recipe: Recipe, data: runs.Data) -> Any:
 
     if data.shards is None:
         raise RecipeError(f"{recipe.name}: training.data.shards is not set; pass training.data.shards=FOLDER")
-    return ShardSource(data.shards, size=recipe.image_size, seed=data.seed)
+    if data.validation is not None or not data.validation_share:
+        return ShardSource(data.shards, size=recipe.image_size, seed=data.seed)
+    split = {"part": "train", "share": data.validation_share}
+    return ShardSource(data.shards, size=recipe.image_size, seed=data.seed, **split)
 
 
 def validation_of(recipe: Recipe, data: runs.Data) -> Any:
@@ -60,11 +63,15 @@ def validation_of(recipe: Recipe, data: runs.Data) -> Any:
         from .data.shapes import ShapesSource
 
         return ShapesSource(size=recipe.image_size, seed=data.seed, split="S2none", jitter=data.jitter)
-    if data.validation is None:
-        return None
     from .stream import ShardSource
 
-    return ShardSource(data.validation, size=recipe.image_size, seed=data.seed)
+    if data.validation is not None:
+        return ShardSource(data.validation, size=recipe.image_size, seed=data.seed)
+    if data.shards is None or not data.validation_share:
+        return None
+    split = {"part": "validation", "share": data.validation_share}
+    held_out = ShardSource(data.shards, size=recipe.image_size, seed=data.seed, **split)
+    return held_out if held_out.size else None
 
 
 def _prepare_captions(recipe: Recipe, source: Any, model: Path) -> None:

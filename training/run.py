@@ -24,6 +24,7 @@ class Data(Section):
     jitter: float = Field(0.02, ge=0, description="of `shapes`: deviation of the shift of each colour")
     shards: str | None = None
     validation: str | None = Field(None, description="a folder of shards on which the headline metric is measured")
+    validation_share: float = Field(0.02, ge=0, lt=1, description="of `shards` without that: held out to measure on")
     seed: int = 0
 
 

@@ -19,7 +19,7 @@ from collections.abc import Generator, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -93,12 +93,21 @@ def fit(picture: Image.Image, size: int) -> Tensor:
     return pixels.permute(2, 0, 1).float() / 127.5 - 1  # (3, S, S)
 
 
+def _is_held_out(origin: str, share: float) -> bool:
+    """Whether a sample of this origin (64 bits, hexadecimal) is among the share that training never sees."""
+    return int(origin, 16) < share * 2**64
+
+
 class ShardSource:
     """Reads tar shards by position.
 
     shards: a folder, or a list of files. size: the image side. window: shards whose members are mixed. A sample that
     cannot be read keeps its position with weight 0, an image of zeros and no caption, and is named in `bad`
     (shard/key -> reason); when more than `bad_limit` of all samples are bad, `read` raises ValueError.
+
+    part: None for all samples; "validation" for about `share` of them, "train" for the rest. A hash of what a sample is
+    called in its json, or of its picture, says where it belongs: however it is packed, it stays there. Only a
+    validation part may be empty.
     """
 
     def __init__(
@@ -108,10 +117,16 @@ class ShardSource:
         seed: int,
         window: int = 4,
         bad_limit: float = 0.05,
+        part: Literal["train", "validation"] | None = None,
+        share: float = 0.0,
     ):
         if size < 1 or window < 1:
             raise ValueError(f"image side and window must be at least 1, got {size} and {window}")
         self.indexes: list[Index] = [load_index(path) for path in find_shards(shards)]
+        self.part, self.share = part, share
+        if part is not None:
+            for index in self.indexes:
+                index.entries = [e for e in index.entries if (part == "validation") == _is_held_out(e.origin, share)]
         self.side, self.seed, self.window, self.bad_limit = size, seed, window, bad_limit
         self.bad: dict[str, str] = {}
         self._bad_places: set[tuple[int, int]] = set()
@@ -122,7 +137,7 @@ class ShardSource:
         for index in self.indexes:
             if index.problem:
                 _log.warning("shard %s: %s", index.path.name, index.problem)
-        if not self._total:
+        if not self._total and part != "validation":
             raise ValueError(f"no samples in {len(self.indexes)} shards; check_shards names what is wrong with each")
 
     @property
@@ -133,7 +148,8 @@ class ShardSource:
     @property
     def fingerprint(self) -> str:
         """A hash over the shards and what orders them: a run that resumes compares it."""
-        words = [f"{self.seed} {self.window}", *(index.sha256 for index in self.indexes)]
+        part = [] if self.part is None else [f"{self.part} {self.share}"]
+        words = [f"{self.seed} {self.window}", *part, *(index.sha256 for index in self.indexes)]
         return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
     def _place(self, position: int) -> tuple[int, int]:
