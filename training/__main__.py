@@ -53,8 +53,7 @@ def source_of(recipe: Recipe, data: runs.Data) -> Any:
         raise RecipeError(f"{recipe.name}: training.data.shards is not set; pass training.data.shards=FOLDER")
     if data.validation is not None or not data.validation_share:
         return ShardSource(data.shards, size=recipe.image_size, seed=data.seed)
-    split = {"part": "train", "share": data.validation_share}
-    return ShardSource(data.shards, size=recipe.image_size, seed=data.seed, **split)
+    return ShardSource(data.shards, recipe.image_size, data.seed, part="train", share=data.validation_share)
 
 
 def validation_of(recipe: Recipe, data: runs.Data) -> Any:
@@ -69,8 +68,8 @@ def validation_of(recipe: Recipe, data: runs.Data) -> Any:
         return ShardSource(data.validation, size=recipe.image_size, seed=data.seed)
     if data.shards is None or not data.validation_share:
         return None
-    split = {"part": "validation", "share": data.validation_share}
-    held_out = ShardSource(data.shards, size=recipe.image_size, seed=data.seed, **split)
+    share = data.validation_share
+    held_out = ShardSource(data.shards, recipe.image_size, data.seed, part="validation", share=share)
     return held_out if held_out.size else None
 
 

@@ -53,34 +53,59 @@ def divide(network: torch.nn.Module, updates: list[Update], accelerator: Acceler
 
 
 def mean_scalars(updates: list[Update], accelerator: Accelerator) -> dict[str, float]:
-    """The scalars of one step, averaged over micro-batches and ranks by the weight of their samples."""
+    """The scalars of one step, averaged over micro-batches and ranks by the weight of their samples.
+
+    `total` among them is the loss itself, whatever it is made of.
+    """
     names = sorted(updates[0][2])
     rows = []
-    for _, (_, count), scalars in updates:
-        weight = torch.as_tensor(count, dtype=torch.float32, device=accelerator.device)
-        rows.append(torch.stack([weight, *(weight * scalars[name].detach().float() for name in names)]))
+    for _, (loss, count), scalars in updates:
+        weight, loss, *values = (
+            torch.as_tensor(x, dtype=torch.float32, device=accelerator.device).detach()
+            for x in (count, loss, *(scalars[name] for name in names))
+        )
+        rows.append(torch.stack([weight, loss, *(weight * value for value in values)]))
     total = accelerator.reduce(torch.stack(rows).sum(0), reduction="sum")
     mean = (total[1:] / total[0].clamp(min=1e-12)).tolist()
-    return {f"{updates[0][0]}/{name}": value for name, value in zip(names, mean, strict=True)}
+    return {f"{updates[0][0]}/{name}": value for name, value in zip(["total", *names], mean, strict=True)}
 
 
 def validate(stage: TrainingStage, ema: EMA, source: Source, accelerator: Accelerator) -> dict[str, float]:
-    """The stage's metrics on the first samples of another source, each scored once, with the averaged weights."""
+    """The stage's metrics on the first samples of another source, each scored once, with the averaged weights.
+
+    `ema_gain` is by how much the first batch of each rank is better with them than with the live ones, of the headline.
+    """
     total = _VALIDATED if source.size is None else min(_VALIDATED, source.size)
     mine = validation_positions(total, accelerator.process_index, accelerator.num_processes)
     most = -(-total // accelerator.num_processes)  # of any rank: all make as many forward passes
-    count = torch.zeros((), device=accelerator.device)
-    sums = dict.fromkeys(stage.metrics, count)  # all of them on every rank, for one may have no samples
+
+    def read(start: int) -> tuple[Batch, Tensor]:
+        chunk = mine[start : start + _VALIDATION_BATCH]
+        batch = to_device(source.read(chunk or [0]), accelerator.device)
+        return batch, batch.weight if chunk else torch.zeros_like(batch.weight)
+
+    first = read(0)
+    live = _sums(stage, *first)
     with ema.applied():  # no autocast here: codes must be those that training reads and painting makes
-        for start in range(0, most, _VALIDATION_BATCH):
-            chunk = mine[start : start + _VALIDATION_BATCH]
-            batch = to_device(source.read(chunk or [0]), accelerator.device)
-            weight = batch.weight if chunk else torch.zeros_like(batch.weight)
-            for name, value in stage.measure(batch).items():
-                sums[name] = sums[name] + (value.float() * weight).sum()
-            count = count + weight.sum()
-    count = accelerator.reduce(count, reduction="sum")
-    return {name: float(accelerator.reduce(value, reduction="sum") / count) for name, value in sums.items()}
+        averaged = sums = _sums(stage, *first)
+        for start in range(_VALIDATION_BATCH, most, _VALIDATION_BATCH):
+            more = _sums(stage, *read(start))
+            sums = {name: value + more[name] for name, value in sums.items()}
+    sums = {name: accelerator.reduce(sums[name], reduction="sum") for name in sorted(sums)}
+    count, headline = sums.pop(""), stage.metrics[0]
+    found = {name: value / count for name, value in sums.items() if value.ndim == 0}
+    found |= stage.summary(sums, float(count))
+    if headline in sums:
+        both = torch.stack([each[name] for each in (averaged, live) for name in (headline, "")])
+        better, of, worse, _ = accelerator.reduce(both, reduction="sum")
+        found["ema_gain"] = (better - worse) / of * (1 if stage.higher_is_better else -1)
+    return {name: float(found[name]) for name in (*stage.metrics, *sorted(set(found) - set(stage.metrics)))}
+
+
+def _sums(stage: TrainingStage, batch: Batch, weight: Tensor) -> dict[str, Tensor]:
+    """What the stage measures, added up over the samples by their weight (B,), and under "" that of the weights."""
+    values = stage.measure(batch)
+    return {"": weight.sum()} | {name: torch.tensordot(weight, value.float(), 1) for name, value in values.items()}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

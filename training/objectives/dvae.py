@@ -38,6 +38,22 @@ def codebook_counts(codes: Tensor, num_codes: int, weight: Tensor) -> Tensor:
     return zeros.index_put_((codes.reshape(-1),), each, accumulate=True)
 
 
+def counts_by_image(codes: Tensor, num_codes: int) -> Tensor:
+    """How often each code stands in each image: codes (B, h, w) -> float32 (B, K)."""
+    flat = codes.flatten(1)
+    zeros = torch.zeros(len(flat), num_codes, dtype=torch.float32, device=codes.device)
+    return zeros.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float32))
+
+
+def codebook_use(counts: Tensor) -> dict[str, Tensor]:
+    """`perplexity`, exp of the entropy in nats, in [1, K], and `usage`, the share of codes that occur, in (0, 1].
+
+    counts: (K,). Over one batch both are low in any case where K is large; over a validation set they are not.
+    """
+    share = counts / counts.sum().clamp(min=1e-12)
+    return {"perplexity": torch.exp(torch.special.entr(share).sum()), "usage": (counts > 0).float().mean()}
+
+
 def dvae(
     parameters: Tensor,
     logits: Tensor,
@@ -73,13 +89,11 @@ def dvae(
     with torch.no_grad():
         mean = weight / count.clamp(min=1e-12)
         counts = codebook_counts(logits.argmax(dim=1), logits.shape[1], weight)
-        share = counts / counts.sum().clamp(min=1e-12)
         scalars = {
             "nll": (mean * nll).sum(),
             "squared": (mean * squared).sum(),
             "kl": (mean * kl.mean(dim=(1, 2))).sum(),
-            "perplexity": torch.exp(torch.special.entr(share).sum()),
-            "usage": (counts > 0).float().mean(),
+            **codebook_use(counts),
         }
     return ((weight * loss).sum(), count), scalars
 
