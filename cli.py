@@ -236,6 +236,22 @@ def train(
     raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
 
 
+@app.command("doctor")
+def examine(
+    run: Annotated[Path, typer.Argument(help="a run folder, as runs/shapes/dalle")], as_json: Json = False
+) -> None:
+    """Say what is wrong with a run, by its log, and what to do; exit with 1 where something is."""
+    from .training import doctor
+
+    findings = doctor.examine(run)
+    if not as_json:
+        typer.echo(doctor.report(run, findings))
+    for row in doctor.rows(findings) if as_json else []:
+        typer.echo(json.dumps(row, ensure_ascii=False))
+    if findings:
+        raise typer.Exit(1)
+
+
 @app.command()
 def plan(recipe: str, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """Print what a recipe needs, counted without building it."""

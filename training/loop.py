@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 
-from . import exchange, state
+from . import doctor, exchange, history, state
 from .exchange import TrainingError
 from .log import Log
 from .optim import EMA, build_optimizers, rate
@@ -92,6 +92,8 @@ class _Run:
             training.trackers,
             training.model_dump(mode="json"),
         )
+        message = f"{self.config.steps} steps of {self.config.global_batch} samples"
+        self.log.event(self.state.step, "started", message, **history.facts_of(stage, self.config))
         # Never-ending: going back leaves out steps, which are made up for.
         positions = (
             rank_positions(at, self.config.global_batch, rank, world, micro) for at in itertools.count(self.state.at)
@@ -178,7 +180,7 @@ class _Run:
     def _update(self, batches: list[Batch]) -> dict[str, float] | None:
         """One step of every network. Its scalars, empty where no line is due; None where one was not finite."""
         run, due = self.state, (self.state.step + 1) % self.config.log_every == 0
-        due = due or self.state.step + 1 == self.config.steps
+        due = due or self.state.step + 1 in (1, self.config.steps)
         generators = [iter(self.stage.updates(batch, run.step)) for batch in batches]
         scalars: dict[str, float] = {}
         while updates := exchange.advance(generators, self.stage.forward.values(), self.accelerator):
@@ -259,6 +261,8 @@ class _Run:
             if math.isfinite(value) and (run.best is None or sign * value > sign * run.best[0]):
                 run.best = (value, run.step)
                 self._save(best=True)
+        if run.step % config.validate_every == 0 or last:
+            doctor.watch(self.log, run.step)
         if (run.step % config.preview_every == 0 or last) and self.accelerator.is_main_process:
             with run.ema.applied():
                 picture = self.stage.preview(exchange.to_device(self.shown, self.accelerator.device))
