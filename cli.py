@@ -236,20 +236,28 @@ def train(
     raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
 
 
-@app.command("doctor")
-def examine(
-    run: Annotated[Path, typer.Argument(help="a run folder, as runs/shapes/dalle")], as_json: Json = False
-) -> None:
+@app.command()
+def doctor(run: Annotated[Path, typer.Argument(help="a run folder")], as_json: Json = False) -> None:
     """Say what is wrong with a run, by its log, and what to do; exit with 1 where something is."""
-    from .training import doctor
+    from .training.doctor import examine, report
 
-    findings = doctor.examine(run)
-    if not as_json:
-        typer.echo(doctor.report(run, findings))
-    for row in doctor.rows(findings) if as_json else []:
-        typer.echo(json.dumps(row, ensure_ascii=False))
-    if findings:
-        raise typer.Exit(1)
+    findings = examine(run)
+    typer.echo(report(run, findings, as_json))
+    raise typer.Exit(bool(findings))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="run folders")],
+    out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = Path("out/curves.png"),
+    stage: Annotated[str | None, typer.Option(help="of this stage only")] = None,
+    keys: Annotated[list[str] | None, typer.Option(help="these curves only, as valid/psnr")] = None,
+    save_reference: Annotated[bool, typer.Option("--save-reference", help="as what is normal for the recipe")] = False,
+) -> None:
+    """Draw the curves of runs, and compare with their recipe's reference; exit with 1 where one is not normal."""
+    from .training import compare as comparing
+
+    raise typer.Exit(comparing.main(runs, out, stage, keys or [], save_reference, typer.echo))
 
 
 @app.command()

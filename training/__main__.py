@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline import checkpoint
-from ..pipeline.recipe import Recipe, RecipeError, nearest
+from ..pipeline.recipe import Recipe, RecipeError, dump, nearest
 from . import run as runs
 
 
@@ -229,6 +229,8 @@ def _train(
     if accelerator.is_main_process:
         _prepare_captions(recipe, sources[training.data], model)
         _carry_notices(training.data, model)
+        if not (folder / "recipe.yaml").exists():
+            checkpoint.write_text(folder / "recipe.yaml", dump(recipe))
     accelerator.wait_for_everyone()
     for name in names:
         kind, config = _stage(recipe, name), training.stages[name]

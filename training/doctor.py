@@ -12,12 +12,14 @@ stand at the end of the log, so that what has healed is not told. What the rules
     latent_std, of any network          standard deviation of the latents as a prior reads them
     X/chance beside X/loss              the loss of a model that knows nothing (also image_chance and image_loss)
     valid/caption_gain                  by how much another sample's caption makes the headline metric worse
-    valid/ema_gain                      by how much averaged weights make the headline metric better
+    valid/ema_gain                      by how much averaged weights make the headline metric better, beside
+                                        valid/ema_gain_error, the standard error of this mean over samples
 
 It does not know the models.
 """
 
 import itertools
+import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -77,18 +79,15 @@ def watch(log: Log, step: int) -> None:
             log.event(step, "finding", message, finding=finding.name, seen=finding.seen, advice=finding.advice)
 
 
-def report(run: Path, findings: list[Finding]) -> str:
-    """For people: each finding in three lines, or one line on what was read."""
-    if not findings:
-        read_ = ", ".join(f"{name} to step {history.step} of {history.steps}" for name, history in read(run).items())
-        return f"nothing found ({read_})"
-    blocks = [f"{f.stage} at step {f.step}: {f.name}\n  seen   {f.seen}\n  do     {f.advice}" for f in findings]
-    return "\n".join(blocks)
-
-
-def rows(findings: list[Finding]) -> list[dict[str, str | int]]:
-    """The findings as plain values."""
-    return [asdict(finding) for finding in findings]
+def report(run: Path, findings: list[Finding], as_json: bool = False) -> str:
+    """Each finding in three lines for people, or in one of JSON; where there is none, what was read."""
+    if as_json:
+        return "\n".join(json.dumps(asdict(finding), ensure_ascii=False) for finding in findings)
+    if findings:
+        blocks = (f"{f.stage} at step {f.step}: {f.name}\n  seen   {f.seen}\n  do     {f.advice}" for f in findings)
+        return "\n".join(blocks)
+    stages = ", ".join(f"{name} to step {history.step} of {history.steps}" for name, history in read(run).items())
+    return f"nothing found ({stages})"
 
 
 # --- the rules --------------------------------------------------------------------------------------------------------
@@ -182,7 +181,8 @@ def caption_ignored(history: History) -> Found:
 
 def ema_young(history: History) -> Found:
     gain, value = history.last("valid/ema_gain"), history.last(history.headline or "")
-    if gain is not None and value is not None and gain < -_YOUNG * abs(value) and _ripe(history, _HALF):
+    noise = 3 * (history.last("valid/ema_gain_error") or 0.0)
+    if gain is not None and value is not None and -gain > noise + _YOUNG * abs(value) and _ripe(history, _HALF):
         seen = f"{history.headline} is {value:.3g} with averaged weights, {-gain:.2g} worse than with live ones"
         decay = history.facts.get("ema", 0.0)
         advice = f"lower ema (now {decay:g}), or train longer: averages are exported, and lag behind what still moves"

@@ -4,6 +4,7 @@ It does not know optimizers, nor what is trained.
 """
 
 import contextlib
+import math
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -73,38 +74,42 @@ def mean_scalars(updates: list[Update], accelerator: Accelerator) -> dict[str, f
 def validate(stage: TrainingStage, ema: EMA, source: Source, accelerator: Accelerator) -> dict[str, float]:
     """The stage's metrics on the first samples of another source, each scored once, with the averaged weights.
 
-    `ema_gain` is by how much the first batch of each rank is better with them than with the live ones, of the headline.
+    `ema_gain` is by how much the headline is better with them than with the live ones, for the first batch of each
+    rank, and `ema_gain_error` its standard error.
     """
     total = _VALIDATED if source.size is None else min(_VALIDATED, source.size)
     mine = validation_positions(total, accelerator.process_index, accelerator.num_processes)
-    most = -(-total // accelerator.num_processes)  # of any rank: all make as many forward passes
+    most, headline = -(-total // accelerator.num_processes), stage.metrics[0]  # all ranks make as many forward passes
 
     def read(start: int) -> tuple[Batch, Tensor]:
         chunk = mine[start : start + _VALIDATION_BATCH]
         batch = to_device(source.read(chunk or [0]), accelerator.device)
         return batch, batch.weight if chunk else torch.zeros_like(batch.weight)
 
-    first = read(0)
-    live = _sums(stage, *first)
+    batch, weight = read(0)
+    live = stage.measure(batch)
     with ema.applied():  # no autocast here: codes must be those that training reads and painting makes
-        averaged = sums = _sums(stage, *first)
+        averaged = stage.measure(batch)
+        sums = _sums(averaged, weight)
         for start in range(_VALIDATION_BATCH, most, _VALIDATION_BATCH):
-            more = _sums(stage, *read(start))
+            rest, its_weight = read(start)
+            more = _sums(stage.measure(rest), its_weight)
             sums = {name: value + more[name] for name, value in sums.items()}
     sums = {name: accelerator.reduce(sums[name], reduction="sum") for name in sorted(sums)}
-    count, headline = sums.pop(""), stage.metrics[0]
-    found = {name: value / count for name, value in sums.items() if value.ndim == 0}
+    count = sums.pop("")
+    found: dict[str, Any] = {name: value / count for name, value in sums.items() if value.ndim == 0}
     found |= stage.summary(sums, float(count))
-    if headline in sums:
-        both = torch.stack([each[name] for each in (averaged, live) for name in (headline, "")])
-        better, of, worse, _ = accelerator.reduce(both, reduction="sum")
-        found["ema_gain"] = (better - worse) / of * (1 if stage.higher_is_better else -1)
+    if headline in live:
+        gain = (averaged[headline] - live[headline]).float() * (1 if stage.higher_is_better else -1)
+        each = torch.stack([weight, weight * gain, weight * gain.square()]).sum(1)
+        n, mean, square = accelerator.reduce(each, reduction="sum").clamp(min=1e-12).tolist()
+        error = math.sqrt(max(0.0, square / n - (mean / n) ** 2) / n)
+        found |= {"ema_gain": mean / n, "ema_gain_error": error}
     return {name: float(found[name]) for name in (*stage.metrics, *sorted(set(found) - set(stage.metrics)))}
 
 
-def _sums(stage: TrainingStage, batch: Batch, weight: Tensor) -> dict[str, Tensor]:
-    """What the stage measures, added up over the samples by their weight (B,), and under "" that of the weights."""
-    values = stage.measure(batch)
+def _sums(values: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+    """What a stage measured, added up over the samples by their weight (B,), and under "" that of the weights."""
     return {"": weight.sum()} | {name: torch.tensordot(weight, value.float(), 1) for name, value in values.items()}
 
 
