@@ -3,9 +3,7 @@
 import json
 import os
 import shlex
-import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,7 +42,7 @@ def paint(
     from .pipeline import gallery
     from .pipeline.terminal import progress_bar
 
-    texts = _captions(prompts or [], prompts_file)
+    texts = gallery.captions(prompts or [], prompts_file)
     if keep > candidates:
         raise ValueError(f"--keep must be at most --candidates, got {keep} of {candidates}; paint more candidates")
     paths = gallery.targets(out, len(texts) * keep, grid)
@@ -55,20 +53,6 @@ def paint(
         paintings = system(texts, seed=seed, candidates=candidates, keep=keep, progress=progress, **knobs)
     for path, entry in gallery.save_grid(paintings, paths[0]) if grid else gallery.save(paintings, paths):
         typer.echo(json.dumps({"file": str(path), **entry}, ensure_ascii=False) if as_json else str(path))
-
-
-def _captions(given: list[str], file: Path | None) -> list[str]:
-    texts = list(given)
-    if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8"
-            raise ValueError(f"cannot read {str(file)!r}: {reason}; name a text file with one caption a line") from None
-        texts += [line.strip() for line in lines if line.strip()]
-    if not texts or not all(text.strip() for text in texts):
-        raise ValueError("a caption is missing or empty; expected one such as 'a small red ring on a blue background'")
-    return texts
 
 
 def _load(model: str | Path, device: str, dtype: str, reranker: str | None = None, weights: str | None = None) -> Any:
@@ -222,28 +206,17 @@ def train(
     if processes == 1:  # replaced, not wrapped: a signal to this process reaches the trainer
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-m", *trainer])
-    import torch
+    from .training.launcher import launch
 
-    environment = dict(os.environ)
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    if torch.cuda.is_available():
-        config = Path(__file__).parent / "accelerate_config.yaml"
-        launcher = ["accelerate.commands.launch", f"--config_file={config}"]
-        launcher += ["--multi_gpu", f"--num_processes={processes}"]
-    else:
-        environment["ACCELERATE_USE_CPU"] = "1"
-    command = [sys.executable, "-m", *launcher, "-m", *trainer]
-    raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
+    raise typer.Exit(launch(trainer, processes))
 
 
 @app.command()
 def doctor(run: Annotated[Path, typer.Argument(help="a run folder")], as_json: Json = False) -> None:
     """Say what is wrong with a run, by its log, and what to do; exit with 1 where something is."""
-    from .training.doctor import examine, report
+    from .training import doctor as examining
 
-    findings = examine(run)
-    typer.echo(report(run, findings, as_json))
-    raise typer.Exit(bool(findings))
+    raise typer.Exit(examining.main(run, as_json, typer.echo))
 
 
 @app.command()
@@ -261,51 +234,45 @@ def compare(
 
 
 @app.command()
-def plan(recipe: str, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """Print what a recipe needs, counted without building it."""
-    from .pipeline.recipe import count_parameters
+def plan(
+    recipe: str,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="how many train together")] = 1,
+    device: Annotated[str, typer.Option(help="h100, h200, a100, a100-40gb, l40s, rtx4090, v100 ...")] = "h100",
+    utilisation: Annotated[float, typer.Option(help="the assumed share of the device's peak rate")] = 0.4,
+    shard: Annotated[str, typer.Option(help="none: DDP; fsdp: the state divided over the devices")] = "none",
+    stage: Annotated[str | None, typer.Option(help="plan this stage only")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print what training a recipe takes: parameters, FLOPs, memory, days; nothing is built or trained."""
+    from .training import plan as plans
     from .training import run as runs
 
-    resolved, _ = runs.load(recipe, [])
-    counts = count_parameters(resolved)
-    if as_json:
-        typer.echo(json.dumps({"parameters": counts}))
-        return
-    for part, count in counts.items():
-        typer.echo(f"{part:12s} {count:>16,d} parameters")
+    found = plans.plan(*runs.load(recipe, overrides or []), device, devices, utilisation, shard, stage)
+    typer.echo(json.dumps(found) if as_json else plans.report(found), nl=as_json)
 
 
 @data.command()
 def pack(folder: Path, out: Path, samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000) -> None:
     """Pack pictures with sibling .txt captions into WebDataset shards."""
+    from .pipeline.terminal import tell
     from .training.shards import pack_folder
 
     report = pack_folder(folder, out, samples_per_shard)
     typer.echo(f"packed {report.packed} samples into {out}")
-    _list("no caption", report.no_caption)
-    _list("no picture", report.no_picture)
-    _list("duplicate (packed)", report.duplicates)
-    _list("not a picture or caption", report.ignored)
-    _list("bad", (f"{name}: {reason}" for name, reason in report.bad.items()))
-
-
-def _list(finding: str, names: Iterable[str]) -> None:
-    """One line for each name, which comes from a file and is not believed."""
-    from .pipeline.terminal import printable
-
-    for name in names:
-        typer.echo(f"  {finding}: {printable(name)}")
+    tell({"no caption": report.no_caption, "no picture": report.no_picture, "duplicate (packed)": report.duplicates})
+    tell({"not a picture or caption": report.ignored, "bad": report.bad})
 
 
 @data.command()
 def check(shards: Path) -> None:
     """Read every sample of the shards; name each bad one with its reason, exit with 1 if there is any."""
+    from .pipeline.terminal import tell
     from .training.shards import check_shards
 
     report = check_shards(shards)
     typer.echo(f"read {report.samples} samples, {len(report.bad)} bad, {len(report.shards)} shards with findings")
-    _list("shard", (f"{name}: {reason}" for name, reason in report.shards.items()))
-    _list("bad", (f"{name}: {reason}" for name, reason in report.bad.items()))
+    tell({"shard": report.shards, "bad": report.bad})
     if report.bad or report.shards:
         raise typer.Exit(1)
 
@@ -318,11 +285,30 @@ def emoji(
     per_concept: Annotated[int, typer.Option(help="records of each concept")] = 16,
 ) -> None:
     """Fetch Noto and Fluent emoji with your npm, rasterise them, and write shards with their licence notices."""
+    from .pipeline.terminal import tell
     from .training.data.emoji import prepare
 
     report = prepare(out, packed=packed, size=size, per_concept=per_concept)
     typer.echo(f"{report.samples} samples of {report.concepts} concepts in {out}; held out: {report.held_out}")
-    _list("left out", (f"{name}: {reason}" for name, reason in report.left_out.items()))
+    tell({"left out": report.left_out})
+
+
+@data.command()
+def encode(
+    shards: Path,
+    out: Path,
+    model: Annotated[str, typer.Option(help="a model's name or folder")],
+    what: Annotated[list[str] | None, typer.Option(help="codes, latents, image_embedding, text_embedding")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="one for each core or GPU if absent")] = None,
+    device: Device = "auto",
+) -> None:
+    """Write what a model's frozen parts make of shards, codes by default, to train from; run it again to go on."""
+    from .pipeline.terminal import tell
+    from .training.encode import encode as encode_shards
+
+    report = encode_shards(shards, out, model, what or ["codes"], processes, _device(device))
+    typer.echo(f"{out}: {report.samples} samples; shards: {report.written} written, {report.kept} were there")
+    tell({"still being written by another process": report.left, "bad": report.bad})
 
 
 @app.command()

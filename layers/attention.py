@@ -1,4 +1,5 @@
-"""Self-attention with a key/value cache, and the pre-norm transformer block (Vaswani 2017, arXiv 1706.03762).
+"""Self-attention with a key/value cache, and the pre-norm transformer block (Vaswani 2017, arXiv 1706.03762); attention
+over the positions of a feature map.
 
 Optional: RMSNorm of queries and keys (Dehghani 2023, arXiv 2302.05442), rotary positions, the squared ReLU (So 2021,
 arXiv 2109.08668), output projections that start at zero, so that a block starts as the identity, and channels taken
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .conv import group_norm
 from .embeddings import Rotation, rotate
 
 KVCache = tuple[Tensor, Tensor]  # keys and values, each (B, H, S, E)
@@ -79,6 +81,27 @@ class Attention(nn.Module):
             mask = torch.ones(length, start + length, dtype=torch.bool, device=x.device).tril(start)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and length > 1)
         return self.out(y.transpose(1, 2).reshape(batch, length, width))
+
+
+class SpatialAttention(nn.Module):
+    """x + out(attention(norm(x))) over all positions, one head, 1x1 convolutions: (B, C, H, W) -> the same.
+
+    As in VQ-GAN (Esser 2021, arXiv:2012.09841, table 7), with the names of its published checkpoints.
+    """
+
+    def __init__(self, channels: int, norm_groups: int = 32) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, norm_groups)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (f(normed).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))  # each (B, 1, H*W, C)
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0].mT  # (B, C, H*W)
+        return x + self.proj_out(y.reshape(x.shape))
 
 
 class TransformerBlock(nn.Module):

@@ -1,5 +1,8 @@
-"""Convolutions of the discrete VAE: a padded convolution with its own start and the scaled bottleneck block
-(Ramesh 2021, arXiv:2102.12092, appendix A; residual form of He 2016, arXiv:1603.05027).
+"""Convolutional blocks: a padded convolution with its own start and the scaled bottleneck block of the discrete VAE
+(Ramesh 2021, arXiv:2102.12092, appendix A; residual form of He 2016, arXiv:1603.05027); the residual block with
+normalisation, and the halving and doubling of H and W, of VQ-GAN and latent diffusion (Esser 2021, arXiv:2012.09841,
+appendix B; Rombach 2022, arXiv:2112.10752; as in Ho 2020, arXiv:2006.11239). The latter keep the names that the tensors
+have in the published checkpoints.
 
 B images, C channels, H x W pixels.
 
@@ -31,22 +34,31 @@ class SameConv2d(nn.Conv2d):
 
 
 class BottleneckBlock(nn.Module):
-    """Pre-activation residual block: skip(x) + gain * branch(x), the branch n_out / 4 channels wide inside.
+    """Pre-activation residual block: skip(x) + gain * branch(x), the branch `inner_width` channels wide inside.
 
     (B, n_in, H, W) -> (B, n_out, H, W). kernels: the odd kernel sizes of the branch's convolutions, each after a ReLU.
     gain: 1 / (number of blocks) ** 2 in the paper, so that a deep stack starts near the skip path. The skip is the
     identity, or a 1x1 convolution when the channels change. upsample: the block reads its input at twice the size,
-    (B, n_in, H, W) -> (B, n_out, 2H, 2W), nearest. Raises ValueError when n_out is not a multiple of 4.
+    (B, n_in, H, W) -> (B, n_out, 2H, 2W), nearest. inner_width: None is n_out / 4, of which n_out must be a multiple,
+    or a ValueError says so.
     """
 
-    def __init__(self, n_in: int, n_out: int, kernels: Sequence[int], gain: float, upsample: bool = False) -> None:
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        kernels: Sequence[int],
+        gain: float,
+        upsample: bool = False,
+        inner_width: int | None = None,
+    ) -> None:
         super().__init__()
-        if n_out % 4 or len(kernels) < 2:
+        if (inner_width is None and n_out % 4) or len(kernels) < 2:
             raise ValueError(
                 "BottleneckBlock needs n_out to be a multiple of 4 and at least two kernels, "
                 f"got n_out {n_out} and kernels {tuple(kernels)}"
             )
-        widths = [n_in] + [n_out // 4] * (len(kernels) - 1) + [n_out]
+        widths = [n_in] + [inner_width or n_out // 4] * (len(kernels) - 1) + [n_out]
         self.gain, self.upsample = gain, upsample
         self.skip = SameConv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
         self.branch = nn.ModuleList(
@@ -65,3 +77,59 @@ class BottleneckBlock(nn.Module):
         if small:
             y = F.interpolate(y, scale_factor=2, mode="nearest")
         return torch.add(skip, y, alpha=self.gain)
+
+
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """GroupNorm (Wu 2018, arXiv:1803.08494) with the eps of the published autoencoders.
+
+    Raises ValueError unless `groups` divides `channels`.
+    """
+    if groups < 1 or channels % groups:
+        raise ValueError(
+            f"GroupNorm needs groups that divide the channels, got {channels} channels and {groups} groups; "
+            "change width, channel_mult or norm_groups"
+        )
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """x + conv(swish(norm(conv(swish(norm(x)))))), both convolutions 3x3: (B, n_in, H, W) -> (B, n_out, H, W).
+
+    The skip is the identity, or a 1x1 convolution when the channels change. It has no dropout: the published
+    autoencoders set it to 0.
+    """
+
+    def __init__(self, n_in: int, n_out: int, norm_groups: int = 32) -> None:
+        super().__init__()
+        self.norm1 = group_norm(n_in, norm_groups)
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, padding=1)
+        self.norm2 = group_norm(n_out, norm_groups)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return self.nin_shortcut(x) + y
+
+
+class Down(nn.Module):
+    """3x3 convolution with stride 2: (B, C, H, W) -> (B, C, H/2, W/2), for even H and W."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # zeros to the right and below only, as published
+
+
+class Up(nn.Module):
+    """Nearest upsampling, then a 3x3 convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -17,7 +17,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 PARTS: dict[str, dict[str, tuple[str, str]]] = {
-    "tokenizer": {"dvae": ("tokenizers.dvae", "DiscreteVAE"), "patch_dvae": ("tokenizers.patch_dvae", "PatchDVAE")},
+    "tokenizer": {
+        "autoencoder": ("tokenizers.autoencoder", "Autoencoder"),
+        "vae": ("tokenizers.vae", "VAE"),
+        "vqvae": ("tokenizers.vqvae", "VQVAE"),
+        "dvae": ("tokenizers.dvae", "DiscreteVAE"),
+        "patch_dvae": ("tokenizers.patch_dvae", "PatchDVAE"),
+        "vqgan": ("tokenizers.vqgan", "VQGAN"),
+        "autoencoder_kl": ("tokenizers.autoencoder_kl", "AutoencoderKL"),
+    },
+    "discriminator": {"patch": ("layers.discriminator", "PatchDiscriminator")},
     "prior": {"dalle": ("priors.dalle", "DALLE")},
     "clip": {"clip": ("tokenizers.clip_towers", "CLIP")},
 }

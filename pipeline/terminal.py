@@ -4,7 +4,7 @@ It does not know what the work is, and imports rich only for a bar that is shown
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,14 @@ PATIENCE = 2.0  # seconds
 def printable(text: str) -> str:
     """Untrusted text, as of a file's name: each character that would steer the terminal becomes a question mark."""
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def tell(findings: Mapping[str, Sequence[str] | Mapping[str, str]]) -> None:
+    """One line for each finding, a name or name -> reason; it comes from a file and is not believed."""
+    for finding, names in findings.items():
+        for name in names:
+            reason = f": {names[name]}" if isinstance(names, Mapping) else ""
+            print(f"  {finding}: {printable(name + reason)}")
 
 
 @contextmanager

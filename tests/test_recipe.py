@@ -24,6 +24,21 @@ def test_published_size_of_dalle():
     assert 12.0e9 < counts["prior"] < 12.4e9
 
 
+@pytest.mark.parametrize(
+    ("name", "tokenizer", "discriminator"),
+    [
+        ("vqgan-f16-1024", 72_141_699, 2_765_633),
+        ("vqgan-f16-16384", 76_073_859, 2_765_633),
+        ("kl-f8", 83_653_863, 2_765_633),
+        ("gumbelvq-f8", 68_995_971, 663_361),  # counted here, not published
+        ("vqvae-cifar10", 4_942_915, None),  # likewise
+    ],
+)
+def test_sizes_of_the_published_tokenizers(name, tokenizer, discriminator):
+    counts = recipes.count_parameters(runs.load(f"paper/{name}", [])[0])
+    assert (counts["tokenizer"], counts.get("discriminator")) == (tokenizer, discriminator)
+
+
 def test_overrides_reach_the_stage():
     _, training = runs.load("shapes/dalle", ["stages.tokenizer.steps=24"])
     assert training.stages["tokenizer"].steps == 24

@@ -10,9 +10,9 @@ from kartina.pipeline.images import read_metadata
 from kartina.pipeline.text_to_image import SHIPPED, TextToImage
 from kartina.training import __main__ as trainer
 from kartina.training import loop, state
-from kartina.training.log import Log
 from kartina.training import run as runs
 from kartina.training.data.shapes import ShapesSource
+from kartina.training.log import Log
 from kartina.training.run import Data
 from kartina.training.stages import STAGES
 
@@ -135,7 +135,9 @@ def test_accumulation_gives_the_same_gradient(tmp_path):
     command = ["shapes/dalle", *TINY, "--stage", "tokenizer", "--run"]
     trainer.main([*command, str(tmp_path / "one")])
     trainer.main([*command, str(tmp_path / "two"), "stages.tokenizer.micro_batch=2"])
-    one, two = (state.load_newest(tmp_path / name / "state" / "tokenizer")["networks"]["tokenizer"] for name in ("one", "two"))
+    one, two = (
+        state.load_newest(tmp_path / name / "state" / "tokenizer")["networks"]["tokenizer"] for name in ("one", "two")
+    )
     for name, value in one.items():
         assert torch.allclose(two[name], value, atol=1e-4), name
 

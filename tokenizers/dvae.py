@@ -6,7 +6,6 @@ B images of 3 x H x W pixels in [-1, 1], K codes on a grid of h x w; a code cove
 It does not know its loss, its schedules or where the Gumbel noise comes from: the noise is an argument.
 """
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers.conv import BottleneckBlock, SameConv2d
+from ..layers.precision import without_autocast
 from .kmeans import kmeans
 from .spec import CodesSpec
 
@@ -30,12 +30,6 @@ def map_pixels(image: Tensor) -> Tensor:
 def unmap_pixels(mapped: Tensor) -> Tensor:
     """The inverse of `map_pixels`, without a clamp: (0, 1) -> (-1.25, 1.25), of which [-1, 1] are pixels."""
     return 2 * (mapped - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN) - 1
-
-
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """No autocast where `x` is; on meta, where shapes are probed, there is none."""
-    quiet = torch.amp.is_autocast_available(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if quiet else contextlib.nullcontext()
 
 
 def _full_precision(conv: nn.Conv2d, x: Tensor) -> Tensor:

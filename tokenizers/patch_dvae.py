@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers.conv import BottleneckBlock, SameConv2d
-from .dvae import GumbelAutoencoder, code_scale, map_pixels, without_autocast
+from ..layers.precision import without_autocast
+from .dvae import GumbelAutoencoder, code_scale, map_pixels
 from .kmeans import kmeans
 from .spec import CodesSpec
 

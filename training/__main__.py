@@ -19,6 +19,7 @@ from typing import Any
 
 from ..pipeline import checkpoint
 from ..pipeline.recipe import Recipe, RecipeError, dump, nearest
+from . import cache
 from . import run as runs
 
 
@@ -43,6 +44,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def source_of(recipe: Recipe, data: runs.Data) -> Any:
     """The source of pictures and captions that a recipe names. Raises RecipeError for `shards` without a folder."""
+    cache.check_data(data)
     if data.kind == "shapes":
         from .data.shapes import ShapesSource
 
@@ -241,6 +243,7 @@ def _train(
             accelerator.print(f"{name}: already trained in {model}")
             continue
         set_seed(training.seed)
+        source = cache.source_for(kind, source, training.data, against, model)
         stage = kind(recipe, config, source, model, training.seed, accelerator.device)
         run = (identity, stage, training, source, validation, folder, accelerator, stop, name in extended)
         ema = train_stage(*run)

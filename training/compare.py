@@ -1,8 +1,8 @@
 """Runs side by side, from their logs alone: every curve that they share, and "am I normal?" against the reference.
 
 A shipped recipe carries the reference beside it: `dalle.yaml`, `dalle.curves.json`, made of a log by `save_reference`.
-What is normal at a step s is what the reference was between s / 1.5 and 1.5 s, and three times its own scatter more on
-either side, 2 % of the value at least. A band in time rather than in value needs no constant for each metric, and
+What is normal at a step s is what the reference was a quarter of s before and a third of s later, and between, and on
+either side three times its own scatter more, 2 % of the value at least. A band in time rather than in value needs no constant for each metric, and
 another seed or device shifts a curve mostly in time.
 
 It does not know how curves are drawn (`charts` does).
@@ -37,7 +37,7 @@ from .run import find
 _FORMAT = 1
 _LEFT_OUT = {"samples", "seconds", "bad"}  # they tell nothing that steps do not
 _LOSSES = ("loss", "total", "nll", "squared", "norm", "nats_per_code", "perplexity")
-_APART = 1.5  # in steps
+_APART = 4 / 3  # in steps
 _SCATTER, _FLOOR = 3.0, 0.02
 _POINTS = 50  # of a reference curve
 
@@ -90,9 +90,10 @@ def compare(folders: Sequence[Path], stage: str | None = None, keys: Sequence[st
     chosen = [(name, key) for name, key in found if stage in (None, name) and (key in keys or not keys)]
     chosen = [(name, key) for name, key in chosen if keys or key not in _LEFT_OUT]
     if not chosen:
-        names = [*first] if stage is not None and stage not in first else [key for _, key in found]
-        wanted = stage if stage is not None and stage not in first else ", ".join(keys)
-        raise ValueError(f"the runs share no curve {wanted!r}; {nearest(wanted, names)}")
+        if stage is not None and stage not in first:
+            raise ValueError(f"the runs share no stage {stage!r}; {nearest(stage, [*first])}")
+        wanted = ", ".join(keys)
+        raise ValueError(f"the runs share no curve {wanted!r}; {nearest(wanted, [key for _, key in found])}")
     return Comparison(runs, chosen, {str(folder): reference_of(folder) for folder in folders})
 
 
@@ -211,7 +212,7 @@ def picture(comparison: Comparison) -> Image:
 
 
 def _panel(comparison: Comparison, stage: str, key: str) -> Panel:
-    lines = [run[stage].curve(key) for run in comparison.runs.values()]
+    lines: list[Points] = [run[stage].curve(key) for run in comparison.runs.values()]
     known = [reference.get(stage, {}).get("curves", {}).get(key) for reference in comparison.references.values()]
     reference = known[0] if known[0] and all(other == known[0] for other in known) else ()
     last = max(step for line in lines for step, _ in line)

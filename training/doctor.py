@@ -79,6 +79,14 @@ def watch(log: Log, step: int) -> None:
             log.event(step, "finding", message, finding=finding.name, seen=finding.seen, advice=finding.advice)
 
 
+def main(run: Path, as_json: bool, tell: Callable[[str], object]) -> bool:
+    """`kartina doctor`. Returns whether anything was found."""
+    findings = examine(run)
+    if findings or not as_json:
+        tell(report(run, findings, as_json))
+    return bool(findings)
+
+
 def report(run: Path, findings: list[Finding], as_json: bool = False) -> str:
     """Each finding in three lines for people, or in one of JSON; where there is none, what was read."""
     if as_json:

@@ -120,4 +120,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         keys=batch.keys,
         samples=batch.samples.to(device),
         weight=batch.weight.to(device),
+        problems=batch.problems,
+        encoded={name: array.to(device) for name, array in batch.encoded.items()},
     )

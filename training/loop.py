@@ -76,6 +76,7 @@ class _Run:
         name = identity["stage"]
         self.config: Stage = training.stages[name]
         self.stage, self.source, self.validation, self.folder = stage, source, validation, folder
+        self.allowed = training.data.bad_limit * (source.size or math.inf)  # samples that cannot be read
         self.accelerator, self.stop = accelerator, stop
         rank, world = accelerator.process_index, accelerator.num_processes
         micro, self.passes = division(self.config, world)
@@ -98,8 +99,10 @@ class _Run:
         positions = (
             rank_positions(at, self.config.global_batch, rank, world, micro) for at in itertools.count(self.state.at)
         )
-        self.stream = prefetch(source, itertools.chain.from_iterable(positions))
+        workers = training.data.workers
+        self.stream = prefetch(source, itertools.chain.from_iterable(positions), workers=workers)
         self.streak = 0
+        self.problems: dict[str, str] = {}  # met since the last line
         self.shown = (validation or source).read(range(16))  # previews always show the same samples
         self.began = self.saved = time.monotonic()
         self.lap, self.waited, self.bad = time.monotonic(), 0.0, 0.0
@@ -175,6 +178,9 @@ class _Run:
         begin = time.monotonic()
         batches = [exchange.to_device(next(self.stream), self.accelerator.device) for _ in range(self.passes)]
         self.waited += time.monotonic() - begin
+        found = {key: reason for batch in batches for key, reason in batch.problems.items()}
+        self.problems |= found
+        self.bad += len(found)
         return batches
 
     def _update(self, batches: list[Batch]) -> dict[str, float] | None:
@@ -201,7 +207,6 @@ class _Run:
                 return None
             if due:
                 scalars |= exchange.mean_scalars(updates, self.accelerator) | {f"{name}/norm": float(norm)}
-        self.bad += sum(float((1 - batch.weight).sum()) for batch in batches)
         return scalars
 
     # --- bad weather --------------------------------------------------------------------------------------------------
@@ -245,7 +250,24 @@ class _Run:
             "seconds": self._seconds(),
         }
         self.log.write(run.step, self.config.steps, scalars | facts)
+        if bad:
+            self._name_problems()
         self.lap, self.waited, self.bad = time.monotonic(), 0.0, 0.0
+
+    def _name_problems(self) -> None:
+        """Samples that no rank had met before are named; too many end the run."""
+        run, known = self.state, set(self.state.problems)
+        run.problems |= dict(gather_object(list(self.problems.items())))
+        self.problems = {}
+        new = {key: reason for key, reason in run.problems.items() if key not in known}
+        if new:
+            named = "; ".join(f"{key}: {reason}" for key, reason in list(new.items())[:5])
+            self.log.event(run.step, "unreadable", f"{len(new)} samples cannot be read: {named}", problems=new)
+        if len(run.problems) > self.allowed:
+            raise TrainingError(
+                f"at most {self.allowed:.0f} samples may be unreadable, got {len(run.problems)} by step {run.step}; "
+                "log.jsonl names each. Run `kartina data check` and pack again, or raise training.data.bad_limit"
+            )
 
     def _seconds(self) -> float:
         return self.state.seconds + time.monotonic() - self.began

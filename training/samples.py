@@ -26,6 +26,7 @@ from ..pipeline.checkpoint import file_hash, write_text
 
 _FORMAT = 2  # of the index
 PICTURES = ("jpg", "jpeg", "png", "webp")
+ARRAYS = ("codes", "latents", "image_embedding", "text_embedding")  # members NAME.npy of a cache, see `cache`
 MEMBER_LIMIT = 64 * 2**20  # bytes of one member
 PIXEL_LIMIT = 64_000_000  # below Pillow's own limit, which stays on
 
@@ -72,6 +73,7 @@ DECODERS: dict[str, Callable[[bytes], Any]] = {
     "txt": _decode_text,
     "json": json.loads,
     "npy": _decode_array,
+    **{f"{name}.npy": _decode_array for name in ARRAYS},
 }
 
 
@@ -111,6 +113,10 @@ class Index:
     sha256: str
     entries: list[Entry]
     problem: str | None = None
+
+    def sample_name(self, member: int) -> str:
+        """The name by which a sample is told of: shard/key."""
+        return f"{self.path.name.removesuffix('.tar')}/{self.entries[member].key}"
 
 
 def index_path(shard: Path) -> Path:
@@ -258,4 +264,25 @@ def read_caption(file: BinaryIO, entry: Entry) -> str:
         caption = content.get("caption") if isinstance(content, dict) else None
     if not isinstance(caption, str) or not caption:
         raise BadSample("no caption: expected a .txt, or `caption` in the .json")
+    if caption.encode(errors="ignore").decode() != caption:
+        raise BadSample("the caption is not Unicode: it has half of a surrogate pair")
     return caption
+
+
+def read_encoded(file: BinaryIO, entry: Entry, names: Sequence[str]) -> tuple[list[np.ndarray], str]:
+    """The arrays of one sample of a cache, as named, and its caption. Raises BadSample with the reason."""
+    if entry.problem:
+        raise BadSample(entry.problem)
+    if is_marked_bad(entry):
+        content = decode("json", read_member(file, entry, "json"))
+        raise BadSample(str(content.get("bad")) if isinstance(content, dict) else "unreadable .json")
+    for name in names:
+        if f"{name}.npy" not in entry.members:
+            raise BadSample(f"no {name}.npy: encode the shards again")
+    arrays = [decode(f"{name}.npy", read_member(file, entry, f"{name}.npy")) for name in names]
+    return arrays, read_caption(file, entry)
+
+
+def is_marked_bad(entry: Entry) -> bool:
+    """Whether a sample of a cache only keeps the place of one that could not be read."""
+    return set(entry.members) == {"json"}

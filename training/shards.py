@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..pipeline.checkpoint import write_text
 from ..pipeline.terminal import progress_bar
-from .samples import DECODERS, MEMBER_LIMIT, PICTURES, BadSample, decode, find_shards, read_sample, write_text
+from .samples import DECODERS, MEMBER_LIMIT, PICTURES, BadSample, decode, find_shards, read_encoded, read_sample
 from .samples import build_index as build_index
 
 _FORMAT = 1  # of the manifest
@@ -182,13 +183,13 @@ class CheckReport:
     shards: dict[str, str] = field(default_factory=dict)
 
 
-def _promised(folder: Path) -> dict[str, str]:
-    """The sha256 of each shard by name, as the folder's manifest has it; empty where no manifest can be read."""
+def _promised(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """What a folder's manifest says, or nothing: the sha256 of each shard by name, and the arrays of a cache."""
     try:
-        rows = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["shards"]
-        return {str(row["name"]): row["sha256"] for row in rows}
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return {str(row["name"]): row["sha256"] for row in manifest["shards"]}, [*manifest.get("arrays", [])]
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        return {}, []
 
 
 def check_shards(paths: Path | str | Iterable[Path | str]) -> CheckReport:
@@ -202,12 +203,12 @@ def check_shards(paths: Path | str | Iterable[Path | str]) -> CheckReport:
     shards = find_shards(where)
     promised = {folder: _promised(folder) for folder in {*where, *(shard.parent for shard in shards)}}
     for folder in where:
-        for name in promised[folder]:
+        for name in promised[folder][0]:
             if not (folder / name).is_file():
                 report.shards[name] = "missing: the manifest lists it, and it is not in the folder"
     for shard in shards:
-        index, problem = build_index(shard), None
-        if promised[shard.parent].get(shard.name, index.sha256) != index.sha256:
+        (hashes, arrays), index, problem = promised[shard.parent], build_index(shard), None
+        if hashes.get(shard.name, index.sha256) != index.sha256:
             problem = "changed since it was packed: its sha256 is not the manifest's"
         if problem := index.problem or problem:
             report.shards[shard.name] = problem
@@ -215,7 +216,7 @@ def check_shards(paths: Path | str | Iterable[Path | str]) -> CheckReport:
             for entry in _shown(index.entries, shard.name):
                 report.samples += 1
                 try:
-                    read_sample(file, entry)
+                    read_encoded(file, entry, arrays) if arrays else read_sample(file, entry)
                 except BadSample as error:
                     report.bad[f"{shard.name.removesuffix('.tar')}/{entry.key}"] = str(error)
     return report

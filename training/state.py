@@ -22,6 +22,7 @@ from ..pipeline.checkpoint import file_hash, write_text
 from .optim import EMA
 
 _BEST = "best.json"
+_OF_THE_DATA = ("at", "bad", "problems", "best", "seconds")
 
 
 @dataclass
@@ -30,7 +31,8 @@ class RunState:
 
     identity: see `training.run.identity`. step: optimizer steps of the weights. at: steps of data that were read; it
     only grows, and is ahead of `step` by what was given up after bad weather. bad: spans [first, last] of `at` whose
-    steps were not finite, k in a row. best: (the headline metric, the step it was measured at). seconds: trained.
+    steps were not finite, k in a row. problems: why samples could not be read, by key. best: (the headline metric, the
+    step it was measured at). seconds: trained.
     """
 
     identity: dict[str, Any]
@@ -40,6 +42,7 @@ class RunState:
     step: int = 0
     at: int = 0
     bad: list[list[int]] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
     best: tuple[float, int] | None = None
     seconds: float = 0.0
 
@@ -49,7 +52,7 @@ class RunState:
             "networks": {name: network.state_dict() for name, network in self.networks.items()},
             "optimizers": {name: [one.state_dict() for one in group] for name, group in self.optimizers.items()},
             "ema": self.ema.state(),
-            **{name: getattr(self, name) for name in ("identity", "step", "at", "bad", "best", "seconds")},
+            **{name: getattr(self, name) for name in ("identity", "step", *_OF_THE_DATA)},
         }
 
     def restore(self, saved: dict[str, Any], data_too: bool = True) -> None:
@@ -61,7 +64,8 @@ class RunState:
         self.ema.load(saved["ema"])
         self.step = saved["step"]
         if data_too:
-            self.at, self.bad, self.best, self.seconds = (saved[n] for n in ("at", "bad", "best", "seconds"))
+            for name in _OF_THE_DATA:
+                setattr(self, name, saved[name])
 
 
 def save(folder: Path, content: dict[str, Any], keep: int = 2) -> Path:

@@ -17,9 +17,9 @@ import logging
 from collections import OrderedDict, deque
 from collections.abc import Generator, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from .samples import BadSample, Index, find_shards, load_index, read_caption, re
 
 _log = logging.getLogger(__name__)
 _SHARDS, _MEMBERS = 0, 1  # the two uses of Philox, kept apart by its counter
+FIT = "upright RGB over white, centre square, box to about twice the side, bicubic"  # what `fit` reads and does
 _WORD = 2**64 - 1
 
 
@@ -37,7 +38,8 @@ _WORD = 2**64 - 1
 class Batch:
     """image float32 (B, 3, S, S) in [-1, 1]; captions, keys; samples int64 (B,), the positions; weight float32 (B,).
 
-    A weight is 1, or 0 for a sample that could not be read.
+    A weight is 1, or 0 for a sample that could not be read; problems says why, by key. encoded: what a cache holds in
+    the picture's place, by name (see `samples.ARRAYS`), integers as int64; the image is then (B, 3, 0, 0).
     """
 
     image: Tensor
@@ -45,6 +47,8 @@ class Batch:
     keys: list[str]
     samples: Tensor
     weight: Tensor
+    problems: dict[str, str] = field(default_factory=dict)
+    encoded: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -93,17 +97,12 @@ def fit(picture: Image.Image, size: int) -> Tensor:
     return pixels.permute(2, 0, 1).float() / 127.5 - 1  # (3, S, S)
 
 
-def _is_held_out(origin: str, share: float) -> bool:
-    """Whether a sample of this origin (64 bits, hexadecimal) is among the share that training never sees."""
-    return int(origin, 16) < share * 2**64
-
-
 class ShardSource:
     """Reads tar shards by position.
 
     shards: a folder, or a list of files. size: the image side. window: shards whose members are mixed. A sample that
-    cannot be read keeps its position with weight 0, an image of zeros and no caption, and is named in `bad`
-    (shard/key -> reason); when more than `bad_limit` of all samples are bad, `read` raises ValueError.
+    cannot be read keeps its position with weight 0, an image of zeros and no caption, and is named in the batch's
+    `problems`.
 
     part: None for all samples; "validation" for about `share` of them, "train" for the rest. A hash of what a sample is
     called in its json, or of its picture, says where it belongs: however it is packed, it stays there. Only a
@@ -116,21 +115,18 @@ class ShardSource:
         size: int,
         seed: int,
         window: int = 4,
-        bad_limit: float = 0.05,
         part: Literal["train", "validation"] | None = None,
         share: float = 0.0,
     ):
         if size < 1 or window < 1:
             raise ValueError(f"image side and window must be at least 1, got {size} and {window}")
         self.indexes: list[Index] = [load_index(path) for path in find_shards(shards)]
-        self.part, self.share = part, share
-        if part is not None:
-            for index in self.indexes:
-                index.entries = [e for e in index.entries if (part == "validation") == _is_held_out(e.origin, share)]
-        self.side, self.seed, self.window, self.bad_limit = size, seed, window, bad_limit
-        self.bad: dict[str, str] = {}
-        self._bad_places: set[tuple[int, int]] = set()
-        self._counts = np.array([len(index.entries) for index in self.indexes], dtype=np.int64)
+        self.side, self.seed, self.window, self.part, self.share = size, seed, window, part, share
+        self._members = [
+            np.array([i for i, e in enumerate(index.entries) if self._holds(e.origin)], np.int64)
+            for index in self.indexes
+        ]
+        self._counts = np.array([len(members) for members in self._members], dtype=np.int64)
         self._total = int(self._counts.sum())
         self._last_pass = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
         self._windows: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
@@ -139,6 +135,10 @@ class ShardSource:
                 _log.warning("shard %s: %s", index.path.name, index.problem)
         if not self._total and part != "validation":
             raise ValueError(f"no samples in {len(self.indexes)} shards; check_shards names what is wrong with each")
+
+    def _holds(self, origin: str) -> bool:
+        """Whether a sample of this origin (64 bits, hexadecimal) belongs to the part."""
+        return self.part is None or (self.part == "validation") == (int(origin, 16) < self.share * 2**64)
 
     @property
     def size(self) -> int:
@@ -152,7 +152,15 @@ class ShardSource:
         words = [f"{self.seed} {self.window}", *part, *(index.sha256 for index in self.indexes)]
         return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
-    def _place(self, position: int) -> tuple[int, int]:
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What is done to a picture before anything reads it: a cache was made with the same, or is refused.
+
+        A random augmentation belongs here, by name, so that no cache is made of one of its draws.
+        """
+        return {"image_size": self.side, "fit": FIT}
+
+    def place(self, position: int) -> tuple[int, int]:
         """(shard, member) at a position."""
         pass_, offset = divmod(position, self._total)
         order, starts = self._pass(pass_)
@@ -179,50 +187,38 @@ class ShardSource:
         counts = self._counts[chosen]
         mixed = permutation(self.seed, pass_, _MEMBERS, part, int(counts.sum()))
         shards = np.repeat(chosen, counts)[mixed]
-        members = np.concatenate([np.arange(count) for count in counts])[mixed]
+        members = np.concatenate([self._members[shard] for shard in chosen])[mixed]
         self._windows[pass_, part] = shards, members
         while len(self._windows) > 4:
             self._windows.popitem(last=False)
         return shards, members
 
-    def _read_one(self, position: int) -> tuple[Tensor, str, str, float]:
-        shard, member = self._place(position)
+    def _read_one(self, position: int) -> tuple[Tensor, str, str, str | None]:
+        shard, member = self.place(position)
         index = self.indexes[shard]
-        entry = index.entries[member]
-        key = f"{index.path.name.removesuffix('.tar')}/{entry.key}"
+        key = index.sample_name(member)
         try:
             with open(index.path, "rb") as file:
-                picture, caption = read_sample(file, entry)
-            return fit(picture, self.side), caption, key, 1.0
+                picture, caption = read_sample(file, index.entries[member])
+            return fit(picture, self.side), caption, key, None
         except BadSample as error:
-            self._count_bad((shard, member), key, str(error))
-            return torch.zeros(3, self.side, self.side), "", key, 0.0
-
-    def _count_bad(self, place: tuple[int, int], key: str, reason: str) -> None:
-        if place not in self._bad_places:
-            _log.warning("bad sample %s: %s", key, reason)
-            self._bad_places.add(place)
-            self.bad[key] = reason
-        if len(self._bad_places) > self.bad_limit * self._total:
-            named = "; ".join(f"{k}: {r}" for k, r in list(self.bad.items())[:5])
-            raise ValueError(
-                f"at most {self.bad_limit:.1%} of the samples may be bad, got {len(self._bad_places)} of {self._total} "
-                f"({named}); run check_shards and pack again, or raise bad_limit"
-            )
+            return torch.zeros(3, self.side, self.side), "", key, str(error)
 
     def read(self, positions: Sequence[int]) -> Batch:
-        """The batch at these positions. Raises ValueError for a negative position or too many bad samples."""
+        """The batch at these positions. Raises ValueError for a negative position."""
         if not len(positions) or min(positions) < 0:
             raise ValueError(f"positions must be a non-empty sequence of numbers >= 0, got {list(positions)}")
-        images, captions, keys, weights = zip(*(self._read_one(int(p)) for p in positions), strict=True)
+        images, captions, keys, reasons = zip(*(self._read_one(int(p)) for p in positions), strict=True)
         samples = torch.tensor([int(p) for p in positions], dtype=torch.int64)
-        return Batch(torch.stack(images), list(captions), list(keys), samples, torch.tensor(weights))
+        problems = {key: reason for key, reason in zip(keys, reasons, strict=True) if reason is not None}
+        weight = torch.tensor([0.0 if key in problems else 1.0 for key in keys])
+        return Batch(torch.stack(images), list(captions), list(keys), samples, weight, problems)
 
     def captions(self, positions: Sequence[int]) -> list[str]:
         """The captions at these positions, without those that cannot be read."""
         found = []
         for position in positions:
-            shard, member = self._place(int(position))
+            shard, member = self.place(int(position))
             index = self.indexes[shard]
             with open(index.path, "rb") as file, contextlib.suppress(BadSample):
                 found.append(read_caption(file, index.entries[member]))
@@ -264,11 +260,15 @@ def validation_positions(total: int, rank: int, world: int) -> list[int]:
     return list(range(total * rank // world, total * (rank + 1) // world))
 
 
-def prefetch(source: Source, positions: Iterable[Sequence[int]], ahead: int = 2) -> Generator[Batch]:
-    """Batches at each list of positions, in order, read up to `ahead` batches early by one background thread.
+def prefetch(source: Source, positions: Iterable[Sequence[int]], ahead: int = 2, workers: int = 0) -> Generator[Batch]:
+    """Batches at each list of positions, in order, read up to `ahead` batches early (by each worker).
 
-    An error of the source is raised here, at its own turn.
+    workers: processes that read; 0 is one thread of this process. An error of the source is raised here, at its turn.
     """
+    return _by_workers(source, positions, ahead, workers) if workers else _by_thread(source, positions, ahead)
+
+
+def _by_thread(source: Source, positions: Iterable[Sequence[int]], ahead: int) -> Generator[Batch]:
     # One core, for this thread alone: a second pool of workers would wait beside the one that trains, and slow it.
     pool = ThreadPoolExecutor(1, "stream", initializer=torch.set_num_threads, initargs=(1,))
     pending: deque[Future[Batch]] = deque()
@@ -281,3 +281,31 @@ def prefetch(source: Source, positions: Iterable[Sequence[int]], ahead: int = 2)
             yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Reads(torch.utils.data.Dataset):
+    """A source as torch's DataLoader wants it: indexed by a whole list of positions."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitems__(self, positions: list[int]) -> Batch:
+        return self.source.read(positions)
+
+    def __getitem__(self, position: int) -> Batch:
+        return self.source.read([position])
+
+
+def _whole(batch: Batch) -> Batch:
+    return batch
+
+
+def _by_workers(source: Source, positions: Iterable[Sequence[int]], ahead: int, workers: int) -> Generator[Batch]:
+    loader = torch.utils.data.DataLoader(
+        _Reads(source), batch_sampler=positions, num_workers=workers, prefetch_factor=ahead, collate_fn=_whole
+    )
+    read = iter(loader)
+    try:
+        yield from read
+    finally:
+        read._shutdown_workers()  # now, not whenever the iterator is collected

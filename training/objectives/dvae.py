@@ -54,6 +54,12 @@ def codebook_use(counts: Tensor) -> dict[str, Tensor]:
     return {"perplexity": torch.exp(torch.special.entr(share).sum()), "usage": (counts > 0).float().mean()}
 
 
+@torch.no_grad()
+def codebook_scalars(codes: Tensor, num_codes: int, weight: Tensor) -> dict[str, Tensor]:
+    """`codebook_use` of a batch's codes (B, h, w), by image weight (B,)."""
+    return codebook_use(codebook_counts(codes, num_codes, weight))
+
+
 def dvae(
     parameters: Tensor,
     logits: Tensor,
@@ -88,12 +94,11 @@ def dvae(
     count = weight.sum()
     with torch.no_grad():
         mean = weight / count.clamp(min=1e-12)
-        counts = codebook_counts(logits.argmax(dim=1), logits.shape[1], weight)
         scalars = {
             "nll": (mean * nll).sum(),
             "squared": (mean * squared).sum(),
             "kl": (mean * kl.mean(dim=(1, 2))).sum(),
-            **codebook_use(counts),
+            **codebook_scalars(logits.argmax(dim=1), logits.shape[1], weight),
         }
     return ((weight * loss).sum(), count), scalars
 

@@ -37,6 +37,7 @@ class CLIPStage:
     higher_is_better = True
     coupled = True
     depends: tuple[str, ...] = ("captions",)
+    cached: tuple[str, ...] = ()
     restart_step: int | None = None
     knobs: ClassVar = {
         "wrong_captions": Knob(grammar=True),

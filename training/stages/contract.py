@@ -37,6 +37,8 @@ class TrainingStage(Protocol):
     or its statistics compare the samples of a step, so that it gathers them over ranks and cannot be split in passes.
     metrics: names of what validation tells, from `measure` or `summary`, the headline first; higher_is_better: of the
     headline. restart_step: None, or the step at which `restart` changes the weights and the optimizers begin anew.
+    cached: what it reads of a cache in place of pictures, all of it (see `training.cache`); empty where it needs
+    pictures.
 
     Every draw comes from `kartina.layers.random`, keyed by the run's seed, the step and the sample's global position;
     what is annealed is a function of the step, and what else must outlive a stop is a buffer of a network.
@@ -51,6 +53,7 @@ class TrainingStage(Protocol):
     metrics: tuple[str, ...]
     higher_is_better: bool
     restart_step: int | None
+    cached: tuple[str, ...]
 
     def updates(self, batch: Batch, step: int) -> Updates:
         """Yields (network, (loss_sum, count), scalars); the loop steps that network's optimizer and resumes.

@@ -30,6 +30,7 @@ class DALLEStage:
     higher_is_better = False
     coupled = False
     depends: tuple[str, ...] = ("tokenizer", "captions")
+    cached: tuple[str, ...] = ("codes",)
     restart_step: int | None = None
     knobs: ClassVar = {"caption_drop": Knob(high=1)}
 
@@ -56,8 +57,8 @@ class DALLEStage:
     @torch.no_grad()
     def _read(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Caption tokens (B, T) and image codes (B, h*w)."""
-        codes = self.tokenizer.encode(batch.image).flatten(1)
-        return self.captions.encode(batch.captions)[0].to(codes.device), codes
+        codes = batch.encoded["codes"] if batch.encoded else self.tokenizer.encode(batch.image)
+        return self.captions.encode(batch.captions)[0].to(codes.device), codes.flatten(1)
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, Tensor]:

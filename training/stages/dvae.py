@@ -31,6 +31,7 @@ class DVAEStage:
     higher_is_better = True
     coupled = False
     depends: tuple[str, ...] = ()
+    cached: tuple[str, ...] = ()
     knobs: ClassVar = {
         "autoencoder": Knob(high=1),
         "temperature": Knob(),

@@ -1,0 +1,72 @@
+"""PatchGAN discriminator (Isola 2017, arXiv:1611.07004, section 3.3 and appendix 6.1.2), the 70 x 70 one by default,
+with the layout and the tensor names of CycleGAN's and VQ-GAN's published checkpoints.
+
+B images, C channels, H x W pixels, h x w patches that overlap.
+
+It does not know which images are real, nor any loss.
+"""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from .conv import group_norm
+
+
+class PatchDiscriminator(nn.Module):
+    """Images (B, C, H, W) in [-1, 1] -> logits (B, 1, h, w), one for each patch: high where it looks real.
+
+    4x4 convolutions with stride 2, `depth` of them, whose widths double from `width` to at most 8 * width, and two with
+    stride 1; leaky ReLU 0.2. norm: "batch" as published, or "group", which sees one image at a time and so does not mix
+    real and false ones; no norm follows the first and the last. Weights start as normal(0, 0.02).
+    in_channels: 3, or 6 where an image is judged beside its condition. Raises ValueError for sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        width: int = 64,
+        depth: int = 3,
+        norm: Literal["batch", "group"] = "batch",
+        norm_groups: int = 32,
+    ) -> None:
+        if min(in_channels, width, depth) < 1 or norm not in ("batch", "group"):
+            raise ValueError(
+                "PatchDiscriminator needs in_channels, width and depth of at least 1 and norm 'batch' or 'group', got "
+                f"{in_channels}, {width}, {depth} and {norm!r}; correct the recipe"
+            )
+        super().__init__()
+        widths = [width * min(2**i, 8) for i in range(depth + 1)]
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i in range(depth):
+            layers += [
+                nn.Conv2d(widths[i], widths[i + 1], 4, stride=2 if i < depth - 1 else 1, padding=1, bias=False),
+                nn.BatchNorm2d(widths[i + 1]) if norm == "batch" else group_norm(widths[i + 1], norm_groups),
+                nn.LeakyReLU(0.2),
+            ]
+        self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        self.in_channels, self.depth = in_channels, depth
+        self.apply(_start)
+
+    @property
+    def smallest(self) -> int:
+        """The least H and W: those whose patches are one."""
+        return 3 * 2**self.depth
+
+    def forward(self, image: Tensor) -> Tensor:
+        if image.dim() != 4 or image.shape[1] != self.in_channels or min(image.shape[2:]) < self.smallest:
+            raise ValueError(
+                f"PatchDiscriminator needs images (B, {self.in_channels}, H, W) with H and W of at least "
+                f"{self.smallest}, got {tuple(image.shape)}; enlarge them or build it with a smaller depth"
+            )
+        return self.main(image)
+
+
+def _start(module: nn.Module) -> None:
+    """Normal(0, 0.02) weights, normal(1, 0.02) gains of BatchNorm, biases 0, as in the published code."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, mean=1.0, std=0.02)
+    if isinstance(module, nn.Conv2d | nn.BatchNorm2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)

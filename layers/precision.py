@@ -1,0 +1,20 @@
+"""Where numbers stay in full precision, whatever autocast says around them.
+
+It does not know which numbers need it.
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """No autocast where `x` is; on meta, where shapes are probed, there is none."""
+    quiet = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if quiet else contextlib.nullcontext()
+
+
+def full(x: Tensor) -> Tensor:
+    """The same in float32, or in float64 if it is that already."""
+    return x if x.dtype == torch.float64 else x.float()

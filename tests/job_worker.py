@@ -1,0 +1,55 @@
+"""Runs training jobs one after the other in one process, as one of the ranks that torchrun started, or alone.
+
+    python job_worker.py JOBS.jsonl RESULTS
+
+A job is a line {"name", "argv", ...}: the arguments of the trainer, and what happens to it: "stop_at", the step at
+which the first rank sends itself a real SIGTERM; "poison", the first and last position of samples whose pictures are
+not numbers; "fail_at", the step at which the last rank fails. Per job and rank, RESULTS/<name>-<rank>.json holds
+{"status", "world", "keys"}, with the keys of the samples of each step.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+
+from kartina.training import __main__ as trainer
+from kartina.training import stages
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def troubled(kind, job, keys):
+    """The stage, which also writes down its samples, and to which happens what the job says."""
+
+    class Troubled(kind):
+        def updates(self, batch, step):
+            keys.append([step, batch.keys])
+            if step == job.get("stop_at") and RANK == 0:
+                signal.raise_signal(signal.SIGTERM)
+            if step == job.get("fail_at") and RANK == WORLD - 1:
+                raise RuntimeError(f"rank {RANK} fails at step {step}")
+            first, last = job.get("poison", (0, -1))
+            batch.image[(batch.samples >= first) & (batch.samples <= last)] = float("nan")
+            return super().updates(batch, step)
+
+    return Troubled
+
+
+def run(job, results):
+    keys, known = [], dict(stages.STAGES)
+    stages.STAGES.update({name: troubled(kind, job, keys) for name, kind in known.items()})
+    try:
+        status = trainer.main([*job["argv"], f"--processes={WORLD}"])
+    finally:
+        stages.STAGES.update(known)
+    facts = {"status": status, "world": PartialState().num_processes, "keys": keys}
+    (results / f"{job['name']}-{RANK}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    for line in Path(sys.argv[1]).read_text().splitlines():
+        run(json.loads(line), Path(sys.argv[2]))

@@ -1,0 +1,83 @@
+"""Launch files are what Accelerate reads, and the SLURM script starts, stops and queues itself again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = ROOT / "training" / "launch"
+FILES = {"one-gpu": ("NO", 1, 1), "several-gpus": ("MULTI_GPU", 8, 1), "fsdp": ("MULTI_GPU", 8, 1)}
+FILES |= {"several-nodes": ("MULTI_GPU", 16, 2)}
+
+
+def test_accelerate_reads_every_launch_file():
+    assert {path.stem for path in LAUNCH.glob("*.yaml")} == set(FILES)
+    for name, (kind, processes, machines) in FILES.items():
+        config = load_config_from_file(str(LAUNCH / f"{name}.yaml"))
+        assert (str(config.distributed_type.value), config.num_processes, config.num_machines) == (
+            kind,
+            processes,
+            machines,
+        )
+        assert not config.fsdp_config and str(config.mixed_precision) == "no" and not config.use_cpu
+        text = (LAUNCH / f"{name}.yaml").read_text()
+        assert f"--config_file training/launch/{name}.yaml" in text and "-m kartina.training RECIPE" in text
+
+
+@pytest.fixture
+def cluster(tmp_path) -> dict[str, str]:
+    """A PATH whose srun runs one rank and whose trainer saves when it is told to stop."""
+    commands = {
+        "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; SLURM_PROCID=3 SLURM_LOCALID=1 exec "$@"',
+        "scontrol": f'if [ $1 = show ]; then printf "node7\\nnode8\\n"; else echo "$@" >> {tmp_path}/asked; fi',
+        "trainer": f'echo "$@; $RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT" > {tmp_path}/called\n'
+        f"trap 'sleep 0.2; echo saved > {tmp_path}/saved; exit 0' TERM\n"
+        'for i in $(seq "${TICKS:-0}"); do sleep 0.05; done; exit "${CODE:-0}"',
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "41", "SLURM_NTASKS": "16", "PYTHON": "trainer"}
+    return {**os.environ, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+
+def submit(environment: dict[str, str], *words: str) -> subprocess.Popen:
+    command = ["bash", str(ROOT / "docs" / "slurm.sh"), *words]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_slurm_script_starts_a_rank_with_its_words_and_place(cluster, tmp_path):
+    assert submit(cluster, "shapes/dalle", "a.b={c: 1}").wait(30) == 0
+    called = (tmp_path / "called").read_text().strip()
+    assert called == "-m kartina.training shapes/dalle a.b={c: 1}; 3 1 16 node7 20041"
+    assert not (tmp_path / "asked").exists()
+    assert submit({**cluster, "CODE": "2"}, "shapes/dalle").wait(30) == 2
+    job = submit(cluster)
+    assert job.wait(30) == 2 and "a recipe is missing" in job.stderr.read()
+
+
+def test_the_slurm_script_passes_the_signal_on_waits_and_requeues(cluster, tmp_path):
+    job = submit({**cluster, "TICKS": "400"}, "shapes/dalle")
+    for _ in range(200):
+        if (tmp_path / "called").exists():
+            break
+        time.sleep(0.05)
+    time.sleep(0.2)  # the trap is set right after
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(30) == 0
+    assert (tmp_path / "saved").exists(), "the job ended before its trainer had saved"
+    assert (tmp_path / "asked").read_text().split() == ["requeue", "41"]
+
+
+def test_the_trainer_starts_under_accelerates_launcher(tmp_path):
+    """A wrong recipe gives its one line: launched, imported and asked, without training."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={LAUNCH / 'one-gpu.yaml'}", "--cpu"]
+    command = [*launcher, "-m", "kartina.training", "shapes/dale"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert "did you mean 'shapes/dalle'" in done.stderr, done.stderr

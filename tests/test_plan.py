@@ -1,0 +1,252 @@
+"""Plans: FLOPs against hand counts and the profiler, bytes against a CPU's allocator and real optimizers, scaling."""
+
+import functools
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from accelerate.utils.operations import convert_to_fp32
+from typer.testing import CliRunner
+
+from kartina import cli
+from kartina.pipeline.recipe import PARTS, RecipeError, build
+from kartina.training import footprint, plan
+from kartina.training import run as runs
+from kartina.training.optim import EMA, build_optimizers
+
+BATCH = 4
+DVAE = "parts.tokenizer={kind: dvae, image_size: 32, num_codes: 64, width: 16, init_width: 16, num_groups: 2}"
+SMALL = ["parts.prior.depth=2", "parts.prior.attention=[conv, causal]", "parts.clip.vision_depth=1"]
+_LAYOUT = "image_size: 32, width: 16, channel_mult: [1, 2], norm_groups: 4"
+RECONSTRUCTING = {
+    "autoencoder": _LAYOUT,
+    "vae": _LAYOUT,
+    "autoencoder_kl": _LAYOUT,
+    "vqgan": f"{_LAYOUT}, num_codes: 64, code_dim: 8, latent_channels: 8",
+    "vqvae": "image_size: 32, width: 16, residual_width: 16, num_codes: 64, code_dim: 8",
+}
+KINDS = pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        *[([], "tokenizer"), (SMALL, "prior"), (SMALL, "clip"), ([DVAE], "tokenizer")],
+        *[([f"parts.tokenizer={{kind: {kind}, {sizes}}}"], "tokenizer") for kind, sizes in RECONSTRUCTING.items()],
+    ],
+    ids=["patch_dvae", "dalle", "clip", "dvae", *RECONSTRUCTING],
+)
+
+
+@functools.cache
+def planned(name: str, *overrides: str, **options) -> dict:
+    recipe, training = runs.load(name, list(overrides))
+    return plan.plan(recipe, training, **options)
+
+
+def prior(*overrides: str, **options) -> dict:
+    """The stage of a small transformer, as planned."""
+    return planned("shapes/dalle", *SMALL, *overrides, stage="prior", **options)["stages"]["prior"]
+
+
+def counted(recipe, part: str, bf16: bool = False) -> footprint.Footprint:
+    with footprint.fake():
+        return footprint.measure(recipe, part, footprint.build_fake(recipe, part), BATCH, bf16=bf16)
+
+
+def real(recipe, part: str, bf16: bool = False, hold: bool = True) -> footprint.Setting:
+    """What `counted` counts, to be computed. hold: the network's outputs stay alive, as in a stage."""
+    network, outputs = build(recipe, part), []
+
+    def forward(*inputs):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            outputs.append(convert_to_fp32(network(*inputs)))
+        return outputs[-1] if hold else outputs.pop()
+
+    frozen = {other: build(recipe, other) for other in footprint.PASSES[recipe.parts[part]["kind"]][0]}
+    return footprint.Setting(recipe, network, forward, {}, 1, frozen)
+
+
+def profiled(work, tmp_path) -> tuple[float, list[int], object]:
+    """FLOPs by torch's formulas, the bytes alive after each allocation and release, and the result."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, with_flops=True) as profiler:
+        result = work()
+    products = {"aten::conv2d", "aten::mm", "aten::addmm", "aten::bmm"}
+    flops = sum(event.flops for event in profiler.events() if event.name in products)
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    events = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    alive = [0]
+    for event in events:
+        alive.append(alive[-1] + event["args"]["Bytes"])
+    return flops, alive, result
+
+
+def test_every_kind_of_part_can_be_planned():
+    trained = {part: kinds for part, kinds in PARTS.items() if part != "discriminator"}  # in its tokenizer's stage
+    assert {kind for kinds in trained.values() for kind in kinds} == set(footprint.PASSES)
+
+
+def test_a_kind_without_an_entry_is_one_clear_error(monkeypatch):
+    monkeypatch.delitem(footprint.PASSES, "clip")
+    with pytest.raises(RecipeError, match=r"parts\.clip: .*'clip'.*expected one of dvae.*footprint\.py"):
+        planned("shapes/dalle", stage="clip")
+
+
+def test_flops_of_the_transformer_by_hand():
+    recipe, _ = runs.load("shapes/dalle", [])
+    texts, codes, width, depth, vocabulary, num_codes = 22, 128, 128, 5, 1024, 1024
+    places = texts + codes
+    products = 2 * (places * depth * 12 * width**2 + width * (texts * vocabulary + codes * num_codes))
+    attention = depth * 2 * places**2 * width  # one product of queries and keys: 2 of them forward, 5 backward
+    patches = 2 * 128 * (3 * 2 * 4) * num_codes  # the frozen tokenizer's convolution
+    found = counted(recipe, "prior")
+    assert found.flops == BATCH * (3 * products + 7 * attention)
+    assert found.frozen_flops == BATCH * patches
+
+
+def test_flops_of_clip_by_hand():
+    recipe, _ = runs.load("shapes/dalle", [])
+    width, images, texts, embedding = 128, 64 + 1, 22, 128
+    blocks = 12 * width**2 * (4 * images + 3 * texts) + 2 * width * embedding
+    attention = 2 * width * (4 * images**2 + 3 * texts**2)
+    stem = 2 * 64 * (3 * 4 * 4) * width  # has no gradient of its input
+    logits = 2 * BATCH * embedding
+    assert counted(recipe, "clip").flops == pytest.approx(
+        BATCH * (3 * (2 * blocks + logits) + 7 * attention + 2 * stem), rel=0.01
+    )
+
+
+@pytest.mark.parametrize("overrides", [[], [DVAE]], ids=["patch_dvae", "dvae"])
+def test_flops_of_the_dvae_against_the_profiler(overrides, tmp_path):
+    """Backward takes twice the forward pass, but for the first convolution, whose input needs no gradient."""
+    recipe, _ = runs.load("shapes/dalle", overrides)
+    setting = real(recipe, "tokenizer")
+    forward, _, _ = profiled(lambda: footprint.PASSES["dvae"][1](setting, BATCH), tmp_path)
+    assert counted(recipe, "tokenizer").flops == pytest.approx(3 * forward, rel=0.1)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@KINDS
+def test_activations_and_peak_against_the_allocator(overrides, part, bf16, tmp_path):
+    recipe, _ = runs.load("shapes/dalle", overrides)
+    loss_of = footprint.PASSES[recipe.parts[part]["kind"]][1]
+    found, setting = counted(recipe, part, bf16), real(recipe, part, bf16, hold=False)
+    _, alive, loss = profiled(lambda: loss_of(setting, BATCH), tmp_path)
+    assert found.saved == pytest.approx(alive[-1], rel=0.02)  # what the loss holds on to, and the loss
+    del loss
+    setting = real(recipe, part, bf16)
+    _, alive, _ = profiled(lambda: loss_of(setting, BATCH).backward(), tmp_path)
+    # A CPU's convolutions in bfloat16 have a workspace of their own.
+    workspace = bf16 and recipe.parts[part]["kind"] in RECONSTRUCTING
+    assert found.alive == pytest.approx(max(alive), rel=0.1 if workspace else 0.02)
+    assert found.working <= found.alive
+
+
+def test_a_micro_batch_adds_what_each_of_its_samples_takes():
+    four, eight = prior("stages.prior.micro_batch=4"), prior("stages.prior.micro_batch=8")
+    more = eight["memory"]["activations"] - four["memory"]["activations"]
+    assert more == pytest.approx(4 * four["activations_per_sample"], rel=1e-3)
+    whole = four["activations_constant"] + 4 * four["activations_per_sample"]
+    assert whole == four["memory"]["activations"] and four["flops_per_sample"] == eight["flops_per_sample"]
+    for share, fits in ((0.95, True), (1.05, False)):
+        size = int(share * four["largest_micro_batch"])
+        assert prior(f"stages.prior.global_batch={size}", f"stages.prior.micro_batch={size}")["fits"] is fits
+
+
+@KINDS
+def test_optimizer_and_moving_average_are_as_large_as_the_real_ones(overrides, part):
+    recipe, training = runs.load("shapes/dalle", overrides)
+    network, config = build(recipe, part), training.stages[part]
+    optimizers, ema = build_optimizers(network, config.optimizer), EMA(network, config.ema)
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    values = [pair for optimizer in optimizers for state in optimizer.state.values() for pair in state.items()]
+    memory = planned("shapes/dalle", *overrides, stage=part)["stages"][part]["memory"]
+    assert memory["optimizer"] == sum(value.nbytes for name, value in values if name != "step")
+    assert memory["ema"] == sum(value.nbytes for value in ema.average.values())
+    assert memory["weights"] == memory["gradients"] == sum(p.nbytes for p in network.parameters())
+
+
+def test_twice_the_devices_take_half_the_time():
+    adamw = "stages.prior.optimizer.muon=0"
+    one, two = prior(adamw), prior(adamw, devices=2)
+    assert two["compute_seconds"] == pytest.approx(one["compute_seconds"] / 2)
+    assert two["update_seconds"] == one["update_seconds"]
+    assert two["samples"] == one["samples"] == 9000 * 16 and two["global_batch"] == 16
+    assert one["days"] == pytest.approx(9000 * one["step_seconds"] / 86400)
+    assert two["device_hours"] == pytest.approx(48 * two["days"])
+    assert one["memory"]["buckets"] == 0 and two["memory"]["buckets"] == two["memory"]["gradients"]
+    assert prior(adamw, devices=2, shard="fsdp")["step_seconds"] == pytest.approx(one["step_seconds"] / 2)
+    assert prior(adamw, utilisation=0.2)["compute_seconds"] == pytest.approx(2 * one["compute_seconds"])
+    products = 5 * (2 * 128**2 * 512 * 2 + 2 * 128**3)  # Muon's, five rounds of an MLP's matrix
+    assert prior()["flops_per_update"] > 4 * products > one["flops_per_update"] == 0
+
+
+def test_fsdp_divides_the_state_and_not_the_activations():
+    whole, parts = (prior(devices=4, shard=shard)["memory"] for shard in ("none", "fsdp"))
+    for key in ("weights", "gradients", "optimizer", "ema"):
+        assert parts[key] == whole[key] / 4
+    assert parts["activations"] == whole["activations"] and parts["frozen"] == whole["frozen"]
+    assert parts["buckets"] == 0 < parts["gathered"] and parts["peak"] < whole["peak"]
+
+
+def test_a_device_without_bfloat16_computes_in_float32():
+    assert planned("shapes/dalle", *SMALL, device="v100", stage="clip")["precision"] == "fp32"
+    assert planned("shapes/dalle", *SMALL, "training.precision=fp32", stage="clip")["device"]["peak_flops"] == 67e12
+    assert all(device.bandwidth and device.source and device.memory > 1e10 for device in plan.DEVICES.values())
+
+
+def test_twelve_billion_parameters_are_planned_in_seconds_without_memory():
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    found = planned("paper/dalle-12b", devices=1024, shard="fsdp", stage="prior")["stages"]["prior"]
+    assert time.process_time() - started < 30
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 500e6  # the weights alone are 49e9
+    assert found["samples"] == 430_000 * 1024 and found["passes"] == 1 and found["fits"]
+    # 6 FLOPs for each weight and place of the stream, of which the embeddings are no part, and attention.
+    assert found["flops_per_sample"]["trained"] == pytest.approx(6 * 12.1e9 * 1280, rel=0.1)
+
+
+def test_a_recipe_without_training_has_no_days(tmp_path):
+    text = (runs.RECIPES / "paper" / "dalle-12b.yaml").read_text()
+    (tmp_path / "bare.yaml").write_text(text[: text.index("training:")])
+    found = planned(str(tmp_path / "bare.yaml"), stage="tokenizer")
+    assert found["stages"]["tokenizer"]["days"] is None and found["stages"]["tokenizer"]["parameters"] == 97_616_006
+    assert "states no training" in plan.report(found)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"device": "h10"}, "did you mean 'h100'"),
+        ({"shard": "fsdb"}, "did you mean 'fsdp'"),
+        ({"stage": "priors"}, "did you mean 'prior'"),
+        ({"utilisation": 0.0}, "above 0 and at most 1, got 1 and 0"),
+        ({"devices": 3}, "stage tokenizer: .* does not divide .*--stage"),
+    ],
+)
+def test_wrong_options_are_named(options, says):
+    with pytest.raises(RecipeError, match=says):
+        planned("shapes/dalle", **options)
+
+
+def test_the_command_prints_a_table_or_json():
+    options = ["--devices", "2", "--device", "a100", "--utilisation", "0.3", "--stage", "clip"]
+    words = ["plan", "shapes/dalle", *SMALL, "stages.clip.steps=7", *options]
+    printed = CliRunner().invoke(cli.app, [*words, "--json"])
+    found = json.loads(printed.output)
+    assert set(found["parameters"]) == {"tokenizer", "prior", "clip"} and found["device"]["name"] == "A100 SXM 80 GB"
+    clip = found["stages"]["clip"]
+    assert clip["steps"] == 7 and found["utilisation"] == 0.3 and clip["parameters"] == found["parameters"]["clip"]
+    table = CliRunner().invoke(cli.app, words).output
+    assert "on 2 x A100 SXM 80 GB" in table and "30 % are assumed" in table and f"{clip['parameters']:,d}" in table
+    assert all(word in table for word in ("weights", "optimizer", "moving average", "activations", "fits", "days"))
+
+
+def test_the_front_door_is_light():
+    code = "import sys, kartina.cli; sys.exit('torch' in sys.modules or 'rich.table' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

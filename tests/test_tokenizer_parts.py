@@ -1,0 +1,59 @@
+"""Every kind of tokenizer, and the discriminator, as a part: built from a recipe, exported, and loaded the same."""
+
+import pytest
+import torch
+
+from kartina.pipeline import checkpoint
+from kartina.pipeline.recipe import Recipe, build
+
+BODY = {"image_size": 16, "width": 8, "channel_mult": [1, 2], "blocks_per_level": 1, "norm_groups": 4}
+VQGAN = {"kind": "vqgan", **BODY, "attn_resolutions": [8], "latent_channels": 6, "code_dim": 2, "num_codes": 15}
+PARTS = {
+    "autoencoder": {"kind": "autoencoder", **BODY},
+    "flat": {"kind": "autoencoder", **BODY, "latent_dim": 7},
+    "vae": {"kind": "vae", **BODY, "latent_dim": 7, "scale": "shared"},
+    "vqvae": {"kind": "vqvae", "image_size": 16, "num_codes": 15, "code_dim": 2, "width": 8, "residual_width": 4},
+    "vector": VQGAN,
+    "ema": VQGAN | {"ema_decay": 0.9, "cosine": True},
+    "gumbel": VQGAN | {"quantizer": "gumbel"},
+    "fsq": VQGAN | {"quantizer": "fsq", "levels": [5, 3]},
+    "kl": {"kind": "autoencoder_kl", **BODY},
+}
+
+
+def system(tokenizer: dict) -> Recipe:
+    parts = {"tokenizer": tokenizer, "discriminator": {"kind": "patch", "width": 8, "depth": 1}}
+    return Recipe(name="tests/parts", paper="none", image_size=16, parts=parts)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_tokenizer_comes_back_as_it_was_exported(name, tmp_path):
+    torch.manual_seed(0)
+    recipe = system(PARTS[name])
+    model = build(recipe, "tokenizer")
+    if hasattr(model, "scale"):
+        torch.nn.init.constant_(model.scale.std, 2.0)
+    exported = checkpoint.export(model)
+    checkpoint.save_part(tmp_path, recipe, "tokenizer", exported)
+    loaded = checkpoint.load_part(tmp_path, checkpoint.load_recipe(tmp_path), "tokenizer")
+    model.load_state_dict(exported)
+    image = torch.rand(2, 3, 16, 16) * 2 - 1
+    z = model.eval().encode(image)
+    assert torch.equal(loaded.encode(image), z) and loaded.spec == model.spec
+    assert torch.equal(loaded.decode(z), model.decode(z))
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_a_discriminator_is_a_part(tmp_path):
+    recipe = system(PARTS["kl"])
+    checkpoint.save_part(tmp_path, recipe, "discriminator", checkpoint.export(build(recipe, "discriminator")))
+    judge = checkpoint.load_part(tmp_path, recipe, "discriminator")
+    assert judge(torch.zeros(1, 3, 16, 16)).shape == (1, 1, 6, 6)
+
+
+@pytest.mark.parametrize("wrong", [{"channel_mult": [1, 2, 10**9]}, {"blocks_per_level": 10**6}, {"width": 2**30}])
+def test_a_hostile_size_is_refused(wrong, tmp_path):
+    recipe = system(PARTS["kl"])
+    checkpoint.save_part(tmp_path, recipe, "tokenizer", checkpoint.export(build(recipe, "tokenizer")))
+    with pytest.raises(checkpoint.ModelError, match="asks for more|cannot be built|does not fit"):
+        checkpoint.load_part(tmp_path, system(PARTS["kl"] | wrong), "tokenizer")

@@ -1,0 +1,134 @@
+"""Every stage: stopped and resumed bit for bit, and the same run on one process, on two, and in several passes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from kartina.training import state
+from kartina.training.stages import STAGES
+
+STEPS, STOP = 20, 10
+
+
+def test_every_stage_is_in_the_table(tiny):
+    assert set(tiny) == set(STAGES)
+
+
+def prepared(folder, trained_tokenizer, stage):
+    """A new run folder, which holds a tokenizer where the stage needs one."""
+    folder.mkdir()
+    if stage != "tokenizer":
+        shutil.copytree(trained_tokenizer / "model", folder / "model")
+        shutil.copy(trained_tokenizer / "captions.origin.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trainings(tiny, trained_tokenizer, tmp_path_factory, work):
+    """Every stage, trained whole, parted by a real SIGTERM, on one process and on two, and in two passes.
+
+    (processes, kind, "whole" or "parted" or "passes") -> (run folder, [facts of each rank] of each job).
+    """
+    home, found = tmp_path_factory.mktemp("trust"), {}
+    for processes in (1, 2):
+        jobs = []
+        for kind, (stage, argv) in tiny.items():
+            plans = {"whole": [None], "parted": [STOP - 1, None]}
+            if processes == 1 and not STAGES[kind].coupled:
+                plans["passes"] = [None]
+            for plan, stops in plans.items():
+                folder = prepared(home / f"{kind}-{plan}-{processes}", trained_tokenizer, stage)
+                own = [*argv, "--run", str(folder)] + ([f"stages.{stage}.micro_batch=4"] if plan == "passes" else [])
+                names = [f"{kind}-{plan}-{i}" for i in range(len(stops))]
+                jobs += [{"name": n, "argv": own, "stop_at": s} for n, s in zip(names, stops, strict=True)]
+                found[processes, kind, plan] = folder, names
+        results = work(jobs, processes)
+        for key, (folder, names) in found.items():
+            if key[0] == processes:
+                found[key] = folder, [results[name] for name in names]
+    return found
+
+
+def newest(folder, stage):
+    return state.load_newest(folder / "state" / stage)
+
+
+def assert_equal(a, b, where=""):
+    """Bit for bit, in nested dictionaries and lists; the seconds that a run took may differ."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a.keys() - {"seconds"}:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("kind", STAGES)
+def test_stopped_and_resumed_equals_uninterrupted(kind, processes, trainings, tiny):
+    """20 steps == 10 + a real SIGTERM, state written, all objects dropped, state read + 10."""
+    one, (whole,) = trainings[processes, kind, "whole"]
+    two, (first, second) = trainings[processes, kind, "parted"]
+    assert [rank["world"] for rank in whole + first + second] == [processes] * 3 * processes
+    assert [rank["status"] for rank in first] == [128 + 15 if processes == 1 else 0] * processes
+    assert [rank["status"] for rank in whole + second] == [0] * 2 * processes
+    for a, b, c in zip(whole, first, second, strict=True):
+        assert [step for step, _ in b["keys"]] == list(range(STOP))
+        assert b["keys"] + c["keys"] == a["keys"]
+    stage, _ = tiny[kind]
+    assert newest(one, stage)["step"] == STEPS
+    assert_equal(newest(one, stage), newest(two, stage))
+
+
+def logged(folder):
+    """Losses, metrics, gradient norms and learning rates by (step, name): what a rounding cannot move by a jump."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    left_out = {"stage", "wait", "seconds", "accuracy", "perplexity", "usage"}
+    return {
+        (line["step"], name): value
+        for line in lines
+        for name, value in line.items()
+        if name.rpartition("/")[2] not in left_out
+    }
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_one_process_two_and_two_passes_are_the_same_run(kind, trainings, tiny):
+    """1 x 8, 2 x 4 and 1 x 4 x 2: the same samples, learning rates and, to 1e-5 in float32, losses for 20 steps."""
+    one, (whole,) = trainings[1, kind, "whole"]
+    others = {"2 x 4": trainings[2, kind, "whole"]}
+    if not STAGES[kind].coupled:
+        others["1 x 4 x 2"] = trainings[1, kind, "passes"]
+    expected = logged(one)
+    losses = [name for step, name in expected if step == STEPS and ("loss" in name or "nll" in name)]
+    assert losses and len([step for step, name in expected if name == "lr"]) == STEPS
+    for how, (folder, (facts,)) in others.items():
+        found = logged(folder)
+        assert found.keys() == expected.keys(), how
+        for key, value in expected.items():
+            tolerance = 1e-3 if key[1].endswith("norm") else 1e-5
+            assert found[key] == pytest.approx(value, rel=tolerance, abs=1e-5), (how, key)
+        for step in range(STEPS):
+            read = [key for rank in facts for s, keys in rank["keys"] if s == step for key in keys]
+            assert read == [key for s, keys in whole[0]["keys"] if s == step for key in keys], (how, step)
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_averaged_weights_are_neither_the_first_nor_the_last(kind, trainings, tiny):
+    """An average that is never updated, or always replaced, passes unnoticed otherwise."""
+    folder, _ = trainings[1, kind, "whole"]
+    stage, _ = tiny[kind]
+    saved = newest(folder, stage)
+    assert saved["ema"]["updates"] > 10
+    live = saved["networks"][stage]
+    moved = [name for name, value in live.items() if not torch.equal(saved["ema"][f"average.{name}"], value)]
+    assert len(moved) > len(live) / 2

@@ -1,0 +1,322 @@
+"""Bad weather: numbers that are not finite, samples that cannot be read, a full disk, ranks that fail, kills."""
+
+import errno
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from kartina.training import __main__ as trainer
+from kartina.training import state
+from kartina.training.shards import ShardWriter
+
+
+def events(folder, name):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line.get("event") == name]
+
+
+def newest(folder, stage="tokenizer"):
+    return state.load_newest(folder / "state" / stage)
+
+
+def is_finite(saved):
+    return all(torch.isfinite(value).all() for value in saved["networks"]["tokenizer"].values())
+
+
+# --- numbers that are not finite --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stormy(tiny, tmp_path_factory, work):
+    """Runs of 20 steps of 8 with samples that are not numbers, on two processes: one of the ranks alone meets them."""
+    home = tmp_path_factory.mktemp("weather")
+    argv = [*tiny["patch_dvae"][1], "stages.tokenizer.patience=3", "stages.tokenizer.save_every=4"]
+    spans = {"sample": (43, 43), "span": (40, 63), "parted": (40, 63), "start": (0, 23), "endless": (40, 10_000)}
+    jobs = [{"name": n, "argv": [*argv, "--run", str(home / n)], "poison": span} for n, span in spans.items()]
+    jobs[2]["stop_at"] = 9
+    jobs.append({**jobs[2], "name": "resumed", "stop_at": None})
+    return home, work(jobs, 2)
+
+
+def test_a_step_that_is_not_finite_is_left_out_on_every_rank(stormy):
+    home, results = stormy
+    assert [rank["status"] for rank in results["sample"]] == [0, 0]
+    (skipped,) = events(home / "sample", "skipped")
+    assert skipped["step"] == 6
+    assert skipped["keys"] == [key for rank in results["sample"] for key in rank["keys"][5][1]]  # of both ranks
+    saved = newest(home / "sample")
+    assert (saved["step"], saved["at"], saved["bad"]) == (20, 20, []) and is_finite(saved)
+    assert saved["ema"]["updates"] == 19
+    steps = [entry["step"] for entry in saved["optimizers"]["tokenizer"][0]["state"].values()]
+    assert steps and all(step == 19 for step in steps)
+
+
+def test_after_several_the_run_goes_back_but_not_in_the_data(stormy):
+    home, results = stormy
+    (returned,) = events(home / "span", "returned")
+    assert (returned["step"], returned["reached"], returned["bad"]) == (4, 8, [5, 7])
+    saved = newest(home / "span")
+    assert (saved["step"], saved["at"], saved["bad"]) == (20, 24, [[5, 7]]) and is_finite(saved)
+    assert [step for step, _ in results["span"][0]["keys"]] == [*range(8), *range(4, 20)]
+    keys = [key for rank in results["span"] for _, step_keys in rank["keys"] for key in step_keys]
+    assert len(set(keys)) == len(keys) == 24 * 8  # nothing was read twice, nothing left out
+
+
+def test_a_run_that_went_back_resumes_like_any_other(stormy):
+    home, results = stormy
+    assert [rank["status"] for rank in results["parted"] + results["resumed"]] == [0] * 4
+    for whole, first, second in zip(results["span"], results["parted"], results["resumed"], strict=True):
+        assert first["keys"] + second["keys"] == whole["keys"]
+    whole, parted = newest(home / "span"), newest(home / "parted")
+    assert all(torch.equal(whole["networks"]["tokenizer"][k], v) for k, v in parted["networks"]["tokenizer"].items())
+    assert parted["bad"] == [[5, 7]] and parted["at"] == 24
+
+
+def test_bad_weather_at_the_very_start_goes_back_to_fresh_weights(stormy):
+    home, _ = stormy
+    saved = newest(home / "start")
+    assert (saved["step"], saved["at"], saved["bad"]) == (20, 23, [[0, 2]]) and is_finite(saved)
+
+
+def test_the_third_return_within_a_thousand_steps_ends_the_run(stormy):
+    home, results = stormy
+    assert [rank["status"] for rank in results["endless"]] == [2, 2]
+    assert [event["bad"] for event in events(home / "endless", "returned")] == [[5, 7], [8, 10]]
+    assert is_finite(newest(home / "endless"))
+    assert len(events(home / "endless", "skipped")) == 9
+
+
+# --- samples and disks ------------------------------------------------------------------------------------------------
+
+
+def png(color):
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """3 shards of 10, 3 and 7 samples; the samples 4 and 17 have a broken picture."""
+    home, number = tmp_path_factory.mktemp("shards"), 0
+    for part, count in enumerate((10, 3, 7)):
+        with ShardWriter(home / f"{part}", prefix=f"part{part}") as writer:
+            for _ in range(count):
+                picture = b"broken" if number in (4, 17) else png((number * 10, 0, 99))
+                writer.write({"png": picture, "txt": f"number {number}".encode()})
+                number += 1
+        for path in (home / f"{part}").iterdir():
+            path.rename(home / path.name)
+    return home
+
+
+def of_shards(tiny, shards, *more):
+    data = [f"training.data={{kind: shards, shards: {shards}, validation: {shards}, bad_limit: 0.1}}"]
+    return [*tiny["dvae"][1], "stages.tokenizer.objective.autoencoder=0", *data, *more]
+
+
+def test_uneven_shards_two_ranks_and_three_workers(tiny, shards, tmp_path, work):
+    """Exactly the steps of the recipe, each sample as often as any other, each scored once, bad ones named once."""
+    jobs = [
+        {"name": n, "argv": of_shards(tiny, shards, f"training.data.workers={workers}", "--run", str(tmp_path / n))}
+        for n, workers in (("thread", 0), ("workers", 3))
+    ]
+    results = work(jobs, 2)
+    for name in ("thread", "workers"):
+        assert [rank["status"] for rank in results[name]] == [0, 0]
+        read = [key for rank in results[name] for _, keys in rank["keys"] for key in keys]
+        assert len(read) == 20 * 8 and {read.count(key) for key in set(read)} == {8} and len(set(read)) == 20
+        found = {key for event in events(tmp_path / name, "unreadable") for key in event["problems"]}
+        assert found == {"part0-000000/000000004", "part2-000000/000000004"}
+        assert newest(tmp_path / name)["step"] == 20
+    assert results["thread"] == results["workers"]
+
+
+def test_one_shard_for_four_readers(tiny, shards, tmp_path, work):
+    one = tmp_path / "one"
+    one.mkdir()
+    shutil.copy(shards / "part1-000000.tar", one)
+    argv = of_shards(tiny, one, "training.data.workers=2", "--run", str(tmp_path / "run"))
+    (results,) = work([{"name": "one", "argv": argv}], 2).values()
+    assert [rank["status"] for rank in results] == [0, 0]
+    read = [key for rank in results for _, keys in rank["keys"] for key in keys]
+    counts = sorted(read.count(key) for key in set(read))
+    assert sum(counts) == 160 and len(counts) == 3 and counts[-1] - counts[0] <= 1
+
+
+def test_another_world_size_goes_on_with_the_next_sample(tiny, tmp_path, work):
+    argv = [*tiny["patch_dvae"][1], "--run", str(tmp_path / "run")]
+    two = work([{"name": "two", "argv": argv, "stop_at": 9}], 2)["two"]
+    one = work([{"name": "one", "argv": argv}], 1)["one"]
+    assert two[0]["world"] == 2 and one[0]["world"] == 1
+    steps = [[key for rank in two for key in rank["keys"][step][1]] for step in range(10)]
+    steps += [keys for _, keys in one[0]["keys"]]
+    whole = work([{"name": "all", "argv": [*argv[:-1], str(tmp_path / "all")]}], 1)["all"]
+    assert steps == [keys for _, keys in whole[0]["keys"]]
+
+
+def test_too_many_unreadable_samples_end_the_run(tiny, shards, tmp_path, capsys):
+    argv = of_shards(tiny, shards, "training.data.bad_limit=0.05", "--run", str(tmp_path))
+    assert trainer.main(argv) == 2
+    assert "at most 1 samples may be unreadable, got 2" in capsys.readouterr().err
+
+
+def test_a_full_disk_costs_nothing_but_the_new_checkpoint(tiny, tmp_path, monkeypatch, capsys):
+    """Neither where the room is known to be too small, nor where writing stops in the middle."""
+    argv = [*tiny["patch_dvae"][1], "stages.tokenizer.save_every=4", "stages.tokenizer.validate_every=100"]
+    real = torch.save
+
+    def torn(content, file):
+        real(content, file)
+        if content["at"] in (8, 12):
+            file.truncate(1000)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", torn)
+    usage = namedtuple("usage", "total used free")
+    steps = iter([10**12] * 4 + [1000] + [10**12] * 9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, next(steps)))
+    assert trainer.main([*argv, "--run", str(tmp_path)]) == 0
+    assert [event["step"] for event in events(tmp_path, "not saved")] == [8, 12, 16]
+    assert newest(tmp_path)["step"] == 20 and not list((tmp_path / "state" / "tokenizer").glob(".writing*"))
+
+    def full(path):
+        return usage(0, 0, 1000)
+
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    capsys.readouterr()
+    assert trainer.main([*argv, "--run", str(tmp_path / "full")]) == 2
+    assert "make room" in capsys.readouterr().err
+
+
+def test_a_rank_that_fails_ends_all_with_its_traceback(tiny, tmp_path):
+    job = {"name": "fail", "argv": [*tiny["patch_dvae"][1], "--run", str(tmp_path / "run")], "fail_at": 3}
+    (tmp_path / "jobs.jsonl").write_text(json.dumps(job))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    worker = os.path.join(os.path.dirname(__file__), "job_worker.py")
+    begin = time.monotonic()
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, worker, str(tmp_path / "jobs.jsonl"), str(tmp_path)],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode != 0 and time.monotonic() - begin < 60
+    assert "RuntimeError: rank 1 fails at step 3" in done.stderr
+
+
+# --- signals and kills ------------------------------------------------------------------------------------------------
+
+
+def start(argv, processes=1):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "kartina.cli", "train", *argv, f"--processes={processes}"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(folder, step, process, seconds=120):
+    """Until the log of a run holds a step."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if (folder / "log.jsonl").exists() and f'"step": {step},' in (folder / "log.jsonl").read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()[0]}")
+
+
+def family(process):
+    parent = psutil.Process(process.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+LONG = ["stages.tokenizer.steps=100000", "stages.tokenizer.validate_every=100000"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_to_the_command_saves_and_leaves_no_process(processes, tiny, tmp_path):
+    process = start([*tiny["patch_dvae"][1], *LONG, "--run", str(tmp_path)], processes)
+    wait_for_step(tmp_path, 5, process)
+    started = family(process)
+    assert len(started) == 1 if processes == 1 else len(started) >= 4  # the command, torchrun, two trainers
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert not psutil.wait_procs(started, timeout=10)[1]
+    (stopped,) = events(tmp_path, "stopped")
+    assert newest(tmp_path)["step"] == stopped["step"] >= 5
+
+
+def test_a_killed_command_leaves_no_process_either(tiny, tmp_path):
+    process = start([*tiny["patch_dvae"][1], *LONG, "--run", str(tmp_path)], 2)
+    wait_for_step(tmp_path, 5, process)
+    started = family(process)
+    process.kill()
+    assert not psutil.wait_procs(started, timeout=60)[1]
+    assert newest(tmp_path)["step"] >= 5
+
+
+@pytest.mark.parametrize("kind", ["patch_dvae", "clip"])
+def test_sigkill_and_a_new_process_equal_an_uninterrupted_run(kind, tiny, trained_tokenizer, tmp_path):
+    """What the killed run had done since its last checkpoint is done again, bit for bit."""
+    stage, argv = tiny[kind]
+    argv = [*argv, f"stages.{stage}.save_every=3", "--run"]
+    folders = [tmp_path / name for name in ("whole", "killed")]
+    for folder in folders:
+        if stage == "tokenizer":
+            folder.mkdir()
+        else:
+            shutil.copytree(trained_tokenizer, folder, ignore=shutil.ignore_patterns("state", "log.jsonl"))
+    assert trainer.main([*argv, str(folders[0])]) == 0
+    process = start([*argv, str(folders[1])])
+    wait_for_step(folders[1], 7, process)
+    process.kill()
+    process.communicate()
+    assert trainer.main([*argv, str(folders[1])]) == 0
+    whole, killed = (newest(folder, stage) for folder in folders)
+    assert whole["step"] == killed["step"] == 20
+    for name in ("networks", "optimizers", "ema"):
+        torch.testing.assert_close(killed[name], whole[name], rtol=0, atol=0)
+
+
+def save_forever(folder):
+    """Saves checkpoints without end, in a process that is to be killed; see the test below."""
+    return f"""
+import torch
+from pathlib import Path
+from kartina.training import state
+at = 0
+while True:
+    at += 1
+    state.save(Path({str(folder)!r}), {{"at": at, "step": at, "weights": torch.full((400_000,), float(at))}}, keep=KEEP)
+    print(at, flush=True)
+"""
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_of_saving_a_whole_checkpoint_remains(kills, keep, tmp_path):
+    draw = random.Random(kills + keep)
+    folder, reached = tmp_path / "state", 0
+    code = save_forever(folder).replace("KEEP", str(keep)).replace("at = 0", f"at = {reached}")
+    for _ in range(kills):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(2):
+            reached = int(process.stdout.readline())
+        time.sleep(draw.uniform(0, 0.05))
+        process.kill()
+        rest = process.communicate()[0].split()
+        reached = int(rest[-1]) if rest else reached
+        saved = state.load_newest(folder)
+        assert saved["at"] >= reached and bool((saved["weights"] == saved["at"]).all())
+        code = save_forever(folder).replace("KEEP", str(keep)).replace("at = 0", f"at = {saved['at']}")

@@ -1,0 +1,68 @@
+"""Starts the trainer on several processes of one machine, and passes on the signals that ask it to stop.
+
+`accelerate launch` starts them on GPUs; on CPU it starts one whatever is asked for, so there torchrun does. The
+launcher stands in a session of its own, so that a Ctrl-C of the terminal reaches the trainers once and through us, and
+it ends where we are killed.
+
+It does not know recipes.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+_CONFIG = Path(__file__).parent.parent / "accelerate_config.yaml"
+_PR_SET_PDEATHSIG = 1
+
+
+def launch(trainer: Sequence[str], processes: int) -> int:
+    """Runs `python -m <trainer>` in so many processes. Returns its exit status, 128 + the signal that stopped it."""
+    import torch
+
+    environment = dict(os.environ)
+    if torch.cuda.is_available():
+        starter = ["accelerate.commands.launch", f"--config_file={_CONFIG}", "--multi_gpu"]
+        starter += [f"--num_processes={processes}"]
+    else:
+        environment["ACCELERATE_USE_CPU"] = "1"
+        starter = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, "-m", *starter, "-m", *trainer]
+    agent = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent())
+    asked: list[int] = []
+
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        asked.append(signum)
+        _signal_trainers(agent.pid, signum)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        status = agent.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 + asked[0] if asked and status == 0 else status
+
+
+def _signal_trainers(agent: int, signum: int) -> None:
+    """To the trainers, not to the launcher: that would not wait for them to save. Before they run, to the launcher."""
+    try:
+        trainers = psutil.Process(agent).children()
+        for process in trainers or [psutil.Process(agent)]:
+            process.send_signal(signum)
+    except psutil.NoSuchProcess:
+        pass  # it has ended by itself
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """What a child calls first on Linux: SIGTERM reaches it when its parent dies, by SIGKILL too."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) and None

@@ -1,0 +1,92 @@
+"""Objectives of the plain autoencoder and of its kin: denoising (Vincent 2010, JMLR 11:3371) and sparse (Ng 2011,
+CS294A lecture notes, section 3), with the corruptions of the former.
+
+B images of 3 x H x W pixels in [-1, 1]; C units: the channels of the latents.
+
+It does not know the model, and draws nothing: corruptions take their draws.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...layers.precision import full
+from .weighting import check_images, weighted
+
+
+def add_gaussian(image: Tensor, noise: Tensor, std: float) -> Tensor:
+    """image + std * noise, for standard normal noise of the same shape; not clamped (Vincent 2010, section 3.3)."""
+    return image + std * noise
+
+
+def mask(image: Tensor, uniform: Tensor, share: float, value: float = -1.0) -> Tensor:
+    """`share` of the values become `value`, black by default, which is the paper's 0 in our range.
+
+    uniform: draws in (0, 1) that broadcast to the image: (B, 1, H, W) masks whole pixels.
+    """
+    return torch.where(uniform < share, value, image)
+
+
+def salt_and_pepper(image: Tensor, uniform: Tensor, share: float) -> Tensor:
+    """Half of `share` of the values become -1, the other half 1. uniform: see `mask`."""
+    return torch.where(uniform < share / 2, -1.0, torch.where(uniform < share, 1.0, image))
+
+
+def units(latents: Tensor) -> Tensor:
+    """Latents (B, C) or (B, C, h, w) -> (B, C, positions), a unit being a channel at all its positions."""
+    return full(latents).unflatten(1, (latents.shape[1], 1)) if latents.dim() == 2 else full(latents).flatten(2)
+
+
+def sparsity_kl(latents: Tensor, weight: Tensor, rho: float) -> Tensor:
+    """Sum over units of KL(Bernoulli(rho) || Bernoulli(their mean activation)), (), in nats (Ng 2011, section 3).
+
+    A unit's activation is the sigmoid of its latent, in (0, 1); its mean is over positions and the batch, by weight.
+    """
+    share = weight.to(full(latents).dtype)
+    share = share / share.sum().clamp(min=1e-12)
+    active = torch.einsum("b,bcp->c", share, units(latents).sigmoid()) / units(latents).shape[2]
+    # rho ln(rho / a) + (1 - rho) ln((1 - rho) / (1 - a)) = cross-entropy - entropy
+    target = torch.full_like(active, rho)
+    entropy = torch.special.entr(target) + torch.special.entr(1 - target)
+    return (F.binary_cross_entropy(active, target, reduction="none") - entropy).sum()
+
+
+def autoencoder(
+    reconstruction: Tensor,
+    image: Tensor,
+    weight: Tensor,
+    latents: Tensor | None = None,
+    error: str = "l2",
+    sparsity: str = "none",
+    sparsity_weight: float = 0.0,
+    rho: float = 0.05,
+) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+    """The error of the reconstruction, its mean over values, plus sparsity_weight * sparsity.
+
+    image: (B, 3, H, W), the clean one where the model saw it corrupted. weight: (B,). error: "l1" or "l2". latents:
+    (B, C) or (B, C, h, w), needed for sparsity: "l1" is the sum over units of their mean absolute value; "kl" is
+    `sparsity_kl` towards the mean activation rho, which couples the batch; "none" is neither.
+
+    Returns ((weighted loss sum, weight sum), scalars), the scalars detached weighted means: `error`, and `sparsity`
+    before its weight. Raises ValueError when shapes or choices do not fit.
+    """
+    check_images("autoencoder", reconstruction, image, weight)
+    if error not in ("l1", "l2") or sparsity not in ("none", "l1", "kl") or not 0 < rho < 1:
+        raise ValueError(
+            "autoencoder needs error 'l1' or 'l2', sparsity 'none', 'l1' or 'kl', and rho in (0, 1), got "
+            f"{error!r}, {sparsity!r} and {rho}"
+        )
+    if sparsity != "none" and latents is None:
+        raise ValueError(f"autoencoder needs the latents for sparsity {sparsity!r}; pass them")
+    difference = full(reconstruction) - full(image)
+    loss = (difference.abs() if error == "l1" else difference.square()).mean(dim=(1, 2, 3))  # (B,)
+    shown = {"error": loss}
+    if sparsity == "l1" and latents is not None:
+        shown["sparsity"] = units(latents).abs().mean(dim=2).sum(dim=1)
+        return weighted(loss + sparsity_weight * shown["sparsity"], weight, shown)
+    (total, count), scalars = weighted(loss, weight, shown)
+    if sparsity == "kl" and latents is not None:
+        kl = sparsity_kl(latents, weight, rho)
+        total = total + sparsity_weight * count * kl
+        scalars["sparsity"] = kl.detach()
+    return (total, count), scalars

@@ -1,0 +1,46 @@
+"""Objective of latent diffusion's autoencoder (Rombach 2022, arXiv:2112.10752, section 3.1 and appendix G): VQ-GAN's,
+with a slight KL in place of the codebook.
+
+B images of D = 3 * H * W values.
+
+It does not know the networks, see `vqgan`. The reconstruction is a sum over values as the KL is one over latents, so
+that the published weight 1e-6 is between them.
+"""
+
+from torch import Tensor
+
+from ...layers.precision import full
+from .vae import gaussian_kl
+from .vqgan import Average, generator
+from .weighting import check_images, weighted
+
+
+def autoencoder_kl(
+    reconstruction: Tensor,
+    image: Tensor,
+    mean: Tensor,
+    log_variance: Tensor,
+    weight: Tensor,
+    fake_logits: Tensor | None = None,
+    last_layer: Tensor | None = None,
+    ramp: float = 0.0,
+    kl_weight: float = 1e-6,
+    perceptual: Tensor | None = None,
+    perceptual_weight: float = 1.0,
+    average: Average | None = None,
+) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+    """D * (mean |x - reconstruction| + perceptual) + kl_weight * KL + ramp * adaptive weight * fooling, per image.
+
+    mean, log_variance: of the posterior, (B, C, h, w); its KL is summed over all three. ramp: 0.5 from step 50,001 on
+    as published for KL-f8. The other arguments, and when it is coupled: see `vqgan.vqgan`.
+
+    Returns ((weighted loss sum, weight sum), scalars), the scalars detached weighted means: `l1` and `perceptual` per
+    value, `nll` and `kl` per image, `fooling`, `adaptive`. Raises ValueError when shapes disagree.
+    """
+    check_images("autoencoder_kl", reconstruction, image, weight, *([] if perceptual is None else [perceptual]))
+    l1 = (full(reconstruction) - full(image)).abs().mean(dim=(1, 2, 3))
+    kl = gaussian_kl(mean, log_variance).flatten(1).sum(dim=1)
+    shown = {"l1": l1, "kl": kl} | ({} if perceptual is None else {"perceptual": perceptual})
+    nll = image[0].numel() * (l1 if perceptual is None else l1 + perceptual_weight * full(perceptual))
+    total, scalars = generator(nll, kl_weight * kl, weight, fake_logits, last_layer, ramp, average)
+    return total, scalars | weighted(nll, weight, shown)[1]

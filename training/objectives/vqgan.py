@@ -1,0 +1,119 @@
+"""Objective of VQ-GAN (Esser 2021, arXiv:2012.09841, equations 4 to 7): reconstruction, codebook, and a discriminator
+whose share is balanced against the reconstruction at the decoder's last layer.
+
+B images of 3 x H x W pixels, h x w patches that the discriminator judges.
+
+It does not know the networks: the discriminator's logits and the perceptual distances come in. The perceptual distance
+is part of the reconstruction, and the discriminator's loss is the hinge (Lim 2017, arXiv:1705.02894), as published.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...layers.precision import full
+from .dvae import codebook_scalars
+from .weighting import check_images, weighted
+
+Average = Callable[[Tensor], Tensor]
+
+
+def discriminator_weight(step: int, start: int = 250_001, end: float = 0.8) -> float:
+    """What the adaptive weight is multiplied by at `step`: 0 before `start`, then `end`; published for f = 16."""
+    return end if step >= start else 0.0
+
+
+def hinge(
+    real_logits: Tensor, fake_logits: Tensor, weight: Tensor, ramp: float = 1.0
+) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+    """The discriminator's loss: half of max(0, 1 - real) + max(0, 1 + fake), means over patches. Separable.
+
+    real_logits, fake_logits: (B, 1, h, w), of images and of their reconstructions, detached. weight: (B,). ramp: scales
+    the loss, 0 before the discriminator starts. Returns ((weighted loss sum, weight sum), scalars), the scalars
+    detached weighted means: `hinge`, and the mean logits `real` and `fake`.
+    """
+    if real_logits.shape != fake_logits.shape or weight.shape != real_logits.shape[:1]:
+        shapes = [tuple(x.shape) for x in (real_logits, fake_logits, weight)]
+        raise ValueError(f"hinge needs logits (B, 1, h, w) of one shape twice and weight (B,), got {shapes}")
+    real, fake = full(real_logits).flatten(1), full(fake_logits).flatten(1)
+    loss = (F.relu(1 - real).mean(dim=1) + F.relu(1 + fake).mean(dim=1)) / 2
+    return weighted(ramp * loss, weight, {"hinge": loss, "real": real.mean(dim=1), "fake": fake.mean(dim=1)})
+
+
+def fooling(fake_logits: Tensor) -> Tensor:
+    """The generator's loss: minus the mean logit of each image's patches, (B, 1, h, w) -> (B,)."""
+    return -full(fake_logits).flatten(1).mean(dim=1)
+
+
+def adaptive_weight(nll: Tensor, adversary: Tensor, last_layer: Tensor, average: Average | None = None) -> Tensor:
+    """|grad of nll| / (|grad of adversary| + 1e-6) at the last layer (equation 7), clamped to [0, 1e4], detached.
+
+    nll, adversary: () losses of the same batch. last_layer: the decoder's last weights, which require gradients.
+    average: of a gradient over ranks, None for one; without it each rank would have a weight of its own.
+    """
+    norms = []
+    for loss in (nll, adversary):
+        (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+        norms.append((gradient if average is None else average(gradient)).norm())
+    return (norms[0] / (norms[1] + 1e-6)).clamp(0.0, 1e4).detach()
+
+
+def generator(
+    nll: Tensor,
+    regular: Tensor,
+    weight: Tensor,
+    fake_logits: Tensor | None,
+    last_layer: Tensor | None,
+    ramp: float,
+    average: Average | None = None,
+) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+    """nll + regular + ramp * adaptive weight * fooling; the first two and weight are (B,), for the rest see `vqgan`.
+
+    Returns ((weighted loss sum, weight sum), scalars `nll`, and `fooling` and `adaptive` where the ramp is not 0).
+    """
+    if ramp == 0:
+        return weighted(nll + regular, weight, {"nll": nll})
+    if fake_logits is None or last_layer is None:
+        raise ValueError("where the ramp is not 0 the generator needs fake_logits and last_layer; pass both")
+    adversary = fooling(fake_logits)
+    share = weight.to(nll.dtype) / weight.sum().clamp(min=1e-12)
+    adaptive = adaptive_weight((share * nll).sum(), (share * adversary).sum(), last_layer, average)
+    total, scalars = weighted(nll + regular + ramp * adaptive * adversary, weight, {"nll": nll, "fooling": adversary})
+    return total, scalars | {"adaptive": adaptive}
+
+
+def vqgan(
+    reconstruction: Tensor,
+    image: Tensor,
+    regular: Tensor,
+    codes: Tensor,
+    num_codes: int,
+    weight: Tensor,
+    fake_logits: Tensor | None = None,
+    last_layer: Tensor | None = None,
+    ramp: float = 0.0,
+    perceptual: Tensor | None = None,
+    perceptual_weight: float = 1.0,
+    average: Average | None = None,
+) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+    """The tokenizer's loss: |x - reconstruction| + perceptual + regular + ramp * adaptive weight * fooling.
+
+    reconstruction, image: (B, 3, H, W); the first term is their mean over values. regular: (B,), what the quantizer
+    adds: codebook's + 0.25 * encoder's term of `vqvae.quantization`; 1e-8 * sum over codes, mean over positions, of the
+    KL (`dvae.uniform_kl`) for Gumbel-softmax; zeros for FSQ. codes: (B, h, w) in [0, num_codes). weight: (B,).
+    ramp: what the adaptive weight is multiplied by; where it is not 0, fake_logits, the frozen discriminator's of the
+    reconstruction, with gradients, and last_layer are needed. perceptual: (B,) distances or None. average: see
+    `adaptive_weight`.
+
+    Coupled where ramp is not 0: the adaptive weight is the whole batch's. Returns ((weighted loss sum, weight sum),
+    scalars), the scalars detached weighted means: `l1`, `perceptual`, `nll` (both), `regular`, `fooling`, `adaptive`,
+    `perplexity` and `usage` of the codes. Raises ValueError when shapes disagree.
+    """
+    check_images("vqgan", reconstruction, image, regular, weight, *([] if perceptual is None else [perceptual]))
+    l1 = (full(reconstruction) - full(image)).abs().mean(dim=(1, 2, 3))
+    shown = {"l1": l1, "regular": regular} | ({} if perceptual is None else {"perceptual": perceptual})
+    nll = l1 if perceptual is None else l1 + perceptual_weight * full(perceptual)
+    total, scalars = generator(nll, full(regular), weight, fake_logits, last_layer, ramp, average)
+    return total, scalars | weighted(nll, weight, shown)[1] | codebook_scalars(codes, num_codes, weight)

@@ -1,0 +1,307 @@
+"""What training a recipe takes, before anything is trained: FLOPs, memory per device, time.
+
+A stage's step is `passes` forward and backward passes of `micro_batch` samples on every device, then one update:
+
+- weights, gradients, the optimizers' state (AdamW two values a weight, Muon one) and the moving average are float32.
+  With shard="fsdp" all four are divided over the devices, and each gathers two blocks and what lies in no block at a
+  time; without it, several devices keep DDP's buckets too, which are as large as the gradients.
+- peak: the most that is alive at once. In a single pass gradients grow as activations shrink, so it may lie below the
+  sum of the lines; AdamW's update takes its weights' size once more for a moment. A device is full at 90 %, for CUDA's
+  context, the kernels' workspace and the allocator's gaps are not counted.
+- time: FLOPs over the peak rate times the utilisation, which is an assumption and stands for all that is no matrix
+  product, exchange between devices included; then the update, which reads and writes its state once at full bandwidth.
+  Frozen parts compute in float32; so does everything on a device without bfloat16. Muon is computed on every device.
+  A small network takes longer than that: its kernels are over before the next one is launched.
+
+It does not know what a pass is made of (`footprint` does), nor the speed of a network between devices.
+"""
+
+import functools
+import io
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..pipeline.recipe import Recipe, RecipeError, count_parameters, nearest
+from . import run as runs
+
+FULL = 0.9  # of a device's memory
+_GIB, _DAY = 2**30, 86_400
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peak rates in FLOP/s, dense; memory in bytes, bandwidth in bytes/s. source: whose figures these are."""
+
+    name: str
+    bf16: float | None  # with float32 accumulation; None: no such arithmetic
+    fp32: float  # without TF32, as PyTorch multiplies by default
+    memory: int
+    bandwidth: float
+    source: str
+
+
+DEVICES: dict[str, Device] = {
+    "h100": Device("H100 SXM 80 GB", 989e12, 67e12, 80 * _GIB, 3.35e12, "NVIDIA H100 data sheet"),
+    "h200": Device("H200 SXM 141 GB", 989e12, 67e12, 141 * _GIB, 4.8e12, "NVIDIA H200 data sheet"),
+    "a100": Device("A100 SXM 80 GB", 312e12, 19.5e12, 80 * _GIB, 2.039e12, "NVIDIA A100 data sheet"),
+    "a100-40gb": Device("A100 SXM 40 GB", 312e12, 19.5e12, 40 * _GIB, 1.555e12, "NVIDIA A100 data sheet"),
+    "l40s": Device("L40S 48 GB", 362e12, 91.6e12, 48 * _GIB, 0.864e12, "NVIDIA L40S data sheet"),
+    "rtx4090": Device("RTX 4090 24 GB", 165.2e12, 82.6e12, 24 * _GIB, 1.008e12, "NVIDIA Ada architecture whitepaper"),
+    "v100": Device("V100 SXM2 16 GB", None, 15.7e12, 16 * _GIB, 0.9e12, "NVIDIA V100 data sheet"),
+    "v100-32gb": Device("V100 SXM2 32 GB", None, 15.7e12, 32 * _GIB, 0.9e12, "NVIDIA V100 data sheet"),
+}
+DEVICES["a100-80gb"] = DEVICES["a100"]
+
+
+def plan(
+    recipe: Recipe,
+    training: runs.Training | None,
+    device: str = "h100",
+    devices: int = 1,
+    utilisation: float = 0.4,
+    shard: str = "none",
+    stage: str | None = None,
+) -> dict[str, Any]:
+    """The plan as plain values, under "stages" by stage. shard: "none" (DDP) or "fsdp". stage: plan only this one.
+
+    Bytes and seconds. Without a training section: every part by itself, one sample a device, AdamW; no steps, no days.
+    Raises RecipeError for an unknown device, stage or way to shard, a utilisation that is none, and as `run.division`.
+    """
+    if device not in DEVICES:
+        raise RecipeError(f"--device {device!r} is unknown; {nearest(device, list(DEVICES))}")
+    if shard not in ("none", "fsdp"):
+        raise RecipeError(f"--shard {shard!r} is unknown; {nearest(shard, ['none', 'fsdp'])}")
+    if devices < 1 or not 0 < utilisation <= 1:
+        raise RecipeError(
+            f"a plan needs at least one device and a utilisation above 0 and at most 1, got {devices} and {utilisation}"
+        )
+    stages = training.stages if training else {part: _unstated(devices) for part in recipe.parts}
+    if stage is not None and stage not in stages:
+        raise RecipeError(f"no stage {stage!r}; {nearest(stage, list(stages))}")
+    card = DEVICES[device]
+    precision = training.precision if training else "bf16"
+    bf16 = precision == "bf16" and card.bf16 is not None
+    setting = _Setting(recipe, card, devices, utilisation, shard == "fsdp", bf16)
+    return {
+        "recipe": recipe.name,
+        "parameters": count_parameters(recipe),
+        "device": {"name": card.name, "source": card.source, "memory": card.memory, "peak_flops": setting.rate},
+        "devices": devices,
+        "shard": shard,
+        "utilisation": utilisation,
+        "precision": "bf16" if setting.bf16 else "fp32",
+        "states_training": training is not None,
+        "stages": {
+            name: _stage(setting, name, config, training is not None)
+            for name, config in stages.items()
+            if stage in (None, name)
+        },
+    }
+
+
+def _unstated(devices: int) -> runs.Stage:
+    return runs.Stage(steps=1, global_batch=devices, micro_batch=1, optimizer=runs.Optimizer(lr=1e-3))
+
+
+@dataclass(frozen=True)
+class _Setting:
+    recipe: Recipe
+    device: Device
+    devices: int
+    utilisation: float
+    fsdp: bool
+    bf16: bool
+
+    @property
+    def rate(self) -> float:
+        """The peak FLOP/s of what is trained."""
+        return self.device.bf16 if self.bf16 and self.device.bf16 else self.device.fp32
+
+
+def _stage(setting: _Setting, name: str, config: runs.Stage, stated: bool) -> dict[str, Any]:
+    from .footprint import build_fake, fake, measure
+
+    try:
+        micro, passes = runs.division(config, setting.devices)
+    except RecipeError as error:
+        raise RecipeError(f"stage {name}: {error}; or plan one stage with --stage") from None
+    with fake():
+        network = build_fake(setting.recipe, name)
+        cost = measure(setting.recipe, name, network, micro, setting.devices, config.objective, setting.bf16)
+        update = _update(network, config.optimizer)
+        gathered = _gathered(network) if setting.fsdp and setting.devices > 1 else 0
+        weights = sum(parameter.nbytes for parameter in network.parameters())
+        average = sum(value.nbytes for value in network.state_dict().values())
+    share = setting.devices if setting.fsdp else 1
+    exchange = weights if setting.devices > 1 and not setting.fsdp else 0
+    state = (weights + update["state"] + average) / share + cost.frozen_weights + exchange
+    whole_pass = setting.fsdp or passes > 1  # gradients are there, whole, from its start
+    in_pass = weights / share + gathered + cost.working if whole_pass else cost.alive
+    at_update = state + (weights + update["temporary"]) / share
+    peak, most = max(state + in_pass, at_update), FULL * setting.device.memory
+    constant = cost.saved - micro * cost.saved_a_sample
+    a_sample = (cost.working - constant) / micro  # with what backward passes take for a moment
+    room = most - (state + in_pass - micro * a_sample)
+    per_step = micro * passes
+    compute = (cost.flops * passes + update["flops"]) / setting.rate + cost.frozen_flops * passes / setting.device.fp32
+    touched = 2 * (2 * weights + update["state"] + average) / share
+    seconds = compute / setting.utilisation, touched / setting.device.bandwidth
+    days = sum(seconds) * config.steps / _DAY
+    return {
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "flops_per_sample": {"trained": cost.flops / micro, "frozen": cost.frozen_flops / micro},
+        "flops_per_update": update["flops"],
+        "micro_batch": micro,
+        "passes": passes,
+        "global_batch": per_step * setting.devices,
+        "memory": {
+            "weights": weights / share,
+            "gradients": weights / share,
+            "optimizer": update["state"] / share,
+            "ema": average / share,
+            "activations": cost.saved,
+            "frozen": cost.frozen_weights,
+            "buckets": exchange,
+            "gathered": gathered,
+            "peak": peak,
+        },
+        "activations_per_sample": cost.saved_a_sample,
+        "activations_constant": constant,
+        "fits": peak <= most,
+        "largest_micro_batch": 0 if at_update > most else max(0, int(room // a_sample)),
+        "step_seconds": sum(seconds),
+        "compute_seconds": seconds[0],
+        "update_seconds": seconds[1],
+        "steps": config.steps if stated else None,
+        "samples": config.steps * config.global_batch if stated else None,
+        "days": days if stated else None,
+        "device_hours": 24 * days * setting.devices if stated else None,
+    }
+
+
+def _update(network: Any, config: runs.Optimizer) -> dict[str, int]:
+    """FLOPs of one update, bytes of the optimizers' state, and bytes that AdamW takes for a moment on a GPU."""
+    from .optim import Muon, build_optimizers
+
+    found = {"flops": 0, "state": 0, "temporary": 0}
+    for optimizer in build_optimizers(network, config):
+        muon = isinstance(optimizer, Muon)
+        for group in optimizer.param_groups:
+            size = sum(parameter.nbytes for parameter in group["params"])
+            found["state"] += size if muon else 2 * size
+            if not muon:  # for all weights of a group at once
+                found["temporary"] = max(found["temporary"], size)
+                continue
+            found["flops"] += sum(_muon_flops(parameter.flatten(1).shape) for parameter in group["params"])
+    return found
+
+
+@functools.cache
+def _muon_flops(shape: tuple[int, int]) -> int:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from .optim import orthogonalise
+
+    with FlopCounterMode(display=False) as counter:
+        orthogonalise(torch.empty(shape))
+    return counter.get_total_flops()
+
+
+def _gathered(network: Any) -> int:
+    """Bytes that a sharded network holds whole at a time: two blocks, one's gradients, and what lies in no block.
+
+    Blocks are the items of its outermost lists of modules.
+    """
+    from torch import nn
+
+    def size(module: Any) -> int:
+        return sum(parameter.nbytes for parameter in module.parameters())
+
+    blocks: list[Any] = []
+    waiting: list[Any] = [network]
+    while waiting:
+        for child in waiting.pop().children():
+            is_list = isinstance(child, nn.ModuleList | nn.Sequential)
+            (blocks.extend(child) if is_list else waiting.append(child))
+    return 3 * max(map(size, blocks), default=0) + size(network) - sum(map(size, blocks))
+
+
+def report(plan: dict[str, Any]) -> str:
+    """A plan as a table with a column for each stage, and what the numbers rest on."""
+    stages = plan["stages"]
+    table = Table("per device" if plan["devices"] > 1 else "", *stages, box=box.SIMPLE)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for line, value in _LINES:
+        cells = [value(stage) for stage in stages.values()]
+        if any(cell is not None for cell in cells):
+            table.add_row(line, *("-" if cell is None else cell for cell in cells))
+    text = io.StringIO()
+    width = shutil.get_terminal_size((120, 24)).columns
+    console = Console(file=text, width=width, markup=False, highlight=False)
+    device = plan["device"]
+    how = {"none": "each holds the whole state", "fsdp": "the state divided over them (fsdp)"}[plan["shard"]]
+    console.print(
+        f"{plan['recipe']} on {plan['devices']} x {device['name']}{f', {how}' if plan['devices'] > 1 else ''}: "
+        f"{plan['precision']} at {device['peak_flops'] / 1e12:g} TFLOP/s ({device['source']}), "
+        f"of which {100 * plan['utilisation']:g} % are assumed to be used"
+    )
+    others = [f"{part} {count:,d}" for part, count in plan["parameters"].items() if part not in stages]
+    if others:
+        console.print(f"parameters of parts that are not planned: {', '.join(others)}")
+    console.print(table)
+    if not plan["states_training"]:
+        console.print("the recipe states no training: one sample a device, AdamW; no steps, hence no days")
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+
+def _bytes(size: float) -> str | None:
+    """None for nothing, which a line leaves out."""
+    gib = size / _GIB
+    return None if size < 1 else f"{gib:,.1f} GiB" if gib >= 1 else f"{1024 * gib:,.1f} MiB"
+
+
+def _memory(key: str) -> Any:
+    return lambda stage: _bytes(stage["memory"][key])
+
+
+def _figure(value: float | None) -> str | None:
+    return None if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+_LINES: list[tuple[str, Any]] = [
+    ("parameters", lambda s: f"{s['parameters']:,d}"),
+    ("GFLOP a sample", lambda s: _figure(s["flops_per_sample"]["trained"] / 1e9)),
+    ("  of frozen parts, besides", lambda s: _figure(s["flops_per_sample"]["frozen"] / 1e9 or None)),
+    ("GFLOP of Muon a step", lambda s: _figure(s["flops_per_update"] / 1e9 or None)),
+    ("samples a step", lambda s: f"{s['global_batch']:,d}"),
+    ("  in a pass x passes", lambda s: f"{s['micro_batch']:,d} x {s['passes']:,d}"),
+    ("weights", _memory("weights")),
+    ("gradients", _memory("gradients")),
+    ("optimizer", _memory("optimizer")),
+    ("moving average", _memory("ema")),
+    ("activations", _memory("activations")),
+    ("  of them for each sample", lambda s: _bytes(s["activations_per_sample"])),
+    ("  of them at any batch", lambda s: _bytes(s["activations_constant"])),
+    ("frozen parts", _memory("frozen")),
+    ("DDP's buckets", _memory("buckets")),
+    ("gathered blocks", _memory("gathered")),
+    ("peak", _memory("peak")),
+    ("fits", lambda s: "yes" if s["fits"] else "no"),
+    ("  largest micro-batch", lambda s: f"{s['largest_micro_batch']:,d}"),
+    ("time of a step", lambda s: _seconds(s["step_seconds"])),
+    ("steps", lambda s: None if s["steps"] is None else f"{s['steps']:,d}"),
+    ("samples", lambda s: None if s["samples"] is None else f"{s['samples']:,d}"),
+    ("days", lambda s: _figure(s["days"])),
+    ("device-hours", lambda s: _figure(s["device_hours"])),
+]
