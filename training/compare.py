@@ -1,8 +1,8 @@
 """Runs side by side, from their logs alone: every curve that they share, and "am I normal?" against the reference.
 
 A shipped recipe carries the reference beside it: `dalle.yaml`, `dalle.curves.json`, made of a log by `save_reference`.
-What is normal at a step s is what the reference was a quarter of s before and a third of s later, and between, and on
-either side three times its own scatter more, 2 % of the value at least. A band in time rather than in value needs no constant for each metric, and
+What is normal at a step s is what the reference was between 3/4 s and 4/3 s, and on either side three times its own
+scatter more, 2 % of the value at least. A band in time rather than in value needs no constant for each metric, and
 another seed or device shifts a curve mostly in time.
 
 It does not know how curves are drawn (`charts` does).
