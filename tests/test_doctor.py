@@ -302,7 +302,7 @@ def test_loss_at_chance_level(healthy, tmp_path):
 def test_averaged_weights_too_young(healthy, tmp_path, monkeypatch):
     """An average that does not warm up still holds much of where training began."""
     monkeypatch.setattr(loop.EMA, "update", slow_update)
-    rest = ["stages.prior.ema=0.99", "stages.prior.steps=60"]
+    rest = ["stages.prior.ema=0.995", "stages.prior.steps=60"]
     found = train(continued(healthy, tmp_path), "--stage", "prior", *rest)
     assert "averaged weights too young" in named(found)
 

@@ -58,7 +58,11 @@ def shards(tmp_path_factory):
 
 
 def command(shards, run, *more):
-    return ["shapes/dalle", *SMALL, f"training.data.shards={shards}", *more, "--run", str(run)]
+    data = [
+        f"training.data.shards={shards}",
+        "training.data.validation_share=0",
+    ]  # what is held out is read as pictures
+    return ["shapes/dalle", *SMALL, *data, *more, "--run", str(run)]
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +252,14 @@ def test_positions_hold_the_same_samples(shards, run, encoded):
     assert torch.equal(two.samples, one.samples) and torch.equal(two.weight, one.weight) and 0 in two.weight
     assert codes.fingerprint == pictures.fingerprint and codes.size == pictures.size
     assert two.image.numel() == 0
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_a_part_of_the_shards_holds_the_same_samples(part, shards, run, encoded):
+    source, data = stream.ShardSource(shards, 32, 0, part=part, share=0.3), Data(kind="shards", cache=str(encoded))
+    codes = cache.source_for(STAGES["dalle"], source, data, hashes(run), run / "model")
+    one, two = source.read(range(60)), codes.read(range(60))
+    assert two.keys == one.keys and two.captions == one.captions and source.size < 60
 
 
 def copied(run, folder):

@@ -102,9 +102,9 @@ def validate(stage: TrainingStage, ema: EMA, source: Source, accelerator: Accele
     if headline in live:
         gain = (averaged[headline] - live[headline]).float() * (1 if stage.higher_is_better else -1)
         each = torch.stack([weight, weight * gain, weight * gain.square()]).sum(1)
-        n, mean, square = accelerator.reduce(each, reduction="sum").clamp(min=1e-12).tolist()
-        error = math.sqrt(max(0.0, square / n - (mean / n) ** 2) / n)
-        found |= {"ema_gain": mean / n, "ema_gain_error": error}
+        n, mean, square = accelerator.reduce(each, reduction="sum").tolist()
+        mean, square, n = mean / max(n, 1), square / max(n, 1), max(n, 1)
+        found |= {"ema_gain": mean, "ema_gain_error": math.sqrt(max(0.0, square - mean**2) / n)}
     return {name: float(found[name]) for name in (*stage.metrics, *sorted(set(found) - set(stage.metrics)))}
 
 
