@@ -158,7 +158,7 @@ class _Frame:
         for step in _ticks(*self.span, False):
             x, y = self.at(step, self.low)
             brush.text((x, y + 5), _short(step), fill="black", font=small, anchor="mt")
-        brush.text((self.x + _LEFT - 5, self.y + _HEIGHT - _BOTTOM + 5), "step", fill=_GREY, font=small, anchor="rt")
+        brush.text((self.x + _LEFT - 16, self.y + _HEIGHT - _BOTTOM + 5), "step", fill=_GREY, font=small, anchor="rt")
 
 
 def _pale(colour: str) -> str:
