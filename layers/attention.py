@@ -24,6 +24,11 @@ from .embeddings import Rotation, rotate
 KVCache = tuple[Tensor, Tensor]  # keys and values, each (B, H, S, E)
 
 
+def _zeros(shape: tuple[int, ...], weight: Tensor) -> Tensor:
+    """Whole, even where the weight is divided over devices, as its own `new_zeros` would not be."""
+    return torch.zeros(shape, device=weight.device, dtype=weight.dtype)
+
+
 class BlockCache(NamedTuple):
     """What a block keeps of the tokens before: keys and values, and the last `max(shift)` inputs of both branches."""
 
@@ -48,7 +53,7 @@ class Attention(nn.Module):
         """An empty cache for `length` tokens, on the device and in the dtype of the weights."""
         weight = self.out.weight
         shape = (batch, self.num_heads, length, weight.shape[0] // self.num_heads)
-        return weight.new_zeros(shape), weight.new_zeros(shape)
+        return _zeros(shape, weight), _zeros(shape, weight)
 
     def forward(
         self,
@@ -152,7 +157,7 @@ class TransformerBlock(nn.Module):
         if self.shift:
             weight = self.attention.out.weight
             shape = (batch, max(self.shift), weight.shape[0])
-            kept = weight.new_zeros(shape), weight.new_zeros(shape)
+            kept = _zeros(shape, weight), _zeros(shape, weight)
         return BlockCache(self.attention.new_cache(batch, length), kept)
 
     def forward(

@@ -52,13 +52,17 @@ def file_hash(path: Path) -> str:
 
 
 def export(module: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """A part's weights as shipped: floating tensors rounded to `dtype`, everything on the CPU and contiguous."""
+    """A part's weights as shipped: floating tensors rounded to `dtype`, everything on the CPU and contiguous.
+
+    What is divided over processes (a DTensor) is put together, for which all of them must call this.
+    """
+    weights = {name: getattr(value, "full_tensor", lambda v=value: v)() for name, value in module.state_dict().items()}
     return {
         name: (value.to(dtype) if value.is_floating_point() else value)
         .detach()
         .cpu()
         .clone(memory_format=torch.contiguous_format)
-        for name, value in module.state_dict().items()
+        for name, value in weights.items()
     }
 
 

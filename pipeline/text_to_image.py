@@ -151,7 +151,8 @@ class TextToImage:
         """Paints `candidates` pictures a prompt and returns the best `keep` of each, prompt by prompt, best first.
 
         seed: of candidate 0 of every prompt, or one for each prompt. progress: called with the sampling steps done and
-        in all. micro_batch: pictures painted at once, 1 to 4096, taken from all prompts. knobs: temperature, top_k,
+        in all. micro_batch: pictures painted at once, 1 to 4096, taken from all prompts; halved, with a warning, where
+        memory does not suffice. knobs: temperature, top_k,
         top_p, guidance_scale (see `kartina.priors.samplers.sample_codes`), by default the recipe's `sampling`. Raises
         ValueError for an empty prompt, a number or knob out of range, candidates < keep, or candidates to choose from
         with no CLIP to rank them.
@@ -161,11 +162,15 @@ class TextToImage:
         self._check(prompts, seeds, candidates, keep, micro_batch)
         knobs = _all_knobs({**self.recipe.sampling.model_dump(), **knobs})
         rows = [(p, first + k, k) for p, first in zip(prompts, seeds, strict=True) for k in range(candidates)]
-        starts = range(0, len(rows), micro_batch)
         painted: list[Painting] = []
-        for number, start in enumerate(starts):
-            report = _share_of(progress, number, len(starts))
-            painted += self._paint(rows[start : start + micro_batch], knobs, report)
+        while len(painted) < len(rows):
+            chunk = rows[len(painted) : len(painted) + micro_batch]
+            batches = len(painted) // micro_batch, -(-len(rows) // micro_batch)
+            found = self._try_painting(chunk, knobs, _share_of(progress, *batches))
+            if found is None:
+                micro_batch = len(chunk) // 2
+                warnings.warn(f"out of memory with {len(chunk)} pictures: going on with {micro_batch}", stacklevel=2)
+            painted += found or []
         groups = [painted[start : start + candidates] for start in range(0, len(rows), candidates)]
         return [group[k] for group in groups for k in self._order(group, keep)]
 
@@ -184,6 +189,19 @@ class TextToImage:
             raise ValueError(f"give one seed, or one for each of the {len(prompts)} prompts, got {len(seeds)}")
         if not all(_is_seed(s) and _is_seed(s + candidates - 1) for s in seeds):
             raise ValueError(f"seeds are integers of 64 bits, got {seeds[0]} and so on; give smaller ones")
+
+    def _try_painting(self, rows: list[tuple[str, int, int]], knobs: dict, progress: Any) -> list[Painting] | None:
+        """The paintings of a micro-batch, or None where memory does not suffice for more than one at a time."""
+        try:
+            return self._paint(rows, knobs, progress)
+        except RuntimeError as error:
+            from accelerate.utils.memory import should_reduce_batch_size
+
+            if len(rows) == 1 or not should_reduce_batch_size(error):
+                raise
+        if torch.cuda.is_available():  # outside of the handler, which held on to what had been allocated
+            torch.cuda.empty_cache()
+        return None
 
     @torch.inference_mode()
     def _paint(self, rows: list[tuple[str, int, int]], knobs: dict, progress: Progress | None) -> list[Painting]:

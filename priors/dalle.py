@@ -35,6 +35,8 @@ class DALLE(nn.Module):
     not fit each other.
     """
 
+    sampling_methods = ("next_logits", "prefill", "step")  # what is called beside forward
+
     def __init__(
         self,
         text_vocab: int = 16384,

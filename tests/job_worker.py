@@ -5,7 +5,9 @@
 A job is a line {"name", "argv", ...}: the arguments of the trainer, and what happens to it: "stop_at", the step at
 which the first rank sends itself a real SIGTERM; "poison", the first and last position of samples whose pictures are
 not numbers; "fail_at", the step at which the last rank fails. Per job and rank, RESULTS/<name>-<rank>.json holds
-{"status", "world", "keys"}, with the keys of the samples of each step.
+{"status", "world", "keys", "scored", "held"}: the keys of the samples of each step; those that were measured, with a
+weight; and of each network the number of its values that this rank holds, of how many, and whether all its parameters
+are DTensors.
 """
 
 import json
@@ -15,6 +17,7 @@ import sys
 from pathlib import Path
 
 from accelerate import PartialState
+from torch.distributed.tensor import DTensor
 
 from kartina.training import __main__ as trainer
 from kartina.training import stages
@@ -22,12 +25,21 @@ from kartina.training import stages
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def troubled(kind, job, keys):
+def held(network):
+    """Of a network: the number of values that this rank holds, of how many, and whether they are DTensors."""
+    parameters = list(network.parameters())
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    divided = all(isinstance(p, DTensor) for p in parameters)
+    return [sum(p.numel() for p in local), sum(p.numel() for p in parameters), divided]
+
+
+def troubled(kind, job, keys, scored, found):
     """The stage, which also writes down its samples, and to which happens what the job says."""
 
     class Troubled(kind):
         def updates(self, batch, step):
             keys.append([step, batch.keys])
+            found.update({name: held(network) for name, network in self.networks.items()})
             if step == job.get("stop_at") and RANK == 0:
                 signal.raise_signal(signal.SIGTERM)
             if step == job.get("fail_at") and RANK == WORLD - 1:
@@ -36,17 +48,21 @@ def troubled(kind, job, keys):
             batch.image[(batch.samples >= first) & (batch.samples <= last)] = float("nan")
             return super().updates(batch, step)
 
+        def measure(self, batch):
+            scored.extend(key for key, weight in zip(batch.keys, batch.weight.tolist(), strict=True) if weight)
+            return super().measure(batch)
+
     return Troubled
 
 
 def run(job, results):
-    keys, known = [], dict(stages.STAGES)
-    stages.STAGES.update({name: troubled(kind, job, keys) for name, kind in known.items()})
+    keys, scored, found, known = [], [], {}, dict(stages.STAGES)
+    stages.STAGES.update({name: troubled(kind, job, keys, scored, found) for name, kind in known.items()})
     try:
         status = trainer.main([*job["argv"], f"--processes={WORLD}"])
     finally:
         stages.STAGES.update(known)
-    facts = {"status": status, "world": PartialState().num_processes, "keys": keys}
+    facts = {"status": status, "world": PartialState().num_processes, "keys": keys, "scored": scored, "held": found}
     (results / f"{job['name']}-{RANK}.json").write_text(json.dumps(facts))
 
 

@@ -228,22 +228,22 @@ def test_a_later_format_is_refused(folder):
 
 
 def test_the_newest_whole_state_is_taken(tmp_path):
-    state.save(tmp_path, 10, {"step": 10, "w": torch.ones(3)})
-    state.save(tmp_path, 20, {"step": 20, "w": torch.ones(3)})
+    state.save(tmp_path, {"at": 10, "step": 10, "w": torch.ones(3)})
+    state.save(tmp_path, {"at": 20, "step": 20, "w": torch.ones(3)})
     torn = tmp_path / "step-00000030"
     torn.mkdir()
     (torn / "state.pt").write_bytes(b"half")
-    assert state.load_newest(tmp_path)["step"] == 20
+    assert state.load(state.newest(tmp_path))["step"] == 20
     (tmp_path / "step-00000020" / "state.pt").write_bytes(b"rotten")
-    assert state.load_newest(tmp_path)["step"] == 10
+    assert state.load(state.newest(tmp_path))["step"] == 10
     (tmp_path / "step-00000010" / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="every checkpoint is damaged"):
-        state.load_newest(tmp_path)
+        state.load(state.newest(tmp_path))
 
 
 def test_rotation_keeps_the_newest(tmp_path):
     for step in (1, 2, 3):
-        state.save(tmp_path, step, {"step": step}, keep=2)
+        state.save(tmp_path, {"at": step, "step": step}, keep=2)
     assert [p.name for p in state.complete(tmp_path)] == ["step-00000002", "step-00000003"]
 
 

@@ -39,7 +39,7 @@ def assert_two_train_as_one(command, stage, names, folder):
     assert launched.returncode == 0, launched.stderr
     one, two = (losses(folder / run, stage, names) for run in ("one", "two"))
     assert len(one) > 4 and torch.allclose(one, two, rtol=1e-5, atol=1e-5)
-    one, two = (state.load_newest(folder / run / "state" / stage)["networks"][stage] for run in ("one", "two"))
+    one, two = (state.load(state.newest(folder / run / "state" / stage))["networks"][stage] for run in ("one", "two"))
     assert all(torch.allclose(two[name], value, atol=1e-4) for name, value in one.items())
 
 

@@ -34,7 +34,7 @@ SMALL = [
     "parts.prior.attention=full",
     *[f"stages.tokenizer.{key}" for key in ("steps=2", "global_batch=4")],
     *[f"stages.prior.{key}" for key in ("steps=20", "global_batch=4", "log_every=1", "objective.caption_drop=0.5")],
-    "training.data.kind=shards",
+    *["training.data.kind=shards", "training.data.validation_share=0"],  # what is held out is read as pictures
     "stages.clip.objective={}",
 ]
 BAD = "shard-000001/000000012"
@@ -58,11 +58,7 @@ def shards(tmp_path_factory):
 
 
 def command(shards, run, *more):
-    data = [
-        f"training.data.shards={shards}",
-        "training.data.validation_share=0",
-    ]  # what is held out is read as pictures
-    return ["shapes/dalle", *SMALL, *data, *more, "--run", str(run)]
+    return ["shapes/dalle", *SMALL, f"training.data.shards={shards}", *more, "--run", str(run)]
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +263,7 @@ def trained(folder, *words):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     names = ("prior/image_loss", "prior/text_loss", "prior/norm")
     logged = [[line[name] for name in names] for line in lines if "prior/image_loss" in line]
-    return torch.tensor(logged), state.load_newest(folder / "state" / "prior")
+    return torch.tensor(logged), state.load(state.newest(folder / "state" / "prior"))
 
 
 def test_training_from_a_cache_equals_training_on_the_fly(shards, run, encoded, tmp_path, monkeypatch):

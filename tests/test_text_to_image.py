@@ -59,6 +59,26 @@ def alike(first, second):
     return same and np.abs(pixels[0] - pixels[1]).max() <= 1
 
 
+def test_out_of_memory_halves_the_micro_batch_and_says_so(system, monkeypatch):
+    """Every picture is painted, once, and as by the micro-batch that fits."""
+    expected, paint, sizes = system(PROMPTS, seed=3, candidates=3, keep=3, micro_batch=2), system._paint, []
+
+    def tight(rows, *rest):
+        sizes.append(len(rows))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return paint(rows, *rest)
+
+    monkeypatch.setattr(system, "_paint", tight)
+    with pytest.warns(UserWarning, match="out of memory with 4 pictures: going on with 2"):
+        found = system(PROMPTS, seed=3, candidates=3, keep=3, micro_batch=8)
+    assert sizes[:3] == [8, 4, 2] and [p.facts for p in found] == [p.facts for p in expected]
+    assert all(a.image.tobytes() == b.image.tobytes() for a, b in zip(found, expected, strict=True))
+    monkeypatch.setattr(system, "_paint", lambda rows, *rest: tight([*rows, *rows, *rows], *rest))
+    with pytest.raises(torch.OutOfMemoryError):
+        system(PROMPTS[:1], micro_batch=1)
+
+
 @pytest.mark.parametrize("micro_batch", [1, 4, 5, 64])
 def test_batches_change_neither_pictures_nor_their_order(system, micro_batch):
     together = system(PROMPTS, seed=3, candidates=3, keep=2, micro_batch=micro_batch)

@@ -118,10 +118,12 @@ def test_stopped_and_resumed_equals_uninterrupted(kind, autoencoder, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         trainer.main([*command, str(tmp_path / "stopped")])
     monkeypatch.setattr(loop, "rate", real)
-    assert state.load_newest(tmp_path / "stopped" / "state" / "tokenizer")["step"] == 2
+    assert state.load(state.newest(tmp_path / "stopped" / "state" / "tokenizer"))["step"] == 2
     assert trainer.main([*command, str(tmp_path / "stopped")]) == 0
     assert trainer.main([*command, str(tmp_path / "whole")]) == 0
-    resumed, whole = (state.load_newest(tmp_path / name / "state" / "tokenizer") for name in ("stopped", "whole"))
+    resumed, whole = (
+        state.load(state.newest(tmp_path / name / "state" / "tokenizer")) for name in ("stopped", "whole")
+    )
     for name, value in whole["networks"]["tokenizer"].items():
         assert torch.equal(resumed["networks"]["tokenizer"][name], value), name
     for name, value in whole["ema"].items():
@@ -136,7 +138,8 @@ def test_accumulation_gives_the_same_gradient(tmp_path):
     trainer.main([*command, str(tmp_path / "one")])
     trainer.main([*command, str(tmp_path / "two"), "stages.tokenizer.micro_batch=2"])
     one, two = (
-        state.load_newest(tmp_path / name / "state" / "tokenizer")["networks"]["tokenizer"] for name in ("one", "two")
+        state.load(state.newest(tmp_path / name / "state" / "tokenizer"))["networks"]["tokenizer"]
+        for name in ("one", "two")
     )
     for name, value in one.items():
         assert torch.allclose(two[name], value, atol=1e-4), name
@@ -278,3 +281,49 @@ def test_clip_reads_captions_in_their_canonical_wording_first_and_less_and_less(
             assert found in (plain, rewritten)
             told += [found == rewritten] if plain != rewritten else []
         assert abs(sum(told) / len(told) - share) < 0.2
+
+
+SHORT = ["shapes/dalle", *TINY, "--stage", "tokenizer"]
+
+
+def test_more_steps_go_on_where_the_run_ended_and_other_changes_do_not(tmp_path, capsys):
+    """--extend names more steps; the part is exported anew, and what was trained against the old one is found out."""
+    command = [*SHORT, "--run", str(tmp_path)]
+    assert trainer.main(command) == 0
+    before = checkpoint.read_card(tmp_path / "model")["parts"]["tokenizer"]["hash"]
+    assert trainer.main([*command, "--extend", "tokenizer=6"]) == 0
+    saved = state.load(state.newest(tmp_path / "state" / "tokenizer"))
+    assert saved["step"] == saved["at"] == 6
+    assert checkpoint.read_card(tmp_path / "model")["parts"]["tokenizer"]["hash"] != before
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "tokenizer/nll" in line] == [1, 2, 3, 4, 5, 6]
+    assert trainer.main([*command, "--extend", "tokenizer=6"]) == 0  # done already
+    for wish, message in (("tokenizer=3", "more steps"), ("prior", "STAGE=STEPS"), ("pior=9", "STAGE=STEPS")):
+        assert trainer.main([*command, "--extend", wish]) == 2
+        assert message in capsys.readouterr().err
+    assert trainer.main([*command, "--extend", "tokenizer=8", "stages.tokenizer.optimizer.lr=0.1"]) == 2
+    assert "differs in optimizer" in capsys.readouterr().err
+
+
+def test_the_best_checkpoint_is_kept_and_may_be_what_is_exported(tmp_path, monkeypatch):
+    """The headline metric of step 2 is made the best; rotation spares it, and `export: best` takes its weights."""
+    real, measured = loop.exchange.validate, iter([10.0, 30.0, 20.0, 25.0])
+    monkeypatch.setattr(loop.exchange, "validate", lambda *rest: real(*rest) | {"psnr": next(measured)})
+    often = [f"stages.tokenizer.{key}=1" for key in ("validate_every", "save_every", "keep")]
+    assert trainer.main([*SHORT, *often, "stages.tokenizer.export=best", "--run", str(tmp_path)]) == 0
+    folder = tmp_path / "state" / "tokenizer"
+    assert [path.name for path in state.complete(folder)] == ["step-00000002", "step-00000004"]
+    best, last = (state.load(path)["ema"] for path in state.complete(folder))
+    exported = checkpoint.load_weights(tmp_path / "model", "tokenizer")
+    assert all(torch.equal(best[f"average.{name}"].to(value.dtype), value) for name, value in exported.items())
+    assert not all(torch.equal(last[f"average.{name}"].to(value.dtype), value) for name, value in exported.items())
+    assert state.load(state.newest(folder))["best"] == (30.0, 2)
+
+
+def test_tensorboard_has_the_scalars_and_a_missing_tracker_is_refused_at_once(tmp_path, capsys):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert trainer.main([*SHORT, "training.trackers=[tensorboard]", "--run", str(tmp_path)]) == 0
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard" / "tokenizer")).Reload()
+    assert [event.step for event in events.Scalars("tokenizer/nll")] == [1, 2, 3, 4]
+    assert trainer.main([*SHORT, "training.trackers=[trackio]", "--run", str(tmp_path / "other")]) == 2
+    assert "training.trackers names trackio, which is not installed" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def trainings(tiny, trained_tokenizer, tmp_path_factory, work):
 
 
 def newest(folder, stage):
-    return state.load_newest(folder / "state" / stage)
+    return state.load(state.newest(folder / "state" / stage))
 
 
 def assert_equal(a, b, where=""):

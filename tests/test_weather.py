@@ -20,6 +20,7 @@ from PIL import Image
 from kartina.training import __main__ as trainer
 from kartina.training import state
 from kartina.training.shards import ShardWriter
+from kartina.training.stages import STAGES
 
 
 def events(folder, name):
@@ -28,7 +29,7 @@ def events(folder, name):
 
 
 def newest(folder, stage="tokenizer"):
-    return state.load_newest(folder / "state" / stage)
+    return state.load(state.newest(folder / "state" / stage))
 
 
 def is_finite(saved):
@@ -138,10 +139,22 @@ def test_uneven_shards_two_ranks_and_three_workers(tiny, shards, tmp_path, work)
         assert [rank["status"] for rank in results[name]] == [0, 0]
         read = [key for rank in results[name] for _, keys in rank["keys"] for key in keys]
         assert len(read) == 20 * 8 and {read.count(key) for key in set(read)} == {8} and len(set(read)) == 20
+        scored = sorted(key for rank in results[name] for key in rank["scored"])
+        assert len(set(scored)) == 18 and scored == sorted([*set(scored)] * 2)  # at the steps 10 and 20
         found = {key for event in events(tmp_path / name, "unreadable") for key in event["problems"]}
         assert found == {"part0-000000/000000004", "part2-000000/000000004"}
         assert newest(tmp_path / name)["step"] == 20
     assert results["thread"] == results["workers"]
+
+
+def test_validation_of_fewer_samples_than_ranks_hangs_nowhere(tiny, shards, tmp_path, work):
+    (tmp_path / "one").mkdir()
+    with ShardWriter(tmp_path / "one", prefix="alone") as writer:
+        writer.write({"png": png((9, 9, 9)), "txt": b"alone"})
+    argv = of_shards(tiny, shards, f"training.data.validation={tmp_path / 'one'}", "--run", str(tmp_path / "run"))
+    (ranks,) = work([{"name": "few", "argv": argv}], 2).values()
+    assert [rank["status"] for rank in ranks] == [0, 0]
+    assert [rank["scored"] for rank in ranks] == [[], ["alone-000000/000000000"] * 2]
 
 
 def test_one_shard_for_four_readers(tiny, shards, tmp_path, work):
@@ -240,6 +253,8 @@ def family(process):
     return [parent, *parent.children(recursive=True)]
 
 
+PATTERNS = ("patch_dvae", "clip")  # one network, and one whose loss compares samples
+OTHERS = [kind for kind in STAGES if kind not in PATTERNS]
 LONG = ["stages.tokenizer.steps=100000", "stages.tokenizer.validate_every=100000"]
 
 
@@ -266,7 +281,7 @@ def test_a_killed_command_leaves_no_process_either(tiny, tmp_path):
     assert newest(tmp_path)["step"] >= 5
 
 
-@pytest.mark.parametrize("kind", ["patch_dvae", "clip"])
+@pytest.mark.parametrize("kind", [*PATTERNS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)])
 def test_sigkill_and_a_new_process_equal_an_uninterrupted_run(kind, tiny, trained_tokenizer, tmp_path):
     """What the killed run had done since its last checkpoint is done again, bit for bit."""
     stage, argv = tiny[kind]
@@ -317,6 +332,6 @@ def test_killed_at_random_moments_of_saving_a_whole_checkpoint_remains(kills, ke
         process.kill()
         rest = process.communicate()[0].split()
         reached = int(rest[-1]) if rest else reached
-        saved = state.load_newest(folder)
+        saved = state.load(state.newest(folder))
         assert saved["at"] >= reached and bool((saved["weights"] == saved["at"]).all())
         code = save_forever(folder).replace("KEEP", str(keep)).replace("at = 0", f"at = {saved['at']}")

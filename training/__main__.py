@@ -247,10 +247,11 @@ def _train(
         stage = kind(recipe, config, source, model, training.seed, accelerator.device)
         run = (identity, stage, training, source, validation, folder, accelerator, stop, name in extended)
         ema = train_stage(*run)
+        ema.copy_to_network()
+        weights = checkpoint.export(stage.networks[name])
         if accelerator.is_main_process:
-            ema.copy_to_network()
             facts = {"trained_against": against, "identity": identity, "computed_in": precision}
-            checkpoint.save_part(model, recipe, name, checkpoint.export(stage.networks[name]), **facts)
+            checkpoint.save_part(model, recipe, name, weights, **facts)
         accelerator.wait_for_everyone()
 
 

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from . import parallel
 from .optim import EMA
 from .stages import TrainingStage, Update
 from .stream import Batch, Source, validation_positions
@@ -30,7 +31,7 @@ def advance(generators: list[Iterator[Update]], networks: Collection[Any], accel
         with contextlib.ExitStack() as stack:
             if k < len(generators) - 1:
                 for network in networks:
-                    stack.enter_context(accelerator.no_sync(network))
+                    stack.enter_context(parallel.no_sync(network, accelerator))
             update = next(generator, None)
             if update is not None:
                 accelerator.backward(update[1][0])
@@ -47,9 +48,10 @@ def divide(network: torch.nn.Module, updates: list[Update], accelerator: Acceler
     ]
     loss, count = accelerator.reduce(torch.stack(sums).sum(0).detach(), reduction="sum")
     if count > 0:
+        scale = accelerator.num_processes / float(count)
         for parameter in network.parameters():
             if parameter.grad is not None:
-                parameter.grad.mul_(accelerator.num_processes / count)
+                parameter.grad.mul_(scale)
     return loss, count
 
 

@@ -24,12 +24,16 @@ TRACKERS = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker", "track
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Raises RecipeError for a tracker whose package is not installed."""
+    """Raises RecipeError for a tracker whose package is not installed. TensorBoard, the default, may be missing."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        if name != "tensorboard" and not _is_installed(name):
             raise RecipeError(
                 f"training.trackers names {name}, which is not installed; `pip install {name}`, or leave it out"
             )
+
+
+def _is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 @dataclass
@@ -53,7 +57,11 @@ class Log:
         if self.enabled:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._rewind()
-            self._started = [self._start(name) for name in self.trackers]
+            for name in self.trackers:
+                if _is_installed(name):
+                    self._started.append(self._start(name))
+                else:
+                    self.console.print(f"{name} is not installed: log.jsonl alone")
 
     def _start(self, name: str) -> Any:
         kind = getattr(importlib.import_module("accelerate.tracking"), TRACKERS[name])

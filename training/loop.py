@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 
-from . import doctor, exchange, history, state
+from . import doctor, exchange, history, parallel, state
 from .exchange import TrainingError
 from .log import Log
 from .optim import EMA, build_optimizers, rate
@@ -81,7 +81,12 @@ class _Run:
         rank, world = accelerator.process_index, accelerator.num_processes
         micro, self.passes = division(self.config, world)
         for part, network in stage.networks.items():
-            stage.forward[part] = accelerator.prepare_model(network)
+            shard = training.shard == "fsdp"
+            stage.forward[part] = parallel.prepare(network, accelerator, shard, self.config.recompute)
+        divided = any(parallel.is_sharded(network) for network in stage.networks.values())
+        self.together = accelerator if divided else None  # what all processes then have to do at once
+        if training.shard == "fsdp" and not divided:
+            accelerator.print(f"{name}: it has no blocks to divide, or one process has it alone: kept whole")
         self.checkpoints = folder / "state" / name
         self.state = RunState(identity, stage.networks, self._optimizers(), self._average())
         self._resume(extend)
@@ -117,16 +122,16 @@ class _Run:
         return EMA(self.stage.networks[self.stage.part], self.config.ema)
 
     def _resume(self, extend: bool) -> None:
-        saved = state.load_newest(self.checkpoints)
-        if saved is None:
+        path = state.newest(self.checkpoints)
+        if path is None:
             return
-        keys = differences(saved["identity"], self.state.identity, extend)
+        keys = differences(state.load(path)["identity"], self.state.identity, extend)
         if keys:
             raise TrainingError(
                 f"{self.folder}: the recipe changed since this run began ({keys}); put it back, or start another run "
                 "with --run FOLDER; more steps alone are taken with --extend STAGE=STEPS"
             )
-        self.state.restore(saved)
+        self.state.restore(path)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -152,7 +157,7 @@ class _Run:
                 self._save_if_due(last)
         self.stream.close()
         if self.config.export == "best" and run.best is not None:
-            run.ema.load(state.load(self.checkpoints / str(state.best_name(self.checkpoints)))["ema"])
+            run.restore(self.checkpoints / str(state.best_name(self.checkpoints)), data_too=False)
         self.accelerator.wait_for_everyone()
         return run.ema
 
@@ -193,7 +198,7 @@ class _Run:
             name = updates[0][0]
             network, config = run.networks[name], self.config.optimizers.get(name, self.config.optimizer)
             loss, count = exchange.divide(network, updates, self.accelerator)
-            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip)
+            norm = parallel.whole(torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip))
             # After the exchange the three are the same on every rank, and so is the choice.
             finite = bool(count > 0 and torch.isfinite(loss) and torch.isfinite(norm))
             if finite:
@@ -227,9 +232,9 @@ class _Run:
                 "Lower the learning rate, or look at these samples, and start again"
             )
         reached = run.step
-        saved = state.load_newest(self.checkpoints)
-        assert saved is not None  # one was written before the first step
-        run.restore(saved, data_too=False)
+        path = state.newest(self.checkpoints)
+        assert path is not None  # one was written before the first step
+        run.restore(path, data_too=False)
         run.bad.append(span)
         self.streak = 0
         message = f"{self.config.patience} such steps in a row: back to the weights of step {run.step}, on in the data"
@@ -285,10 +290,11 @@ class _Run:
                 self._save(best=True)
         if run.step % config.validate_every == 0 or last:
             doctor.watch(self.log, run.step)
-        if (run.step % config.preview_every == 0 or last) and self.accelerator.is_main_process:
+        first = self.accelerator.is_main_process
+        if (run.step % config.preview_every == 0 or last) and (first or self.together):
             with run.ema.applied():
                 picture = self.stage.preview(exchange.to_device(self.shown, self.accelerator.device))
-            if picture is not None:
+            if picture is not None and first:
                 path = self.folder / "previews" / f"{run.identity['stage']}-{run.step:06d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 picture.save(path)
@@ -308,12 +314,12 @@ class _Run:
 
     def _save(self, best: bool = False, must: bool = False) -> None:
         """Writes a checkpoint. Without `must` a failure, as of a full disk, is told and the run goes on."""
-        run = self.state
-        if self.accelerator.is_main_process:
+        run, first = self.state, self.accelerator.is_main_process
+        if first or self.together:
             content = run.collect() | {"seconds": self._seconds()}
             try:
-                path = state.save(self.checkpoints, content, self.config.keep)
-                if best:
+                path = state.save(self.checkpoints, content, self.config.keep, self.together)
+                if best and first:
                     state.mark_best(self.checkpoints, path)
                     state.rotate(self.checkpoints, self.config.keep)
             except OSError as error:

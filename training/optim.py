@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .parallel import like, whole
 from .run import Optimizer
 
 # What meets the data, the codes or the embedding is AdamW's.
@@ -40,9 +41,11 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(parameter.grad)
                 average = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
                 matrix = parameter.grad.lerp(average, group["momentum"]).flatten(1)  # Nesterov
-                update = orthogonalise(matrix).to(parameter.dtype).view(parameter.shape)
+                update = orthogonalise(whole(matrix)).to(parameter.dtype).view(parameter.shape)
                 wide = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * wide)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(
+                    like(update, parameter), alpha=-group["lr"] * wide
+                )
 
 
 def orthogonalise(matrix: Tensor, rounds: int = 5) -> Tensor:

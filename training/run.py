@@ -12,7 +12,8 @@ from ..pipeline.recipe import Recipe, RecipeError, Section, nearest, read, valid
 
 RECIPES = Path(__file__).parent / "recipes"
 _CADENCE = (
-    "log_every", "preview_every", "validate_every", "save_minutes", "save_every", "keep", "patience", "micro_batch"
+    "log_every", "preview_every", "validate_every", "save_minutes", "save_every", "keep", "patience", "micro_batch",
+    "recompute",
 )  # fmt: skip
 
 
@@ -50,6 +51,7 @@ class Stage(Section):
     steps: int = Field(ge=1)
     global_batch: int = Field(ge=1)
     micro_batch: int | None = Field(None, ge=1, description="samples per device and forward pass; derived if absent")
+    recompute: bool = Field(False, description="compute activations of blocks twice instead of keeping them")
     optimizer: Optimizer
     optimizers: dict[str, Optimizer] = Field({}, description="of the stage's other networks, in place of `optimizer`")
     ema: float = Field(0.999, ge=0, lt=1)
@@ -72,6 +74,7 @@ class Training(Section):
 
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
+    shard: Literal["none", "fsdp"] = Field("none", description="fsdp: divides what has blocks over the devices")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     data: Data
     stages: dict[str, Stage]

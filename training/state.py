@@ -6,8 +6,8 @@ removed. So a kill at any moment leaves the newest whole one. Everything is read
 It does not know what the networks are, nor the data.
 """
 
-import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..pipeline.checkpoint import file_hash, write_text
+from . import sharded
 from .optim import EMA
+from .parallel import is_sharded
 
 _BEST = "best.json"
 _OF_THE_DATA = ("at", "bad", "problems", "best", "seconds")
@@ -55,8 +58,18 @@ class RunState:
             **{name: getattr(self, name) for name in ("identity", "step", *_OF_THE_DATA)},
         }
 
-    def restore(self, saved: dict[str, Any], data_too: bool = True) -> None:
-        """Takes a collected state. Without `data_too` only what was learnt: the data goes on where it stands."""
+    def restore(self, path: Path, data_too: bool = True) -> None:
+        """Takes a checkpoint. Without `data_too` only what was learnt: the data goes on where it stands.
+
+        Its tensors may have been divided over another number of devices, or not at all. Raises ValueError for one that
+        is damaged.
+        """
+        divided = sharded.is_divided(path) or any(is_sharded(network) for network in self.networks.values())
+        if divided:
+            for optimizer in itertools.chain.from_iterable(self.optimizers.values()):
+                sharded.give_state(optimizer)
+        saved = load(path)
+        saved = sharded.read(path, saved, self.collect()) if divided else saved
         for name, network in self.networks.items():
             network.load_state_dict(saved["networks"][name])
             for optimizer, values in zip(self.optimizers[name], saved["optimizers"][name], strict=True):
@@ -68,35 +81,54 @@ class RunState:
                 setattr(self, name, saved[name])
 
 
-def save(folder: Path, content: dict[str, Any], keep: int = 2) -> Path:
+def save(folder: Path, content: dict[str, Any], keep: int = 2, together: Accelerator | None = None) -> Path:
     """Writes `folder/step-<at>` whole or not at all, then removes all but the newest `keep` and the best.
 
-    content: of `RunState.collect`. Returns its path. Raises OSError, with the earlier ones untouched, where the disk
-    has no room for it.
+    content: of `RunState.collect`. together: where its tensors are divided over processes, which then all call this and
+    each write their own. Returns its path. Raises OSError, with the earlier checkpoints untouched, where the disk has
+    no room for it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final, temporary = folder / f"step-{content['at']:08d}", folder / f".writing-{content['at']:08d}"
+    first = together is None or together.is_main_process
+    if sharded.any_rank(first and final in complete(folder), together):
+        return final
+    try:
+        with sharded.agreed(together):
+            if first:
+                _make_room(folder, temporary, content)
+        if together is not None:
+            content = sharded.write(temporary, content, together)
+        with sharded.agreed(together):
+            if first:
+                _finish(temporary, final, content)
+                rotate(folder, keep)
+    except BaseException:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _make_room(folder: Path, temporary: Path, content: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".writing-*"):  # of a run that was killed, which held the lock then
         shutil.rmtree(left)
-    if final in complete(folder):
-        return final
     _require_room(folder, content)
     temporary.mkdir()
-    try:
-        with open(temporary / "state.pt", "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        hashes = {path.name: file_hash(path) for path in sorted(temporary.iterdir())}
-        write_text(temporary / "manifest.json", json.dumps({"step": content["step"], "files": hashes}))
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one, without a manifest
-        os.rename(temporary, final)
-        _sync(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    rotate(folder, keep)
-    return final
+
+
+def _finish(temporary: Path, final: Path, content: dict[str, Any]) -> None:
+    """The last file, the manifest, and the name under which the checkpoint is found."""
+    with open(temporary / "state.pt", "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+    hashes = {str(path.relative_to(temporary)): file_hash(path) for path in files}
+    write_text(temporary / "manifest.json", json.dumps({"step": content["step"], "files": hashes}))
+    shutil.rmtree(final, ignore_errors=True)  # one without a manifest
+    os.rename(temporary, final)
+    _sync(final.parent)
 
 
 def _require_room(folder: Path, content: dict[str, Any]) -> None:
@@ -159,20 +191,20 @@ def _is_whole(path: Path) -> bool:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint. Raises ValueError where a hash disagrees with its manifest."""
+    """The content of a checkpoint; what is divided is left out. Raises ValueError where a hash disagrees."""
     if not _is_whole(path):
         raise ValueError(f"{path}: the checkpoint is damaged; move it away to use an older one")
     return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
 
 
-def load_newest(folder: Path) -> dict[str, Any] | None:
+def newest(folder: Path) -> Path | None:
     """The newest checkpoint whose hashes agree with its manifest, or None where there is none at all.
 
     Raises ValueError where there are checkpoints but all are damaged: starting anew must be the user's choice.
     """
     for path in reversed(complete(folder)):
-        with contextlib.suppress(ValueError):
-            return load(path)
+        if _is_whole(path):
+            return path
     if complete(folder):
         raise ValueError(f"{folder}: every checkpoint is damaged; move them away to start anew")
     return None

@@ -49,7 +49,7 @@ class CLIPStage:
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
     ) -> None:
         self.captions = CaptionTokenizer.load(model / "captions.json")
-        self.network: Any = build(recipe, self.part).to(device)
+        self.network: Any = build(recipe, self.part)
         self.networks: dict[str, nn.Module] = {self.part: self.network}
         self.forward: dict[str, Callable[..., Any]] = dict(self.networks)
         self.config, self.source, self.seed = config, source, seed

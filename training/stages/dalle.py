@@ -39,7 +39,7 @@ class DALLEStage:
     ) -> None:
         self.tokenizer = checkpoint.load_part(model, recipe, "tokenizer", device)
         self.captions = CaptionTokenizer.load(model / "captions.json")
-        self.network: Any = build(recipe, self.part).to(device)
+        self.network: Any = build(recipe, self.part)
         self.networks: dict[str, nn.Module] = {self.part: self.network}
         self.forward: dict[str, Callable[..., Any]] = dict(self.networks)
         self.config, self.source, self.seed = config, source, seed

@@ -45,7 +45,7 @@ class DVAEStage:
     def __init__(
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
     ) -> None:
-        self.network: Any = build(recipe, self.part).to(device)
+        self.network: Any = build(recipe, self.part)
         self.networks: dict[str, nn.Module] = {self.part: self.network}
         self.forward: dict[str, Callable[..., Any]] = dict(self.networks)
         self.config, self.source, self.seed, self.device = config, source, seed, device

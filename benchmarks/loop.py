@@ -1,0 +1,134 @@
+"""What the training loop costs beside the work itself, how long it waits for data, and what a second process brings.
+
+    python benchmarks/loop.py [STAGE ...]
+
+- loop: the time of a step in `train_stage` against the same forward pass, backward pass, clipping, optimizers and
+  moving average in a bare `for`; both read the same stream. Rounds of both alternate; medians of the steps.
+- wait: the share of the time that the log calls waiting, with two processes that read.
+- two processes: samples a second of two with one thread each, against one with one thread.
+
+On an idle machine; steps are those of shapes/dalle as shipped, and for the last of half its batch or more.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import chain, count
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from kartina.pipeline import checkpoint
+from kartina.pipeline.text_to_image import SHIPPED
+from kartina.training import exchange
+from kartina.training import run as runs
+from kartina.training.__main__ import source_of
+from kartina.training.loop import train_stage
+from kartina.training.optim import EMA, build_optimizers, fast_bf16
+from kartina.training.stages import STAGES
+from kartina.training.stopping import Stop
+from kartina.training.stream import prefetch, rank_positions
+
+MODEL, STEPS, ROUNDS = SHIPPED / "shapes/dalle", 24, 3
+QUIET = ["preview_every=100000", "validate_every=100000", "save_minutes=1000"]
+
+
+def build(name, workers=0):
+    """Recipe's training half, the stage and its source, as the trainer makes them."""
+    overrides = [f"stages.{name}.{word}" for word in (*QUIET, f"steps={STEPS}", f"log_every={STEPS}")]
+    recipe, training = runs.load("shapes/dalle", [*overrides, f"training.data.workers={workers}"])
+    source = source_of(recipe, training.data_of(name))
+    kind = STAGES[recipe.parts[name]["kind"]]
+    torch.manual_seed(0)
+    return training, kind(recipe, training.stages[name], source, MODEL, 0, torch.device("cpu")), source
+
+
+def timed(updates, times):
+    """`updates` of a stage, which also notes when it was called."""
+
+    def noted(batch, step):
+        times.append(time.perf_counter())
+        return updates(batch, step)
+
+    return noted
+
+
+def in_the_loop(name, accelerator, workers=0):
+    """(seconds between steps, share of waiting)."""
+    training, stage, source = build(name, workers)
+    times = []
+    stage.updates = timed(stage.updates, times)
+    with tempfile.TemporaryDirectory() as folder:
+        train_stage({"stage": name}, stage, training, source, None, Path(folder), accelerator, Stop())
+        last = json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])
+    return steps_of(times), last["wait"]
+
+
+def bare(name, accelerator):
+    """Seconds between steps of the work alone."""
+    training, stage, source = build(name)
+    config, times = training.stages[name], []
+    network = stage.networks[name]
+    stage.forward[name] = accelerator.prepare_model(network)
+    optimizers, ema = build_optimizers(network, config.optimizer), EMA(network, config.ema)
+    batch_size = config.global_batch
+    positions = chain.from_iterable(rank_positions(at, batch_size, 0, 1, batch_size) for at in count())
+    stream = prefetch(source, positions)
+    for step in range(STEPS):
+        times.append(time.perf_counter())
+        _, (loss, total), _ = next(stage.updates(exchange.to_device(next(stream), accelerator.device), step))
+        (loss / total).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        ema.update()
+        network.zero_grad(set_to_none=True)
+    stream.close()
+    return steps_of(times)
+
+
+def steps_of(times):
+    return [b - a for a, b in zip(times[4:], times[5:], strict=False)]  # the first few warm up
+
+
+def samples_a_second(name, processes):
+    """Of `kartina train` with one thread a process."""
+    steps = 2 * STEPS
+    with tempfile.TemporaryDirectory() as home:
+        model = Path(home) / "model"
+        model.mkdir()
+        shutil.copy(MODEL / "captions.json", model)
+        if name == "prior":
+            recipe = checkpoint.load_recipe(MODEL)
+            checkpoint.save_part(model, recipe, "tokenizer", checkpoint.load_weights(MODEL, "tokenizer"))
+        words = [f"stages.{name}.{word}" for word in (*QUIET, f"steps={steps}", f"log_every={STEPS}")]
+        command = [sys.executable, "-m", "kartina.cli", "train", "shapes/dalle", "--stage", name, "--run", home, *words]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command.append(f"--processes={processes}")
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        lines = [json.loads(line) for line in (Path(home) / "log.jsonl").read_text().splitlines()]
+    first, last = [line for line in lines if "samples" in line][-2:]
+    return (last["samples"] - first["samples"]) / (last["seconds"] - first["seconds"])
+
+
+def main() -> None:
+    torch.set_flush_denormal(True)
+    accelerator = Accelerator(mixed_precision="bf16" if fast_bf16(torch.device("cpu")) else "no", cpu=True)
+    for name in sys.argv[1:] or ["tokenizer", "prior", "clip"]:
+        rounds = [(in_the_loop(name, accelerator)[0], bare(name, accelerator)) for _ in range(ROUNDS)]
+        looped, alone = (statistics.median(chain.from_iterable(both)) for both in zip(*rounds, strict=True))
+        wait = in_the_loop(name, accelerator, workers=2)[1]
+        print(f"{name}: a step {1000 * looped:.0f} ms in the loop, {1000 * alone:.0f} ms bare: {looped / alone:.3f}")
+        print(f"{name}: waiting for data with two workers {100 * wait:.2f} % of the time")
+        one, two = samples_a_second(name, 1), samples_a_second(name, 2)
+        print(f"{name}: {one:.1f} samples/s on one process, {two:.1f} on two: {two / one / 2:.2f} of twice")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""One network on several devices: whole on each (DDP), or divided over them (FSDP2, arXiv:2304.11277).
+
+FSDP2 is `torch.distributed.fsdp.fully_shard`, called here on CPU and GPU alike; Accelerate's plugin for it does nothing
+on CPU. A divided network has DTensors for parameters, of which each device holds a part: weights, gradients, optimizer
+and moving average take 1 / devices of their memory, and the weights of one block at a time are gathered to compute.
+
+It does not know what is trained.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The blocks that are gathered one at a time: the `blocks` of a network that says so, none elsewhere."""
+    return list(getattr(network, "blocks", []))
+
+
+def prepare(network: nn.Module, accelerator: Accelerator, shard: bool, recompute: bool) -> Callable[..., Any]:
+    """The form of a network through which it trains, with autocast as Accelerate has it.
+
+    shard: divides it over the processes, in place, where it has blocks. recompute: the activations inside blocks are
+    computed again in the backward pass instead of being kept (Chen 2016, arXiv:1604.06174).
+    """
+    if recompute:
+        for block in blocks_of(network):
+            block.forward = partial(_recomputed, block.forward)  # type: ignore[method-assign]
+    if not (shard and blocks_of(network) and accelerator.num_processes > 1):
+        return accelerator.prepare_model(network)
+    # Autocast alone: placing is left to fully_shard, so that no device ever holds the whole network.
+    accelerator.prepare_model(network, device_placement=False, evaluation_mode=True)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for block in blocks_of(network):
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)  # else the next step would compute with old weights
+    for name in getattr(network, "sampling_methods", ()):
+        register_fsdp_forward_method(network, name)
+    return network
+
+
+def _recomputed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **named)
+    return checkpoint(forward, *inputs, use_reentrant=False, **named)
+
+
+def is_sharded(network: nn.Module) -> bool:
+    """Whether a network is divided over the processes."""
+    return isinstance(network, FSDPModule)
+
+
+def no_sync(network: Any, accelerator: Accelerator) -> AbstractContextManager[None]:
+    """Within it, gradients of a wrapped network add up on each device instead of being exchanged."""
+    return _unsynchronised(network) if is_sharded(network) else accelerator.no_sync(network)
+
+
+@contextmanager
+def _unsynchronised(network: FSDPModule) -> Any:
+    network.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        network.set_requires_gradient_sync(True)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as one, gathered from all processes if it is divided; then all of them must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, model: Tensor) -> Tensor:
+    """A whole tensor, equal on all processes, divided as `model` is."""
+    if not isinstance(model, DTensor):
+        return tensor
+    return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
+
+
+def whole_weights(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict with whole tensors; all processes must call this."""
+    return {name: whole(value) for name, value in network.state_dict().items()}
