@@ -76,26 +76,27 @@ def mean_scalars(updates: list[Update], accelerator: Accelerator) -> dict[str, f
 def validate(stage: TrainingStage, ema: EMA, source: Source, accelerator: Accelerator) -> dict[str, float]:
     """The stage's metrics on the first samples of another source, each scored once, with the averaged weights.
 
-    `ema_gain` is by how much the headline is better with them than with the live ones, for the first batch of each
-    rank, and `ema_gain_error` its standard error.
+    `ema_gain` is by how much the headline is better with them than with the live ones, over the first 64 samples, and
+    `ema_gain_error` its standard error.
     """
     total = _VALIDATED if source.size is None else min(_VALIDATED, source.size)
     mine = validation_positions(total, accelerator.process_index, accelerator.num_processes)
     most, headline = -(-total // accelerator.num_processes), stage.metrics[0]  # all ranks make as many forward passes
 
-    def read(start: int) -> tuple[Batch, Tensor]:
+    def read(start: int) -> Batch:
         chunk = mine[start : start + _VALIDATION_BATCH]
         batch = to_device(source.read(chunk or [0]), accelerator.device)
-        return batch, batch.weight if chunk else torch.zeros_like(batch.weight)
+        batch.weight *= bool(chunk)  # a rank that has scored all its own still takes part
+        return batch
 
-    batch, weight = read(0)
-    live = stage.measure(batch)
+    first = read(0)
+    live = stage.measure(first)
     with ema.applied():  # no autocast here: codes must be those that training reads and painting makes
-        averaged = stage.measure(batch)
-        sums = _sums(averaged, weight)
+        averaged = stage.measure(first)
+        sums = _sums(averaged, first.weight)
         for start in range(_VALIDATION_BATCH, most, _VALIDATION_BATCH):
-            rest, its_weight = read(start)
-            more = _sums(stage.measure(rest), its_weight)
+            batch = read(start)
+            more = _sums(stage.measure(batch), batch.weight)
             sums = {name: value + more[name] for name, value in sums.items()}
     sums = {name: accelerator.reduce(sums[name], reduction="sum") for name in sorted(sums)}
     count = sums.pop("")
@@ -103,6 +104,7 @@ def validate(stage: TrainingStage, ema: EMA, source: Source, accelerator: Accele
     found |= stage.summary(sums, float(count))
     if headline in live:
         gain = (averaged[headline] - live[headline]).float() * (1 if stage.higher_is_better else -1)
+        weight = first.weight * (first.samples < _VALIDATION_BATCH)  # the same samples at any number of ranks
         each = torch.stack([weight, weight * gain, weight * gain.square()]).sum(1)
         n, mean, square = accelerator.reduce(each, reduction="sum").tolist()
         mean, square, n = mean / max(n, 1), square / max(n, 1), max(n, 1)
