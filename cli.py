@@ -42,7 +42,7 @@ def paint(
     from .pipeline import gallery
     from .pipeline.terminal import progress_bar
 
-    texts = _captions(prompts or [], prompts_file)
+    texts = gallery.captions(prompts or [], prompts_file)
     if keep > candidates:
         raise ValueError(f"--keep must be at most --candidates, got {keep} of {candidates}; paint more candidates")
     paths = gallery.targets(out, len(texts) * keep, grid)
@@ -53,20 +53,6 @@ def paint(
         paintings = system(texts, seed=seed, candidates=candidates, keep=keep, progress=progress, **knobs)
     for path, entry in gallery.save_grid(paintings, paths[0]) if grid else gallery.save(paintings, paths):
         typer.echo(json.dumps({"file": str(path), **entry}, ensure_ascii=False) if as_json else str(path))
-
-
-def _captions(given: list[str], file: Path | None) -> list[str]:
-    texts = list(given)
-    if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8"
-            raise ValueError(f"cannot read {str(file)!r}: {reason}; name a text file with one caption a line") from None
-        texts += [line.strip() for line in lines if line.strip()]
-    if not texts or not all(text.strip() for text in texts):
-        raise ValueError("a caption is missing or empty; expected one such as 'a small red ring on a blue background'")
-    return texts
 
 
 def _load(model: str | Path, device: str, dtype: str, reranker: str | None = None, weights: str | None = None) -> Any:
@@ -223,6 +209,28 @@ def train(
     from .training.launcher import launch
 
     raise typer.Exit(launch(trainer, processes))
+
+
+@app.command()
+def doctor(run: Annotated[Path, typer.Argument(help="a run folder")], as_json: Json = False) -> None:
+    """Say what is wrong with a run, by its log, and what to do; exit with 1 where something is."""
+    from .training import doctor as examining
+
+    raise typer.Exit(examining.main(run, as_json, typer.echo))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="run folders")],
+    out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = Path("out/curves.png"),
+    stage: Annotated[str | None, typer.Option(help="of this stage only")] = None,
+    keys: Annotated[list[str] | None, typer.Option(help="these curves only, as valid/psnr")] = None,
+    save_reference: Annotated[bool, typer.Option("--save-reference", help="as what is normal for the recipe")] = False,
+) -> None:
+    """Draw the curves of runs, and compare with their recipe's reference; exit with 1 where one is not normal."""
+    from .training import compare as comparing
+
+    raise typer.Exit(comparing.main(runs, out, stage, keys or [], save_reference, typer.echo))
 
 
 @app.command()

@@ -38,6 +38,21 @@ DEMO = {
 }
 
 
+def captions(given: Sequence[str], file: Path | None) -> list[str]:
+    """Captions that were given, then those of a text file, one a line. Raises ValueError where one is empty."""
+    texts = list(given)
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise ValueError(f"cannot read {str(file)!r}: {reason}; name a text file with one caption a line") from None
+        texts += [line.strip() for line in lines if line.strip()]
+    if not texts or not all(text.strip() for text in texts):
+        raise ValueError("a caption is missing or empty; expected one such as 'a small red ring on a blue background'")
+    return texts
+
+
 def targets(out: Path, count: int, grid: bool = False) -> list[Path]:
     """Where `count` pictures, or one grid of them, go: a .png file, numbered if there are several, or a folder.
 

@@ -78,7 +78,7 @@ def grid(
     pictures = to_pil(images) if isinstance(images, Tensor) else [picture.convert("RGB") for picture in images]
     _check_grid(pictures, columns, captions, scores, scale)
     width, height = (scale * max(sides) for sides in zip(*(picture.size for picture in pictures), strict=True))
-    font = _font(min(14, max(9, width // 8)))
+    font = load_font(min(14, max(9, width // 8)))
     labels = _labels(len(pictures), captions, scores, font, width)
     line = sum(font.getmetrics())
     columns = min(columns, len(pictures))
@@ -212,7 +212,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 @lru_cache(maxsize=8)
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def load_font(size: int) -> ImageFont.FreeTypeFont:
     """The first font of this machine that draws Cyrillic, or else Pillow's own."""
     found = importlib.util.find_spec("matplotlib")  # found, not imported
     folders = found.submodule_search_locations or [] if found else []

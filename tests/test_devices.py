@@ -46,7 +46,8 @@ def assert_two_train_as_one(command, stage, names, folder):
 @pytest.mark.parametrize(("tokenizer", "autoencoder"), [(DVAE, 0.5), (PATCHES, 0)])  # k-means half-way, and at once
 def test_two_processes_train_as_one(tokenizer, autoencoder, tmp_path):
     command = [tokenizer, f"stages.tokenizer.objective.autoencoder={autoencoder}"]
-    assert_two_train_as_one(command, "tokenizer", ["tokenizer/nll", "valid/psnr"], tmp_path)
+    names = ["tokenizer/nll", "tokenizer/total", "valid/psnr", "valid/usage", "valid/perplexity"]
+    assert_two_train_as_one(command, "tokenizer", names, tmp_path)
 
 
 def test_two_processes_compare_all_samples_of_a_step(tmp_path):

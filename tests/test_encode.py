@@ -34,7 +34,7 @@ SMALL = [
     "parts.prior.attention=full",
     *[f"stages.tokenizer.{key}" for key in ("steps=2", "global_batch=4")],
     *[f"stages.prior.{key}" for key in ("steps=20", "global_batch=4", "log_every=1", "objective.caption_drop=0.5")],
-    "training.data.kind=shards",
+    *["training.data.kind=shards", "training.data.validation_share=0"],  # what is held out is read as pictures
     "stages.clip.objective={}",
 ]
 BAD = "shard-000001/000000012"
@@ -243,6 +243,9 @@ def read_as_stage(shards, folder, run, **changed):
 
 def test_positions_hold_the_same_samples(shards, run, encoded):
     pictures, codes = stream.ShardSource(shards, 32, seed=0), read_as_stage(shards, encoded, run)
+    part = stream.ShardSource(shards, 32, 0, part="train", share=0.3)
+    again = cache.source_for(STAGES["dalle"], part, Data(kind="shards", cache=str(encoded)), hashes(run), run / "model")
+    assert again.read(range(60)).keys == part.read(range(60)).keys and part.size < pictures.size
     one, two = pictures.read(range(60)), codes.read(range(60))
     assert two.keys == one.keys and two.captions == one.captions and two.encoded["codes"].dtype == torch.int64
     assert torch.equal(two.samples, one.samples) and torch.equal(two.weight, one.weight) and 0 in two.weight

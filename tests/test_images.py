@@ -78,7 +78,7 @@ def test_every_letter_of_a_caption_is_drawn(monkeypatch):
     )
     captions = ["a small red ring right of a large blue square on an orange background", "маленький ромб под ёлкой"]
     grid(torch.ones(2, 3, 32, 32), 2, captions, [0.25, 0.5], scale=5)
-    font = module._font(14)
+    font = module.load_font(14)
     assert (
         " ".join(drawn).replace("CLIP 0.250 ", "") == f"{captions[0]} {module._drawable(captions[1], font)} CLIP 0.500"
     )
@@ -90,7 +90,7 @@ def test_without_a_cyrillic_font_captions_are_transliterated(monkeypatch):
     if module._covers(font, "ж"):
         pytest.skip("Pillow's own font has learnt Cyrillic")
     assert module._drawable("Два щенка, two \N{SNOWMAN}", font) == "Dva shchenka, two ?"
-    monkeypatch.setattr(module, "_font", lambda size: ImageFont.load_default(size))
+    monkeypatch.setattr(module, "load_font", lambda size: ImageFont.load_default(size))
     white = torch.ones(1, 3, 64, 64)
     assert grid(white, 1, ["кот"]).tobytes() == grid(white, 1, ["kot"]).tobytes()
 

@@ -193,6 +193,7 @@ def package_files(root: Path) -> set[str]:
     found += [path for room in ARROWS for path in (root / room).rglob("*.py")]
     found += [path for path in (root / "pipeline" / "models").rglob("*") if path.is_file()]
     found += [path for folder in ("recipes", "launch") for path in (root / "training" / folder).rglob("*.yaml")]
+    found += (root / "training" / "recipes").rglob("*.json")
     return {f"kartina/{path.relative_to(root).as_posix()}" for path in found}
 
 

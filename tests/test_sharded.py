@@ -50,17 +50,16 @@ def test_the_run_is_that_of_one_process(name, runs):
     assert len(one) == 22 and torch.allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_a_divided_checkpoint_has_parts_of_both_and_no_pickle_of_them(runs):
-    folders, _ = runs
-    newest = state.newest(folders["two"] / "state" / "prior")
+def test_a_divided_checkpoint_has_parts_of_both_and_no_pickle_of_them(runs, tmp_path):
+    folder = shutil.copytree(runs[0]["two"] / "state" / "prior", tmp_path / "prior")
+    newest = state.newest(folder)
     names = sorted(path.name for path in newest.rglob("*") if path.is_file())
     assert len([name for name in names if name.endswith(".safetensors")]) == 2
     assert set(names) - {name for name in names if name.endswith(".safetensors")} == {"manifest.json", "state.pt"}
     damaged = next(newest.rglob("*.safetensors"))
-    before = damaged.read_bytes()
-    damaged.write_bytes(before[:-8] + bytes(8))
-    assert state.newest(folders["two"] / "state" / "prior") != newest
-    damaged.write_bytes(before)
+    damaged.write_bytes(damaged.read_bytes()[:-8] + bytes(8))
+    assert state.newest(folder) == newest.with_name("step-00000010")
+    assert newest.with_name("damaged-step-00000020").is_dir()
 
 
 def test_the_export_is_whole(runs):

@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from kartina.training import __main__ as trainer
+from kartina.training import run as runs
 from kartina.training import stream
-from kartina.training.shards import ShardWriter
+from kartina.training.shards import ShardWriter, pack_folder
 
 GOLDEN = [6, 1, 3, 0, 2, 4, 7, 5]
 
@@ -160,3 +162,55 @@ def test_changed_shards_have_another_fingerprint_and_missing_ones_say_so(parts, 
         stream.ShardSource(tmp_path / "empty", 4, seed=0)
     with pytest.raises(ValueError, match="no shard at"):
         stream.ShardSource(tmp_path / "missing.tar", 4, seed=0)
+
+
+def split(folder, share=0.3):
+    """The captions of each part, whole passes read twice."""
+    sources = [stream.ShardSource(folder, 4, seed=0, part=part, share=share) for part in ("train", "validation")]
+    return [{c for c in source.read(range(2 * source.size)).captions} for source in sources], sources
+
+
+@pytest.mark.parametrize("named", [True, False])  # by the name in the json, and by the picture's bytes
+def test_the_same_samples_are_held_out_however_they_are_packed(named, tmp_path):
+    found = []
+    for shards, order in ((3, range(100)), (7, range(99, -1, -1))):
+        with ShardWriter(tmp_path / f"{shards}", -(-100 // shards)) as writer:
+            for number in order:
+                name = {"name": f"{number}.png"} if named else {}
+                writer.write({"png": png((number, 0, 7)), "txt": f"number {number}".encode()}, **name)
+        assert len(list((tmp_path / f"{shards}").glob("*.tar"))) == shards
+        (train, held_out), sources = split(tmp_path / f"{shards}")
+        assert sources[0].size + sources[1].size == 100 and 15 < sources[1].size < 45
+        assert not train & held_out and len(train | held_out) == 100
+        found.append(held_out)
+    assert found[0] == found[1]
+    assert held_out >= split(tmp_path / "7", share=0.1)[0][1]  # a larger share holds out more, and none less
+    whole, prints = stream.ShardSource(tmp_path / "7", 4, seed=0), {source.fingerprint for source in sources}
+    assert len(prints | {whole.fingerprint, split(tmp_path / "7", share=0.4)[1][0].fingerprint}) == 4
+
+
+def test_equal_pictures_are_held_out_together(tmp_path):
+    """Packed from a folder under several names, a picture that is held out is nowhere seen in training."""
+    (tmp_path / "in").mkdir()
+    for number in range(60):
+        (tmp_path / "in" / f"{number:02d}.png").write_bytes(png((number % 20, 0, 0)))
+        (tmp_path / "in" / f"{number:02d}.txt").write_text(f"number {number % 20}")
+    assert len(pack_folder(tmp_path / "in", tmp_path / "out", 9).duplicates) == 40
+    (train, held_out), _ = split(tmp_path / "out")
+    assert held_out and train and not train & held_out
+
+
+def test_a_recipe_holds_out_a_share_of_its_shards(tmp_path):
+    recipe, _ = runs.load("shapes/dalle", [])
+    with ShardWriter(tmp_path / "data") as writer:
+        for number in range(200):
+            writer.write({"png": png((number, 0, 0)), "txt": f"number {number}".encode()})
+    data = runs.Data(kind="shards", shards=str(tmp_path / "data"))
+    assert data.validation_share == 0.02
+    train, held_out = trainer.source_of(recipe, data), trainer.validation_of(recipe, data)
+    keys = [set(source.read(range(source.size)).keys) for source in (train, held_out)]
+    assert not keys[0] & keys[1] and len(keys[0] | keys[1]) == 200 and len(keys[1]) < 12
+    none = data.model_copy(update={"validation_share": 0.0})
+    assert trainer.source_of(recipe, none).size == 200 and trainer.validation_of(recipe, none) is None
+    tiny = data.model_copy(update={"validation_share": 1e-9})
+    assert trainer.source_of(recipe, tiny).size == 200 and trainer.validation_of(recipe, tiny) is None

@@ -97,7 +97,7 @@ def logged(folder):
         (line["step"], name): value
         for line in lines
         for name, value in line.items()
-        if name.rpartition("/")[2] not in left_out
+        if "event" not in line and name.rpartition("/")[2] not in left_out
     }
 
 

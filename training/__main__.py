@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline import checkpoint
-from ..pipeline.recipe import Recipe, RecipeError, nearest
+from ..pipeline.recipe import Recipe, RecipeError, dump, nearest
 from . import cache
 from . import run as runs
 
@@ -53,7 +53,9 @@ def source_of(recipe: Recipe, data: runs.Data) -> Any:
 
     if data.shards is None:
         raise RecipeError(f"{recipe.name}: training.data.shards is not set; pass training.data.shards=FOLDER")
-    return ShardSource(data.shards, size=recipe.image_size, seed=data.seed)
+    if data.validation is not None or not data.validation_share:
+        return ShardSource(data.shards, size=recipe.image_size, seed=data.seed)
+    return ShardSource(data.shards, recipe.image_size, data.seed, part="train", share=data.validation_share)
 
 
 def validation_of(recipe: Recipe, data: runs.Data) -> Any:
@@ -62,11 +64,15 @@ def validation_of(recipe: Recipe, data: runs.Data) -> Any:
         from .data.shapes import ShapesSource
 
         return ShapesSource(size=recipe.image_size, seed=data.seed, split="S2none", jitter=data.jitter)
-    if data.validation is None:
-        return None
     from .stream import ShardSource
 
-    return ShardSource(data.validation, size=recipe.image_size, seed=data.seed)
+    if data.validation is not None:
+        return ShardSource(data.validation, size=recipe.image_size, seed=data.seed)
+    if data.shards is None or not data.validation_share:
+        return None
+    share = data.validation_share
+    held_out = ShardSource(data.shards, recipe.image_size, data.seed, part="validation", share=share)
+    return held_out if held_out.size else None
 
 
 def _prepare_captions(recipe: Recipe, source: Any, model: Path) -> None:
@@ -225,6 +231,8 @@ def _train(
     if accelerator.is_main_process:
         _prepare_captions(recipe, sources[training.data], model)
         _carry_notices(training.data, model)
+        if not (folder / "recipe.yaml").exists():
+            checkpoint.write_text(folder / "recipe.yaml", dump(recipe))
     accelerator.wait_for_everyone()
     for name in names:
         kind, config = _stage(recipe, name), training.stages[name]

@@ -4,11 +4,14 @@ It does not know optimizers, nor what is trained.
 """
 
 import contextlib
+import math
 from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
 
 from . import parallel
 from .optim import EMA
@@ -54,37 +57,87 @@ def divide(network: torch.nn.Module, updates: list[Update], accelerator: Acceler
 
 
 def mean_scalars(updates: list[Update], accelerator: Accelerator) -> dict[str, float]:
-    """The scalars of one step, averaged over micro-batches and ranks by the weight of their samples."""
+    """The scalars of one step, averaged over micro-batches and ranks by the weight of their samples.
+
+    `total` among them is the loss itself, whatever it is made of.
+    """
     names = sorted(updates[0][2])
     rows = []
-    for _, (_, count), scalars in updates:
-        weight = torch.as_tensor(count, dtype=torch.float32, device=accelerator.device)
-        rows.append(torch.stack([weight, *(weight * scalars[name].detach().float() for name in names)]))
+    for _, (loss, count), scalars in updates:
+        weight, loss, *values = (
+            torch.as_tensor(x, dtype=torch.float32, device=accelerator.device).detach()
+            for x in (count, loss, *(scalars[name] for name in names))
+        )
+        rows.append(torch.stack([weight, loss, *(weight * value for value in values)]))
     total = accelerator.reduce(torch.stack(rows).sum(0), reduction="sum")
     mean = (total[1:] / total[0].clamp(min=1e-12)).tolist()
-    return {f"{updates[0][0]}/{name}": value for name, value in zip(names, mean, strict=True)}
+    return {f"{updates[0][0]}/{name}": value for name, value in zip(["total", *names], mean, strict=True)}
+
+
+def of_all_ranks(found: dict[str, str], accelerator: Accelerator) -> dict[str, str]:
+    """The entries that any rank has found, on all of them."""
+    number = torch.tensor(float(len(found)), device=accelerator.device)
+    anything = accelerator.reduce(number, reduction="sum") > 0  # mostly there is none, and nothing is sent
+    return dict(gather_object(list(found.items()))) if anything else {}
 
 
 def validate(stage: TrainingStage, ema: EMA, source: Source, accelerator: Accelerator) -> dict[str, float]:
     """The stage's metrics on the first samples of another source, each scored once, with the averaged weights.
 
-    The samples lie in the same chunks on any number of ranks, since some metrics compare those of a chunk.
+    The samples lie in the same chunks on any number of ranks, since some metrics compare those of a chunk. `ema_gain`
+    is by how much the headline is better with them than with the live ones, over the first chunk, and `ema_gain_error`
+    its standard error.
     """
     total, world = _VALIDATED if source.size is None else min(_VALIDATED, source.size), accelerator.num_processes
     chunks = [range(start, min(total, start + _CHUNK)) for start in range(0, total, _CHUNK)]
-    count = torch.zeros((), device=accelerator.device)
-    sums = dict.fromkeys(stage.metrics, count)  # all of them on every rank, for one may have no samples
+
+    def read(turn: int) -> Batch:
+        at = turn + accelerator.process_index
+        batch = to_device(source.read(chunks[at if at < len(chunks) else 0]), accelerator.device)
+        batch.weight *= at < len(chunks)  # a rank without a chunk still takes part
+        return batch
+
+    first = read(0)
+    live = stage.measure(first)
     with ema.applied():
-        for turn in range(0, len(chunks), world):
-            at = turn + accelerator.process_index
-            batch = to_device(source.read(chunks[at if at < len(chunks) else 0]), accelerator.device)
-            batch.weight *= at < len(chunks)  # a rank without a chunk still takes part
-            for name, value in stage.measure(batch).items():
-                weighted = torch.where(batch.weight > 0, value.float() * batch.weight, 0.0)  # without it may be inf
-                sums[name] = sums[name] + weighted.sum()
-            count = count + batch.weight.sum()
-    count = accelerator.reduce(count, reduction="sum")
-    return {name: float(accelerator.reduce(value, reduction="sum") / count) for name, value in sums.items()}
+        averaged = stage.measure(first)
+        sums = _sums(averaged, first.weight)
+        for turn in range(world, len(chunks), world):
+            batch = read(turn)
+            more = _sums(stage.measure(batch), batch.weight)
+            sums = {name: value + more[name] for name, value in sums.items()}
+    sums = {name: accelerator.reduce(sums[name], reduction="sum") for name in sorted(sums)}
+    count = sums.pop("")
+    found: dict[str, Any] = {name: value / count for name, value in sums.items() if value.ndim == 0}
+    found |= stage.summary(sums, float(count))
+    headline = stage.metrics[0]
+    if headline in live:
+        gain = (averaged[headline] - live[headline]).float() * (1 if stage.higher_is_better else -1)
+        weight = first.weight * accelerator.is_main_process  # the first chunk is there, on any number of ranks
+        n, mean, square = _moments(gain, weight, accelerator)
+        found |= {"ema_gain": mean, "ema_gain_error": math.sqrt(max(0.0, square - mean**2) / n)}
+    return {name: float(found[name]) for name in (*stage.metrics, *sorted(set(found) - set(stage.metrics)))}
+
+
+def _sums(values: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+    """What a stage measured, added up over the samples by their weight (B,), and under "" that of the weights.
+
+    A sample without weight may have measured anything, infinity too.
+    """
+    sums = {"": weight.sum()}
+    for name, value in values.items():
+        counted = value.float().masked_fill((weight == 0).view(-1, *[1] * (value.ndim - 1)), 0.0)
+        sums[name] = torch.tensordot(weight, counted, 1)
+    return sums
+
+
+def _moments(value: Tensor, weight: Tensor, accelerator: Accelerator) -> tuple[float, float, float]:
+    """The weight of the samples (B,) of all ranks, at least 1, and the means of a value and of its square."""
+    each = _sums({"value": value, "square": value.square()}, weight)
+    three = torch.stack([each[name] for name in ("", "value", "square")])
+    n, mean, square = accelerator.reduce(three, reduction="sum").tolist()
+    n = max(n, 1.0)
+    return n, mean / n, square / n
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -14,6 +14,8 @@ It does not know what a stage trains, nor how its loss is made.
 import itertools
 import math
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 
-from . import exchange, parallel, sharded, state
+from . import doctor, exchange, history, parallel, sharded, state
 from .exchange import TrainingError
 from .log import Log
 from .optim import EMA, build_optimizers, rate
@@ -55,51 +57,56 @@ def train_stage(
     try:
         return run.train()
     finally:
+        run.stream.close()
         run.log.close()
 
 
+@dataclass
 class _Run:
     """One stage on its way: see `train_stage`."""
 
-    def __init__(
-        self,
-        identity: dict[str, Any],
-        stage: TrainingStage,
-        training: Training,
-        source: Source,
-        validation: Source | None,
-        folder: Path,
-        accelerator: Accelerator,
-        stop: Stop,
-        extend: bool,
-    ) -> None:
-        name = identity["stage"]
+    identity: dict[str, Any]
+    stage: TrainingStage
+    training: Training
+    source: Source
+    validation: Source | None
+    folder: Path
+    accelerator: Accelerator
+    stop: Stop
+    extend: bool
+
+    def __post_init__(self) -> None:
+        name, stage, training, accelerator = self.identity["stage"], self.stage, self.training, self.accelerator
         self.config: Stage = training.stages[name]
-        self.stage, self.source, self.validation, self.folder = stage, source, validation, folder
-        self.allowed = training.data.bad_limit * (source.size or math.inf)  # samples that cannot be read
-        self.accelerator, self.stop = accelerator, stop
-        rank, world = accelerator.process_index, accelerator.num_processes
-        micro, self.passes = division(self.config, world)
+        self.allowed = training.data.bad_limit * (self.source.size or math.inf)  # samples that cannot be read
+        micro, self.passes = division(self.config, accelerator.num_processes)
         for part, network in stage.networks.items():
-            shard = training.shard == "fsdp"
-            stage.forward[part] = parallel.prepare(network, accelerator, shard, self.config.recompute)
+            fsdp = training.shard == "fsdp"
+            stage.forward[part] = parallel.prepare(network, accelerator, fsdp, self.config.recompute)
         divided = any(parallel.is_sharded(network) for network in stage.networks.values())
         self.together = accelerator if divided else None  # what all processes then have to do at once
         if training.shard == "fsdp" and not divided:
             accelerator.print(f"{name}: it has no blocks to divide, or one process has it alone: kept whole")
-        self.checkpoints = folder / "state" / name
-        self.state = RunState(identity, stage.networks, self._optimizers(), self._average())
-        self._resume(extend)
+        self.checkpoints = self.folder / "state" / name
+        self.state = RunState(self.identity, stage.networks, self._optimizers(), self._average())
+        self._resume()
         settings = training.model_dump(mode="json")
-        self.log = Log(folder, name, accelerator.is_main_process, self.state.at, training.trackers, settings)
-        batch, steps = self.config.global_batch, itertools.count(self.state.at)  # for going back leaves out some
-        positions = itertools.chain.from_iterable(rank_positions(at, batch, rank, world, micro) for at in steps)
-        self.stream = prefetch(source, positions, workers=training.data.workers)
+        self.log = Log(self.folder, name, accelerator.is_main_process, self.state.at, training.trackers, settings)
+        message = f"{self.config.steps} steps of {self.config.global_batch} samples"
+        self.log.event(self.state.step, "started", message, **history.facts_of(stage, self.config))
+        self.stream = prefetch(self.source, self._positions(micro), workers=training.data.workers)
         self.streak = 0
         self.problems: dict[str, str] = {}  # met since the last line
-        self.shown = (validation or source).read(range(16))  # previews always show the same samples
-        self.began = self.saved = time.monotonic()
+        self.shown = (self.validation or self.source).read(range(16))  # previews always show the same samples
+        self.saved = time.monotonic()
+        self.earlier = self.state.seconds - time.monotonic()  # so that now + earlier are the seconds trained
         self.lap, self.waited, self.bad = time.monotonic(), 0.0, 0.0
+
+    def _positions(self, micro: int) -> Iterator[list[int]]:
+        """Of every micro-batch of this rank, from where the run stands, without end: going back leaves out some."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        for at in itertools.count(self.state.at):
+            yield from rank_positions(at, self.config.global_batch, rank, world, micro)
 
     def _optimizers(self) -> dict[str, list[torch.optim.Optimizer]]:
         configs, default = self.config.optimizers, self.config.optimizer
@@ -109,11 +116,11 @@ class _Run:
     def _average(self) -> EMA:
         return EMA(self.stage.networks[self.stage.part], self.config.ema)
 
-    def _resume(self, extend: bool) -> None:
+    def _resume(self) -> None:
         path = self._newest()
         if path is None:
             return
-        keys = differences(state.identity_of(path), self.state.identity, extend)
+        keys = differences(state.identity_of(path), self.identity, self.extend)
         if keys:
             raise TrainingError(
                 f"{self.folder}: the recipe changed since this run began ({keys}); put it back, or start another run "
@@ -121,7 +128,7 @@ class _Run:
             )
         self.state.restore(path)
         restart = self.stage.restart_step
-        if extend and restart is not None and restart >= self.state.step > 0:
+        if self.extend and restart is not None and restart >= self.state.step > 0:
             raise TrainingError(
                 f"{self.folder}: with {self.config.steps} steps the part that ends at step {restart} would begin again "
                 f"at step {self.state.step}; name fewer steps with --extend, or start another run with --run FOLDER"
@@ -162,7 +169,6 @@ class _Run:
                 self._look()
             if self.streak == 0 or run.step == steps:
                 self._save_if_due()
-        self.stream.close()
         if self.config.export == "best" and run.best is not None:
             run.restore(state.path_of(self.checkpoints, run.best[2]), data_too=False)
         self.accelerator.wait_for_everyone()
@@ -199,7 +205,7 @@ class _Run:
     def _update(self, batches: list[Batch]) -> dict[str, float] | None:
         """One step of every network. Its scalars, empty where no line is due; None where one was not finite."""
         run, due = self.state, (self.state.step + 1) % self.config.log_every == 0
-        due = due or self.state.step + 1 == self.config.steps
+        due = due or self.state.step + 1 in (1, self.config.steps)
         generators = [iter(self.stage.updates(batch, run.step)) for batch in batches]
         scalars: dict[str, float] = {}
         while updates := exchange.advance(generators, self.stage.forward.values(), self.accelerator):
@@ -261,7 +267,7 @@ class _Run:
             "wait": self.waited / max(1e-9, now - self.lap),  # share of the time since the last line
             "bad": float(bad),  # samples that could not be read since then
             "samples": float(run.at * self.config.global_batch),
-            "seconds": self._seconds(),
+            "seconds": self.earlier + time.monotonic(),
         }
         self.log.write(run.step, self.config.steps, scalars | facts)
         self._name_problems()
@@ -270,10 +276,7 @@ class _Run:
     def _name_problems(self) -> None:
         """Samples that no rank had met before are named; too many end the run."""
         run, known = self.state, set(self.state.problems)
-        met = torch.tensor(float(len(self.problems)), device=self.accelerator.device)
-        if self.accelerator.reduce(met, reduction="sum") == 0:
-            return
-        run.problems |= dict(gather_object(list(self.problems.items())))
+        run.problems |= exchange.of_all_ranks(self.problems, self.accelerator)
         self.problems = {}
         new = {key: reason for key, reason in run.problems.items() if key not in known}
         if new:
@@ -284,9 +287,6 @@ class _Run:
                 f"at most {self.allowed:.0f} samples may be unreadable, got {len(run.problems)} by step {run.step}; "
                 "log.jsonl names each. Run `kartina data check` and pack again, or raise training.data.bad_limit"
             )
-
-    def _seconds(self) -> float:
-        return self.state.seconds + time.monotonic() - self.began
 
     def _look(self) -> None:
         """Validation and a preview, where they are due."""
@@ -301,28 +301,28 @@ class _Run:
                 run.best = (value, run.step, run.at)
                 if not self._save():
                     run.best = before
+        if run.step % config.validate_every == 0 or last:
+            doctor.watch(self.log, run.step)
         if run.step % config.preview_every == 0 or last:
             self._preview()
 
     def _preview(self) -> None:
-        run, first = self.state, self.accelerator.is_main_process
-        if not (first or self.together):
-            return
-        with run.ema.applied():
-            picture = self.stage.preview(exchange.to_device(self.shown, self.accelerator.device))
-        if picture is None or not first:
-            return
-        path = self.folder / "previews" / f"{run.identity['stage']}-{run.step:06d}.png"
+        run, first, picture = self.state, self.accelerator.is_main_process, None
+        if first or self.together:
+            with run.ema.applied():
+                picture = self.stage.preview(exchange.to_device(self.shown, self.accelerator.device))
+        path = self.folder / "previews" / f"{self.identity['stage']}-{run.step:06d}.png"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
+            if picture is not None and first:
+                picture.save(path)
         except OSError as error:
             self.log.console.print(f"{path} is not saved ({error})", markup=False)
 
     def _save_if_due(self) -> None:
         """By steps, by the first rank's clock, at the end, and where any rank was asked to stop."""
-        every, last = self.config.save_every, self.state.step == self.config.steps
-        due = last or (every is not None and self.state.step % every == 0)
+        last = self.state.step == self.config.steps
+        due = last or self.state.step % (self.config.save_every or self.config.steps) == 0
         late = self.accelerator.is_main_process and time.monotonic() - self.saved > 60 * self.config.save_minutes
         wishes = torch.tensor([self.stop.signum, int(late)], device=self.accelerator.device)
         signum, late = (self.accelerator.gather(wishes[None]).amax(0)).tolist()
@@ -337,7 +337,7 @@ class _Run:
         run, problem = self.state, None
         self._name_problems()
         if self.accelerator.is_main_process or self.together:
-            content = run.collect() | {"seconds": self._seconds()}
+            content = run.collect() | {"seconds": self.earlier + time.monotonic()}
             try:
                 state.save(self.checkpoints, content, self.config.keep, self.together)
             except OSError as error:

@@ -8,6 +8,8 @@ arXiv 2001.01858).
 It does not know how shards are written (`shards` does), nor the order in which samples are read (`stream` does).
 """
 
+import contextlib
+import hashlib
 import io
 import json
 import os
@@ -22,7 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..pipeline.checkpoint import file_hash, write_text
 
-FORMAT = 1
+_FORMAT = 2  # of the index
 PICTURES = ("jpg", "jpeg", "png", "webp")
 ARRAYS = ("codes", "latents", "image_embedding", "text_embedding")  # members NAME.npy of a cache, see `cache`
 MEMBER_LIMIT = 64 * 2**20  # bytes of one member
@@ -91,11 +93,15 @@ def decode(extension: str, data: bytes) -> Any:
 
 @dataclass
 class Entry:
-    """One sample of a shard: its key, (offset, bytes) of each member, and what names and sizes tell is wrong."""
+    """One sample of a shard: its key, (offset, bytes) of each member, and what names and sizes tell is wrong.
+
+    origin: a hash that stays the same when the sample is packed again, see `_origin`.
+    """
 
     key: str
     members: dict[str, tuple[int, int]]
     problem: str | None = None
+    origin: str = ""
 
 
 @dataclass
@@ -152,6 +158,23 @@ def _scan(shard: Path, size: int) -> tuple[list[Entry], str | None]:
     return list(entries.values()), None if entries else "the shard holds no samples"
 
 
+def _origin(file: BinaryIO, entry: Entry) -> str:
+    """64 bits, hexadecimal, of what a sample was before it was packed.
+
+    Keys are running numbers here and elsewhere, so it is the json's `name` (`same_as` where an equal picture was packed
+    before it), without one the picture's bytes, and the key only where neither can be read.
+    """
+    word = entry.key.encode(errors="surrogatepass")
+    for extension in [one for one in PICTURES if one in entry.members][:1]:
+        with contextlib.suppress(BadSample):
+            word = read_member(file, entry, extension)
+    with contextlib.suppress(BadSample):
+        facts = decode("json", read_member(file, entry, "json")) if "json" in entry.members else {}
+        name = (facts.get("same_as") or facts.get("name")) if isinstance(facts, dict) else None
+        word = name.encode(errors="surrogatepass") if isinstance(name, str) and name else word
+    return hashlib.blake2b(word, digest_size=8).hexdigest()
+
+
 def build_index(shard: Path | str) -> Index:
     """Reads a shard's headers and hash and writes the index beside it (only in memory for read-only folders).
 
@@ -162,9 +185,12 @@ def build_index(shard: Path | str) -> Index:
         raise ValueError(f"no shard at {shard}: expected a .tar file, as `kartina data pack` or WebDataset writes it")
     size = shard.stat().st_size
     entries, problem = _scan(shard, size)
+    with open(shard, "rb") as file:
+        for entry in entries:
+            entry.origin = _origin(file, entry)
     index = Index(shard, size, file_hash(shard), entries, problem)
-    rows = [[e.key, e.members, e.problem] for e in entries]
-    content = {"format": FORMAT, "bytes": size, "sha256": index.sha256, "problem": problem, "samples": rows}
+    rows = [[e.key, e.members, e.problem, e.origin] for e in entries]
+    content = {"format": _FORMAT, "bytes": size, "sha256": index.sha256, "problem": problem, "samples": rows}
     try:
         write_text(index_path(shard), json.dumps(content))
     except OSError:
@@ -178,9 +204,12 @@ def load_index(shard: Path | str) -> Index:
     try:
         here, there = shard.stat(), index_path(shard).stat()
         content = json.loads(index_path(shard).read_text(encoding="utf-8"))
-        fits = content["format"] == FORMAT and content["bytes"] == here.st_size and there.st_mtime >= here.st_mtime
+        fits = content["format"] == _FORMAT and content["bytes"] == here.st_size and there.st_mtime >= here.st_mtime
         if fits:
-            rows = [Entry(k, {e: (int(at), int(n)) for e, (at, n) in m.items()}, p) for k, m, p in content["samples"]]
+            rows = [
+                Entry(key, {e: (int(at), int(n)) for e, (at, n) in members.items()}, problem, f"{int(origin, 16):016x}")
+                for key, members, problem, origin in content["samples"]
+            ]
             if any(at < 0 or n < 0 for row in rows for at, n in row.members.values()):
                 raise ValueError("a place before the shard")  # forged: built anew below
             return Index(shard, here.st_size, str(content["sha256"]), rows, content["problem"])

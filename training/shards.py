@@ -21,8 +21,10 @@ from typing import Any
 
 from ..pipeline.checkpoint import write_text
 from ..pipeline.terminal import progress_bar
-from .samples import DECODERS, FORMAT, MEMBER_LIMIT, PICTURES, BadSample, decode, find_shards, read_encoded, read_sample
+from .samples import DECODERS, MEMBER_LIMIT, PICTURES, BadSample, decode, find_shards, read_encoded, read_sample
 from .samples import build_index as build_index
+
+_FORMAT = 1  # of the manifest
 
 
 def _shown(items: Sequence[Any], label: str) -> Iterator[Any]:
@@ -91,7 +93,7 @@ class ShardWriter:
     def close(self) -> None:
         """Finishes the last shard, writes manifest.json and moves the folder into place."""
         self._finish_shard()
-        manifest = {"format": FORMAT, "samples": self.count, "shards": self._shards}
+        manifest = {"format": _FORMAT, "samples": self.count, "shards": self._shards}
         write_text(self._folder / "manifest.json", json.dumps(manifest, indent=1))
         os.replace(self._folder, self.out)
 
@@ -124,7 +126,8 @@ def pack_folder(folder: Path | str, out: Path | str, samples_per_shard: int = 10
     Every file that is not packed is named in the report. Duplicates are packed and named. Raises ValueError where
     nothing can be packed.
     """
-    folder, report, seen = Path(folder), PackReport(), set()
+    folder, report = Path(folder), PackReport()
+    seen: dict[bytes, str] = {}
     out_path = Path(out).resolve()
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and out_path not in p.resolve().parents]
     texts = {p.with_suffix(""): p for p in files if p.suffix.lower() == ".txt"}
@@ -151,8 +154,8 @@ def pack_folder(folder: Path | str, out: Path | str, samples_per_shard: int = 10
             digest = hashlib.sha256(data).digest()
             if digest in seen:
                 report.duplicates.append(name)
-            seen.add(digest)
-            writer.write({extension: data, "txt": caption}, name=name)
+            first = seen.setdefault(digest, name)  # a split into training and validation keeps equals together
+            writer.write({extension: data, "txt": caption}, name=name, **({"same_as": first} if first != name else {}))
         report.packed = writer.count
         report.no_picture = [text.relative_to(folder).as_posix() for text in texts.values() if text not in used]
         if not report.packed:

@@ -20,7 +20,7 @@ from collections.abc import Generator, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -104,6 +104,10 @@ class ShardSource:
     shards: a folder, or a list of files. size: the image side. window: shards whose members are mixed. A sample that
     cannot be read keeps its position with weight 0, an image of zeros and no caption, and is named in the batch's
     `problems`.
+
+    part: None for all samples; "validation" for about `share` of them, "train" for the rest. A hash of what a sample is
+    called in its json, or of its picture, says where it belongs: however it is packed, it stays there. Only a
+    validation part may be empty.
     """
 
     def __init__(
@@ -112,20 +116,30 @@ class ShardSource:
         size: int,
         seed: int,
         window: int = 4,
+        part: Literal["train", "validation"] | None = None,
+        share: float = 0.0,
     ):
         if size < 1 or window < 1:
             raise ValueError(f"image side and window must be at least 1, got {size} and {window}")
         self.indexes: list[Index] = [load_index(path) for path in find_shards(shards)]
-        self.side, self.seed, self.window = size, seed, window
-        self._counts = np.array([len(index.entries) for index in self.indexes], dtype=np.int64)
+        self.side, self.seed, self.window, self.part, self.share = size, seed, window, part, share
+        self._members = [
+            np.array([i for i, e in enumerate(index.entries) if self._holds(e.origin)], np.int64)
+            for index in self.indexes
+        ]
+        self._counts = np.array([len(members) for members in self._members], dtype=np.int64)
         self._total = int(self._counts.sum())
         self._last_pass = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
         self._windows: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
         for index in self.indexes:
             if index.problem:
                 _log.warning("shard %s: %s", index.path.name, index.problem)
-        if not self._total:
+        if not self._total and part != "validation":
             raise ValueError(f"no samples in {len(self.indexes)} shards; check_shards names what is wrong with each")
+
+    def _holds(self, origin: str) -> bool:
+        """Whether a sample of this origin (64 bits, hexadecimal) belongs to the part."""
+        return self.part is None or (self.part == "validation") == (int(origin, 16) < self.share * 2**64)
 
     @property
     def size(self) -> int:
@@ -135,7 +149,8 @@ class ShardSource:
     @property
     def fingerprint(self) -> str:
         """A hash over the shards and what orders them: a run that resumes compares it."""
-        words = [f"{self.seed} {self.window}", *(index.sha256 for index in self.indexes)]
+        part = [] if self.part is None else [f"{self.part} {self.share}"]
+        words = [f"{self.seed} {self.window}", *part, *(index.sha256 for index in self.indexes)]
         return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
     @property
@@ -173,7 +188,7 @@ class ShardSource:
         counts = self._counts[chosen]
         mixed = permutation(self.seed, pass_, _MEMBERS, part, int(counts.sum()))
         shards = np.repeat(chosen, counts)[mixed]
-        members = np.concatenate([np.arange(count) for count in counts])[mixed]
+        members = np.concatenate([self._members[shard] for shard in chosen])[mixed]
         self._windows[pass_, part] = shards, members
         while len(self._windows) > 4:
             self._windows.popitem(last=False)

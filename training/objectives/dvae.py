@@ -38,12 +38,26 @@ def codebook_counts(codes: Tensor, num_codes: int, weight: Tensor) -> Tensor:
     return zeros.index_put_((codes.reshape(-1),), each, accumulate=True)
 
 
-@torch.no_grad()
-def codebook_scalars(codes: Tensor, num_codes: int, weight: Tensor) -> dict[str, Tensor]:
-    """`perplexity` in [1, K] and `usage` in (0, 1] of a batch's codes (B, h, w), by image weight (B,)."""
-    counts = codebook_counts(codes, num_codes, weight)
+def counts_by_image(codes: Tensor, num_codes: int) -> Tensor:
+    """How often each code stands in each image: codes (B, h, w) -> float32 (B, K)."""
+    flat = codes.flatten(1)
+    zeros = torch.zeros(len(flat), num_codes, dtype=torch.float32, device=codes.device)
+    return zeros.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float32))
+
+
+def codebook_use(counts: Tensor) -> dict[str, Tensor]:
+    """`perplexity`, exp of the entropy in nats, in [1, K], and `usage`, the share of codes that occur, in (0, 1].
+
+    counts: (K,). Over one batch both are low in any case where K is large; over a validation set they are not.
+    """
     share = counts / counts.sum().clamp(min=1e-12)
     return {"perplexity": torch.exp(torch.special.entr(share).sum()), "usage": (counts > 0).float().mean()}
+
+
+@torch.no_grad()
+def codebook_scalars(codes: Tensor, num_codes: int, weight: Tensor) -> dict[str, Tensor]:
+    """`codebook_use` of a batch's codes (B, h, w), by image weight (B,)."""
+    return codebook_use(codebook_counts(codes, num_codes, weight))
 
 
 def dvae(

@@ -115,6 +115,10 @@ class CLIPStage:
             best = best.maximum(torch.einsum("bd,bwd->bw", image_features.float(), wrong.float()).amax(dim=1))
         return {"accuracy": (right > best).float()}
 
+    def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
     def preview(self, batch: Batch) -> Image | None:
         """CLIP draws nothing."""
         return None

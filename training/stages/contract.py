@@ -36,9 +36,10 @@ class TrainingStage(Protocol):
     and what is left behind at the end (a discriminator). forward: their wrapped forms, set by the loop, through which
     all that trains must go. depends: what must be trained before. knobs: the keys of its objective. coupled: its loss
     or its statistics compare the samples of a step, so that it gathers them over ranks and cannot be split in passes.
-    metrics: names of what `measure` gives, the headline first; higher_is_better: of the headline. restart_step: None,
-    or the step at which `restart` changes the weights and the optimizers begin anew. cached: what it reads of a cache
-    in place of pictures, all of it (see `training.cache`); empty where it needs pictures.
+    metrics: names of what validation tells, from `measure` or `summary`, the headline first; higher_is_better: of the
+    headline. restart_step: None, or the step at which `restart` changes the weights and the optimizers begin anew.
+    cached: what it reads of a cache in place of pictures, all of it (see `training.cache`); empty where it needs
+    pictures.
 
     Every draw comes from `kartina.layers.random`, keyed by the run's seed, the step and the sample's global position;
     what is annealed is a function of the step, and what else must outlive a stop is a buffer of a network.
@@ -63,7 +64,10 @@ class TrainingStage(Protocol):
         """
 
     def measure(self, batch: Batch) -> dict[str, Tensor]:
-        """Each of `metrics`, (B,)."""
+        """Values of each sample by name: numbers (B,), or statistics (B, ...) for `summary`, as counts of codes."""
+
+    def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
+        """Numbers that samples have only together: of the statistics, added up over all `count` on all ranks."""
 
     def preview(self, batch: Batch) -> Image | None:
         """What the part makes of the first samples of a batch; None where there is nothing to see."""

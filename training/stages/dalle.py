@@ -3,6 +3,7 @@
 B batch, h x w grid of codes, T caption tokens.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +26,7 @@ class DALLEStage:
     """Fits the DALL-E transformer on (caption, codes), with captions dropped for guidance (section 2.2)."""
 
     part = "prior"
-    metrics = ("nats_per_code",)
+    metrics = ("nats_per_code", "caption_gain")
     higher_is_better = False
     coupled = False
     depends: tuple[str, ...] = ("tokenizer", "captions")
@@ -53,7 +54,8 @@ class DALLEStage:
             drop < self.config.objective.get("caption_drop", 0.1), self.network.null_text(len(text)), text
         )
         text_logits, image_logits = self.forward[self.part](text, codes)
-        return dalle_objective.dalle(text_logits, image_logits, text, codes, batch.weight)
+        loss, scalars = dalle_objective.dalle(text_logits, image_logits, text, codes, batch.weight)
+        return loss, scalars | {"image_chance": torch.tensor(math.log(image_logits.shape[-1]))}
 
     @torch.no_grad()
     def _read(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -63,9 +65,19 @@ class DALLEStage:
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, Tensor]:
-        """`nats_per_code`: the negative log-likelihood of the image's codes, given the caption."""
+        """`nats_per_code`: the negative log-likelihood of the image's codes, given the caption.
+
+        `caption_gain`: by how much the caption of the sample half a batch on is worse, near 0 where none is heard.
+        """
         text, codes = self._read(batch)
-        return {"nats_per_code": dalle_objective.nats(self.network(text, codes)[1], codes)}
+        own, other = (
+            dalle_objective.nats(self.network(given, codes)[1], codes) for given in (text, text.roll(len(text) // 2, 0))
+        )
+        return {"nats_per_code": own, "caption_gain": other - own}
+
+    def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Image | None:

@@ -27,7 +27,7 @@ class DVAEStage:
     """
 
     part = "tokenizer"
-    metrics = ("psnr",)
+    metrics = ("psnr", "usage", "perplexity")
     higher_is_better = True
     coupled = False
     depends: tuple[str, ...] = ()
@@ -86,9 +86,15 @@ class DVAEStage:
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, Tensor]:
-        """`psnr`: dB of the pictures that the codes give back, in the range of the pixels."""
-        again = self.network.decode(self.network.encode(batch.image)).float().clamp(-1, 1)
-        return {"psnr": -10 * torch.log10((again - batch.image).square().mean(dim=(1, 2, 3)) / 4)}
+        """`psnr`: dB of the pictures that the codes give back, in the range of the pixels. `codes`: how often each."""
+        codes = self.network.encode(batch.image)
+        again = self.network.decode(codes).float().clamp(-1, 1)
+        psnr = -10 * torch.log10((again - batch.image).square().mean(dim=(1, 2, 3)) / 4)
+        return {"psnr": psnr, "codes": dvae_objective.counts_by_image(codes, self.network.spec.vocabulary)}
+
+    def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
+        """`usage` and `perplexity` of the codebook over all images, and `counts_per_code`, how much they rest on."""
+        return dvae_objective.codebook_use(total["codes"]) | {"counts_per_code": total["codes"].mean()}
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Image | None:

@@ -1,0 +1,109 @@
+"""Runs side by side: curves, the reference that a recipe carries, and a run at 40 times the learning rate."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from kartina import cli
+from kartina.training import __main__ as trainer
+from kartina.training import charts, compare, exchange
+
+SMALL = [
+    "captions.vocab_size=300",
+    "parts.tokenizer={kind: patch_dvae, image_size: 32, num_codes: 64, patch: [4, 4], width: 16, depth: 1}",
+    "parts.prior={kind: dalle, text_vocab: 300, text_length: 22, num_codes: 64, grid: [8, 8], width: 64, depth: 2,"
+    " num_heads: 2, attention: full, rotary: true, qk_norm: true, norm: rms, zero_init: true}",
+    *["training.precision=fp32", "training.trackers=[]", "training.data.levels=[S1]"],
+    *["stages.tokenizer.steps=20", "stages.tokenizer.global_batch=16", "stages.tokenizer.log_every=2"],
+    *["stages.prior.steps=150", "stages.prior.global_batch=16", "stages.prior.log_every=2"],
+    *["stages.prior.validate_every=10", "stages.prior.optimizer.muon=0"],
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run, the same with another seed, and the same at 40 times the learning rate; and where references go."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "_VALIDATED", 64)
+        patch.setattr(compare, "find", lambda name: folder / f"{name.replace('/', '-')}.yaml")
+        assert trainer.main(["shapes/dalle", *SMALL, "--stage", "tokenizer", "--run", str(folder / "first")]) == 0
+        more = {"first": [], "other-seed": ["training.seed=1"], "x40": ["stages.prior.optimizer.lr=0.4"]}
+        for name, overrides in more.items():
+            if name != "first":
+                shutil.copytree(folder / "start", folder / name)
+            else:
+                shutil.copytree(folder / "first", folder / "start")
+            command = ["shapes/dalle", *SMALL, *overrides, "--stage", "prior", "--run", str(folder / name)]
+            assert trainer.main(command) == 0
+        yield folder
+
+
+def test_a_run_at_40_times_the_rate_is_not_normal_and_one_of_another_seed_is(runs, tmp_path):
+    folders = [runs / name for name in ("first", "other-seed", "x40")]
+    plain = CliRunner().invoke(cli.app, ["compare", str(folders[0]), "--out", str(tmp_path / "one.png")])
+    assert plain.exit_code == 0 and "no verdict" in plain.output
+    path = compare.save_reference(folders[0])
+    assert path == runs / "shapes-dalle.curves.json" and path.stat().st_size < 6000
+    assert set(json.loads(path.read_text())["stages"]["prior"]["curves"]) == {
+        "valid/nats_per_code", "valid/caption_gain", "prior/total"
+    }  # fmt: skip
+    found = compare.compare(folders, stage="prior").verdicts
+    words = {label.rpartition("/")[2]: {one.key: one.word for one in found[label]} for label in found}
+    assert set(words["first"].values()) == {"normal"}
+    assert words["other-seed"]["valid/nats_per_code"] == "normal"
+    assert words["x40"]["valid/nats_per_code"] == "behind"
+    command = ["compare", *map(str, folders), "--stage", "prior", "--keys", "prior/total", "--out", str(tmp_path)]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 1 and "the reference was there at step" in " ".join(result.output.split())
+    assert Image.open(tmp_path / "0000.png").size[0] == 400
+
+
+def test_all_shared_curves_are_drawn_from_the_log_alone(runs, tmp_path):
+    for name in ("first", "x40"):
+        (tmp_path / name).mkdir()
+        shutil.copy(runs / name / "log.jsonl", tmp_path / name)
+    comparison = compare.compare([tmp_path / "first", tmp_path / "x40"])
+    keys = [key for stage, key in comparison.keys if stage == "prior"]
+    assert keys[0] == "valid/nats_per_code" and {"prior/image_loss", "prior/norm", "lr", "wait"} < set(keys)
+    picture = compare.picture(comparison)
+    colours = {colour for _, colour in picture.getcolors(2**24)}
+    assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} < colours
+    rows = -(-len(comparison.keys) // 3)
+    assert picture.size == (1200, 30 + 240 * rows)
+
+
+def test_what_is_not_shared_is_named(runs, tmp_path):
+    for arguments, message in (
+        ({"stage": "priot"}, "did you mean 'prior'"),
+        ({"keys": ["valid/nats_per_cod"]}, "did you mean 'valid/nats_per_code'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare.compare([runs / "first"], **arguments)
+    (tmp_path / "log.jsonl").write_text((runs / "first" / "log.jsonl").read_text())
+    with pytest.raises(ValueError, match="names no shipped recipe"):
+        compare.save_reference(tmp_path)
+
+
+def test_normal_is_what_the_reference_was_around_this_step():
+    points = [(step, 100 / step) for step in range(10, 301, 10)]
+    low, high = compare.band(points, 150)
+    room = 0.02 * 100 / 150  # 2 %: it scatters less
+    assert (low, high) == pytest.approx((100 / 200 - room, 100 / 112.5 + room), rel=1e-2)
+    assert compare._at(points, 15) == pytest.approx(7.5) and compare._at(points, 999) == 100 / 300
+    thin = compare._thin([(step, float(step)) for step in range(1, 1001)])
+    assert len(thin) == 50 and thin[-1] == (1000, 990.5) and thin[0] == (20, 10.5)
+
+
+def test_sparklines_and_axes():
+    rising = [(step, float(step)) for step in range(8)]
+    assert charts.sparkline(rising, (0, 7), 0, 7, False, width=8) == "▁▂▃▄▅▆▇█"
+    assert charts.sparkline(rising[:4], (0, 7), 0, 7, False, width=8) == "▁▂▃▄    "
+    assert charts._ticks(0.0, 1.0, False) == [0, 0.5, 1.0]
+    assert charts._ticks(21.3, 22.7, False) == [21.5, 22.0, 22.5]
+    assert charts._ticks(0.5, 2000, True) == [1, 10, 100, 1000]
+    spiky = [(step, 1.0) for step in range(99)] + [(99, 100.0)]
+    assert max(value for _, value in charts.smooth(spiky)) == 1.0
