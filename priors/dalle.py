@@ -35,6 +35,8 @@ class DALLE(nn.Module):
     not fit each other.
     """
 
+    outer = ("text_head", "image_head")
+
     def __init__(
         self,
         text_vocab: int = 16384,
