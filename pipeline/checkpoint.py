@@ -52,13 +52,16 @@ def file_hash(path: Path) -> str:
 
 
 def export(module: nn.Module, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """A part's weights as shipped: floating tensors rounded to `dtype`, everything on the CPU and contiguous."""
+    """A part's weights as shipped: parameters rounded to `dtype`, everything on the CPU and contiguous.
+
+    Buffers are statistics, as the latent scale, and keep their digits.
+    """
     return {
-        name: (value.to(dtype) if value.is_floating_point() else value)
+        name: (value.to(dtype) if isinstance(value, nn.Parameter) and value.is_floating_point() else value)
         .detach()
         .cpu()
         .clone(memory_format=torch.contiguous_format)
-        for name, value in module.state_dict().items()
+        for name, value in module.state_dict(keep_vars=True).items()
     }
 
 

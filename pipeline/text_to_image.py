@@ -125,6 +125,8 @@ class TextToImage:
         device, dtype = device or checkpoint.default_device(), dtype or torch.float32
         folder = find_model(str(name))
         card, recipe = checkpoint.read_card(folder), checkpoint.load_recipe(folder)
+        if "prior" not in recipe.parts:
+            raise checkpoint.ModelError(f"{folder}: its recipe has no prior, so it paints nothing; name another model")
         hashes = {part: entry["hash"] for part, entry in card["parts"].items()}
         hashes["captions"] = checkpoint.file_hash(folder / "captions.json")
         for part, entry in card["parts"].items():

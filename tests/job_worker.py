@@ -5,7 +5,7 @@
 A job is a line {"name", "argv", ...}: the arguments of the trainer, and what happens to it: "stop_at", the step at
 which the first rank sends itself a real SIGTERM; "poison", the first and last position of samples whose pictures are
 not numbers; "fail_at", the step at which the last rank fails. Per job and rank, RESULTS/<name>-<rank>.json holds
-{"status", "world", "keys"}, with the keys of the samples of each step.
+{"status", "world", "keys", "hash"}, with the keys of the samples of each step, and the hash of the networks at the end.
 """
 
 import json
@@ -16,14 +16,15 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from kartina.pipeline.checkpoint import part_hash
 from kartina.training import __main__ as trainer
 from kartina.training import stages
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def troubled(kind, job, keys):
-    """The stage, which also writes down its samples, and to which happens what the job says."""
+def troubled(kind, job, keys, hashes):
+    """The stage, which also writes down its samples and hash, and to which happens what the job says."""
 
     class Troubled(kind):
         def updates(self, batch, step):
@@ -36,17 +37,23 @@ def troubled(kind, job, keys):
             batch.image[(batch.samples >= first) & (batch.samples <= last)] = float("nan")
             return super().updates(batch, step)
 
+        def finish(self):
+            super().finish()
+            networks = self.networks.items()
+            hashes.append(part_hash({f"{n}.{k}": value for n, m in networks for k, value in m.state_dict().items()}))
+
     return Troubled
 
 
 def run(job, results):
-    keys, known = [], dict(stages.STAGES)
-    stages.STAGES.update({name: troubled(kind, job, keys) for name, kind in known.items()})
+    keys, hashes, known = [], [], dict(stages.STAGES)
+    stages.STAGES.update({name: troubled(kind, job, keys, hashes) for name, kind in known.items()})
     try:
         status = trainer.main([*job["argv"], f"--processes={WORLD}"])
     finally:
         stages.STAGES.update(known)
     facts = {"status": status, "world": PartialState().num_processes, "keys": keys}
+    facts["hash"] = "".join(hashes)  # of one stage
     (results / f"{job['name']}-{RANK}.json").write_text(json.dumps(facts))
 
 
