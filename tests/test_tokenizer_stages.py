@@ -217,6 +217,7 @@ def test_the_shipped_latents_have_mean_0_and_deviation_1(kind, tiny, tmp_path):
     recipe = checkpoint.load_recipe(tmp_path / "model")
     part = checkpoint.load_part(tmp_path / "model", recipe, "tokenizer")
     assert part.scale.measured
+    assert checkpoint.load_weights(tmp_path / "model", "tokenizer")["scale.std"].dtype == torch.float32
     image = ShapesSource(levels=("S1", "S2")).read(range(10_000, 10_512)).image
     values = part.encode(image).transpose(0, 1).flatten(1)
     assert (values.mean(dim=1).abs() < 0.05).all() and ((values.std(dim=1) - 1).abs() < 0.05).all()
@@ -240,6 +241,7 @@ def test_beta_rises_and_idle_latents_are_counted(tiny):
     rows = stage.network.flat.inward
     with torch.no_grad():
         rows.weight[:8] = 0
+        rows.bias[:8] = 5
     for step, beta in ((0, 0.0), (5, 0.5), (15, 1.0)):
         _, (loss, count), scalars = next(stage.updates(batch, step))
         torch.testing.assert_close(loss / count, scalars["nll"] + beta * scalars["kl"])
