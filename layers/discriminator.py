@@ -45,6 +45,7 @@ class PatchDiscriminator(nn.Module):
                 nn.LeakyReLU(0.2),
             ]
         self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        self.outer = ("main.0", f"main.{len(self.main) - 1}")
         self.in_channels, self.depth = in_channels, depth
         self.apply(_start)
 

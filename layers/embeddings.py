@@ -18,6 +18,8 @@ from torch import Tensor, nn
 class AxialPositionEmbedding(nn.Module):
     """Learned row plus learned column. `grid` is (h, w); both tables start as normal(0, `std`)."""
 
+    outer = ("rows", "columns")
+
     def __init__(self, grid: tuple[int, int], width: int, std: float = 0.02) -> None:
         super().__init__()
         if min(grid) < 1:

@@ -52,18 +52,26 @@ def file_hash(path: Path) -> str:
 
 
 def export(module: nn.Module, dtype: torch.dtype = torch.bfloat16, keep: bool = True) -> dict[str, Tensor]:
-    """A part's weights as shipped: floating tensors rounded to `dtype`, everything on the CPU and contiguous.
+    """A part's weights as shipped: parameters rounded to `dtype`, everything on the CPU and contiguous.
 
-    What is divided over processes (a DTensor) is put together, one tensor at a time; all processes must call this, and
-    those without `keep` get nothing.
+    Buffers are statistics, as the latent scale, and keep their digits. What is divided over processes (a DTensor) is
+    put together, one tensor at a time; all processes must call this, and those without `keep` get nothing.
     """
     weights = {}
-    for name, value in module.state_dict().items():
+    for name, value in module.state_dict(keep_vars=True).items():
+        rounded = isinstance(value, nn.Parameter) and value.is_floating_point()
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
         if keep:
-            value = value.to(dtype) if value.is_floating_point() else value
+            value = value.to(dtype) if rounded else value
             weights[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     return weights
+
+
+@torch.no_grad()
+def round_weights(module: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Rounds the parameters as `export` does, in place: so that what is measured is what is shipped."""
+    for parameter in module.parameters():
+        parameter.copy_(parameter.to(dtype))
 
 
 def write_text(path: Path, text: str) -> None:

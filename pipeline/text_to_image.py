@@ -125,6 +125,8 @@ class TextToImage:
         device, dtype = device or checkpoint.default_device(), dtype or torch.float32
         folder = find_model(str(name))
         card, recipe = checkpoint.read_card(folder), checkpoint.load_recipe(folder)
+        if "prior" not in recipe.parts:
+            raise checkpoint.ModelError(f"{folder}: its recipe has no prior, so it paints nothing; name another model")
         hashes = {part: entry["hash"] for part, entry in card["parts"].items()}
         hashes["captions"] = checkpoint.file_hash(folder / "captions.json")
         for part, entry in card["parts"].items():
@@ -165,9 +167,8 @@ class TextToImage:
         painted: list[Painting] = []
         while len(painted) < len(rows):
             chunk = rows[len(painted) : len(painted) + micro_batch]
-            batches = len(painted) // micro_batch, -(-len(rows) // micro_batch)
-            found = self._try_painting(chunk, knobs, _share_of(progress, *batches))
-            if found is None:
+            report = _share_of(progress, len(painted) // micro_batch, -(-len(rows) // micro_batch))
+            if (found := self._try_painting(chunk, knobs, report)) is None:
                 micro_batch = len(chunk) // 2
                 warnings.warn(f"out of memory with {len(chunk)} pictures: going on with {micro_batch}", stacklevel=2)
             painted += found or []
@@ -195,12 +196,11 @@ class TextToImage:
         try:
             return self._paint(rows, knobs, progress)
         except RuntimeError as error:
-            from accelerate.utils.memory import should_reduce_batch_size
+            from accelerate.utils.memory import should_reduce_batch_size  # slow to import
 
             if len(rows) == 1 or not should_reduce_batch_size(error):
                 raise
-        if torch.cuda.is_available():  # outside of the handler, which held on to what had been allocated
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # outside of the handler, which held on to what had been allocated
         return None
 
     @torch.inference_mode()

@@ -36,6 +36,7 @@ class DALLE(nn.Module):
     """
 
     sampling_methods = ("next_logits", "prefill", "step")  # what is called beside forward
+    outer = ("text_head", "image_head")
 
     def __init__(
         self,

@@ -33,8 +33,43 @@ _SHORT = [
 _DVAE = """parts.tokenizer={kind: dvae, image_size: 32, num_codes: 32, width: 8, init_width: 8, num_groups: 2,
     blocks_per_group: 1, branch_gain: 1.0}"""
 
-# kind of the part -> (stage, arguments of the trainer): a new stage is trusted only with an entry here.
+_CONVOLUTIONS = "image_size: 32, width: 4, channel_mult: [1, 1, 2], blocks_per_level: 1, norm_groups: 2"
+_DISCRIMINATOR = [
+    "parts.discriminator={kind: patch, width: 8, depth: 1, norm: group, norm_groups: 4}",
+    "stages.tokenizer.optimizers={discriminator: {lr: 0.0001}}",
+]
+_LISTENS = "discriminator_start: 0.1, discriminator_warmup: 0.1, discriminator_ramp: 0.3"
+_VQVAE = "kind: vqvae, image_size: 32, num_codes: 32, code_dim: 4, width: 8, residual_width: 8, depth: 1"
+_VQGAN = f"kind: vqgan, {_CONVOLUTIONS}, num_codes: 32, code_dim: 4, latent_channels: 8, attn_resolutions: []"
+
+
+# Rounding grows by what Newton-Schulz and Adam make of gradients near 0: at full rates, beyond the tests' tolerance.
+_GENTLE = [f"stages.tokenizer.{key}" for key in ("optimizer.muon=0.002", "optimizer.lr=0.0005", "validate_every=20")]
+
+
+def _tokenizer(part, objective, *more):
+    own = [f"parts.tokenizer={{{part}}}", f"stages.tokenizer.objective={{{objective}}}"]
+    return "tokenizer", [*own, *_GENTLE, *more]
+
+
+# kind of the part, and what is special of it -> (stage, arguments of the trainer): a new stage is trusted only with an
+# entry here.
 _TINY = {
+    "autoencoder": _tokenizer(
+        f"kind: autoencoder, {_CONVOLUTIONS}",
+        "error: l1, corruption: mask, corruption_level: 0.3, sparsity: kl, sparsity_weight: 0.01, rho: 0.2",
+    ),
+    "vae": _tokenizer(
+        f"kind: vae, {_CONVOLUTIONS}, latent_dim: 16, latent_channels: 4",
+        "likelihood: logistic, beta_share: 0.5, free_bits: 0.02",
+    ),
+    "vqvae": _tokenizer(_VQVAE, "data_variance: 0.3"),
+    "vqvae, moved": _tokenizer(f"{_VQVAE}, ema_decay: 0.9, cosine: true", "kmeans: 0.25, restart_every: 3"),
+    "vqgan": _tokenizer(_VQGAN, f"kmeans: 0, restart_every: 4, {_LISTENS}", *_DISCRIMINATOR),
+    "vqgan, gumbel": _tokenizer(
+        f"{_VQGAN}, quantizer: gumbel", "temperature_end: 0.1, discriminator_weight: 0", *_DISCRIMINATOR
+    ),
+    "autoencoder_kl": _tokenizer(f"kind: autoencoder_kl, {_CONVOLUTIONS}", _LISTENS, *_DISCRIMINATOR),
     "dvae": ("tokenizer", [_DVAE, "stages.tokenizer.objective.autoencoder=0.25"]),
     "patch_dvae": ("tokenizer", []),
     "dalle": ("prior", []),
@@ -42,9 +77,15 @@ _TINY = {
 }
 
 
+def pytest_generate_tests(metafunc):
+    """Tests of `tiny_kind` are made for every entry of the table."""
+    if "tiny_kind" in metafunc.fixturenames:
+        metafunc.parametrize("tiny_kind", list(_TINY))
+
+
 @pytest.fixture(scope="session")
 def tiny():
-    """{kind of the part: (stage, the trainer's arguments for 20 steps of 8 samples of it)}."""
+    """{kind of the part, and what is special of it: (stage, the trainer's arguments for 20 steps of 8 samples)}."""
     shared = ["shapes/dalle", *_CAPTIONS, *_TOKENIZER, *_PRIOR, *_CLIP, *_SHORT]
     return {
         kind: (stage, [*shared, f"stages.{stage}.optimizer.muon=0.02", *own, "--stage", stage])

@@ -5,9 +5,9 @@
 A job is a line {"name", "argv", ...}: the arguments of the trainer, and what happens to it: "stop_at", the step at
 which the first rank sends itself a real SIGTERM; "poison", the first and last position of samples whose pictures are
 not numbers; "fail_at", the step at which the last rank fails. Per job and rank, RESULTS/<name>-<rank>.json holds
-{"status", "world", "keys", "scored", "held"}: the keys of the samples of each step; those that were measured, with a
-weight; and of each network the number of its values that this rank holds, of how many, and whether all its parameters
-are DTensors.
+{"status", "world", "keys", "scored", "held", "hash"}: the keys of the samples of each step; those that were measured,
+with a weight; of each network the number of its values that this rank holds, of how many, and whether all its
+parameters are DTensors; and the hash of the networks at the end.
 """
 
 import json
@@ -19,6 +19,7 @@ from pathlib import Path
 from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 
+from kartina.pipeline.checkpoint import part_hash
 from kartina.training import __main__ as trainer
 from kartina.training import stages
 
@@ -33,7 +34,7 @@ def held(network):
     return [sum(p.numel() for p in local), sum(p.numel() for p in parameters), divided]
 
 
-def troubled(kind, job, keys, scored, found):
+def troubled(kind, job, keys, scored, found, hashes):
     """The stage, which also writes down its samples, and to which happens what the job says."""
 
     class Troubled(kind):
@@ -52,17 +53,23 @@ def troubled(kind, job, keys, scored, found):
             scored.extend(key for key, weight in zip(batch.keys, batch.weight.tolist(), strict=True) if weight)
             return super().measure(batch)
 
+        def finish(self):
+            super().finish()
+            networks = self.networks.items()
+            hashes.append(part_hash({f"{n}.{k}": value for n, m in networks for k, value in m.state_dict().items()}))
+
     return Troubled
 
 
 def run(job, results):
-    keys, scored, found, known = [], [], {}, dict(stages.STAGES)
-    stages.STAGES.update({name: troubled(kind, job, keys, scored, found) for name, kind in known.items()})
+    keys, scored, found, hashes, known = [], [], {}, [], dict(stages.STAGES)
+    stages.STAGES.update({name: troubled(kind, job, keys, scored, found, hashes) for name, kind in known.items()})
     try:
         status = trainer.main([*job["argv"], f"--processes={WORLD}"])
     finally:
         stages.STAGES.update(known)
     facts = {"status": status, "world": PartialState().num_processes, "keys": keys, "scored": scored, "held": found}
+    facts["hash"] = "".join(hashes)  # of one stage
     (results / f"{job['name']}-{RANK}.json").write_text(json.dumps(facts))
 
 

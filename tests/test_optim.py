@@ -3,12 +3,80 @@
 import pytest
 import torch
 
-from kartina.training.optim import EMA, Muon, build_optimizers, orthogonalise, rate
+from kartina.pipeline import recipe as recipes
+from kartina.training.optim import EMA, Muon, build_optimizers, orthogonalise, outer_parameters, rate
 from kartina.training.run import Optimizer
+
+# kind of the part -> the matrices, tables and kernels of it that are AdamW's, where Muon has the hidden ones
+ADAMW = {
+    "autoencoder": "encoder.conv_in encoder.conv_out decoder.conv_in decoder.conv_out flat.inward flat.outward",
+    "vae": "encoder.conv_in encoder.conv_out decoder.conv_in decoder.conv_out flat.inward flat.outward",
+    "autoencoder_kl": """encoder.conv_in encoder.conv_out decoder.conv_in decoder.conv_out quant_conv
+        post_quant_conv""",
+    "vqgan": """encoder.conv_in encoder.conv_out decoder.conv_in decoder.conv_out quant_conv post_quant_conv
+        quantize.proj quantize.embed""",
+    "vqvae": "encoder.0 encoder.6 decoder.0 decoder.6 quantize.embedding",
+    "dvae": "encoder.stem encoder.head decoder.stem decoder.head",
+    "patch_dvae": "encoder.head decoder.patch_embedding decoder.stem decoder.head",
+    "patch": "main.0 main.11",
+    "dalle": """text_embedding text_position code_embedding code_position.rows code_position.columns text_head
+        image_head""",
+    "clip": """token_embedding positional_embedding text_projection visual.conv1 visual.positional_embedding
+        visual.proj""",
+}
+SIZES = {
+    "autoencoder": {"latent_dim": 8},
+    "vqgan": {"quantizer": "gumbel"},
+    "dalle": {"text_vocab": 300, "text_length": 22, "num_codes": 32, "grid": (4, 4), "width": 32, "depth": 1,
+              "num_heads": 2},
+    "clip": {"embed_dim": 16, "image_size": 32, "patch_size": 4, "vision_width": 32, "vision_depth": 1,
+             "vision_heads": 2, "text_vocab": 301, "text_length": 22, "text_width": 32, "text_depth": 1,
+             "text_heads": 2},
+}  # fmt: skip
+
+
+def built(kind):
+    part = next(part for part, kinds in recipes.PARTS.items() if kind in kinds)
+    with torch.device("meta"):
+        return recipes._constructor(part, kind)(**SIZES.get(kind, {}))
+
+
+@pytest.mark.parametrize("kind", sorted(set().union(*recipes.PARTS.values())))
+def test_what_meets_data_codes_or_text_is_adamws(kind):
+    module = built(kind)
+    shapes = {name: value.ndim for name, value in module.named_parameters()}
+    found = {name.removesuffix(".weight") for name in outer_parameters(module) if shapes[name] >= 2}
+    assert found == set(ADAMW[kind].split())
+    adamw, muon = build_optimizers(module, Optimizer(lr=1e-3, muon=0.02))
+    hidden = {id(value) for value in muon.param_groups[0]["params"]}
+    assert {
+        name.removesuffix(".weight") for name, v in module.named_parameters() if v.ndim >= 2 and id(v) not in hidden
+    } == found
+    assert sum(len(group["params"]) for group in adamw.param_groups) + len(hidden) == len(shapes)
+
+
+@pytest.mark.parametrize("kind", ["dvae", "patch_dvae", "dalle", "clip"])
+def test_the_split_of_the_shipped_kinds_is_the_one_they_were_trained_with(kind):
+    """It was by what a name contains."""
+    words = ("embedding", "position", "stem", "head", "conv1", "visual.proj", "text_projection")
+    module = built(kind)
+    before = {n for n, v in module.named_parameters() if v.ndim in (2, 4) and not any(word in n for word in words)}
+    muon = {id(value) for value in build_optimizers(module, Optimizer(lr=1e-3, muon=0.02))[1].param_groups[0]["params"]}
+    assert before == {name for name, value in module.named_parameters() if id(value) in muon}
+
+
+def test_a_codebook_that_follows_its_latents_has_no_optimizer():
+    module = recipes._constructor("tokenizer", "vqvae")(width=8, residual_width=8, ema_decay=0.9)
+    trained = [v for one in build_optimizers(module, Optimizer(lr=1e-3)) for g in one.param_groups for v in g["params"]]
+    assert not any(value is module.quantize.embedding.weight for value in trained)
+
+
+class Outlined(torch.nn.ModuleDict):
+    outer = ("stem", "head")
 
 
 def test_muon_gets_hidden_matrices_and_kernels_only():
-    module = torch.nn.ModuleDict(
+    module = Outlined(
         {
             "embedding": torch.nn.Embedding(5, 4),
             "stem": torch.nn.Conv2d(3, 4, 3),

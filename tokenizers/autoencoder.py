@@ -117,6 +117,8 @@ class Level(nn.Module):
 class Encoder(nn.Module):
     """Images (B, 3, H, W) -> features (B, n_out, h, w)."""
 
+    outer = ("conv_in", "conv_out")
+
     def __init__(self, layout: Layout, n_out: int) -> None:
         super().__init__()
         widths, last = [layout.width, *layout.widths], len(layout.widths) - 1
@@ -137,6 +139,8 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """Features (B, n_in, h, w) -> (B, n_out, H, W), of which the first three channels are the image."""
+
+    outer = ("conv_in", "conv_out")
 
     def __init__(self, layout: Layout, n_in: int, n_out: int = 3) -> None:
         super().__init__()
@@ -161,6 +165,8 @@ class Decoder(nn.Module):
 class FlatBottleneck(nn.Module):
     """Two linear maps: features (B, C, h, w) -> (B, n_out), and a flat latent (B, D) -> features (B, C, h, w)."""
 
+    outer = ("inward", "outward")
+
     def __init__(self, shape: tuple[int, int, int], n_out: int, latent_dim: int) -> None:
         super().__init__()
         self.shape = shape
@@ -179,7 +185,7 @@ class FlatBottleneck(nn.Module):
 class LatentScale(nn.Module):
     """Mean and standard deviation of each channel of the latents, measured when training ends and kept with them.
 
-    Latents are (B, C, ...); as built, it changes nothing.
+    Latents are (B, C, ...); as built, it changes nothing, and is not `measured`.
     """
 
     mean: Tensor
@@ -189,6 +195,11 @@ class LatentScale(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
+
+    @property
+    def measured(self) -> bool:
+        """Whether the latents have mean 0 and deviation 1: a prior over them asks before it is trained."""
+        return bool((self.mean != 0).any() or (self.std != 1).any())
 
     def forward(self, latents: Tensor) -> Tensor:
         """Latents as they come -> with mean 0 and standard deviation 1."""

@@ -23,6 +23,8 @@ class AutoencoderKL(nn.Module):
     `decode` takes is scaled by it.
     """
 
+    outer = ("quant_conv", "post_quant_conv")
+
     def __init__(
         self,
         image_size: int = 256,

@@ -52,6 +52,8 @@ class _Transformer(nn.Module):
 class _VisionTower(nn.Module):
     """A vision transformer whose class token, after the last norm, is projected to the embedding."""
 
+    outer = ("conv1", "positional_embedding", "proj")
+
     def __init__(self, embed_dim: int, image_size: int, patch_size: int, width: int, depth: int, heads: int) -> None:
         super().__init__()
         scale = width**-0.5
@@ -77,6 +79,8 @@ class CLIP(nn.Module):
     `logit_scale` holds ln(1 / temperature), 1 / 0.07 at the start (section 2.5); `forward` returns its exponential.
     Raises ValueError if a patch does not divide the image or a head does not divide a width.
     """
+
+    outer = ("positional_embedding", "text_projection")
 
     def __init__(
         self,

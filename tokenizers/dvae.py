@@ -61,6 +61,8 @@ def _groups(
 class Encoder(nn.Module):
     """Mapped pixels (B, 3, H, W) -> logits (B, K, h, w): 7x7 stem, groups with 2x2 max-pooling between, 1x1 head."""
 
+    outer = ("stem", "head")
+
     def __init__(
         self, num_codes: int, width: int, num_groups: int, blocks_per_group: int, gain: float | None = None
     ) -> None:
@@ -83,6 +85,8 @@ class Decoder(nn.Module):
     Channels 0-2 of the parameters are mu, channels 3-5 are ln b, of the logit-Laplace distribution of the mapped
     pixels.
     """
+
+    outer = ("stem", "head")
 
     def __init__(
         self,

@@ -28,6 +28,8 @@ _KERNELS = (3, 3, 3, 1)  # the encoder's order, for these blocks read what patch
 class PatchEncoder(nn.Module):
     """Mapped pixels (B, 3, H, W) -> logits (B, K, h, w): one convolution, whose kernel and stride are the patch."""
 
+    outer = ("head",)
+
     def __init__(self, num_codes: int, patch: tuple[int, int]) -> None:
         super().__init__()
         self.head = nn.Conv2d(3, num_codes, patch, stride=patch)
@@ -43,6 +45,8 @@ class PatchDecoder(nn.Module):
     The parameters are those of `dvae.Decoder`. Each code has a patch of C = `channels` >= 6 channels, of which the
     first six are parameters; the blocks, `depth` of them, read all C at full resolution.
     """
+
+    outer = ("patch_embedding", "stem", "head")
 
     def __init__(self, num_codes: int, patch: tuple[int, int], width: int, channels: int, depth: int) -> None:
         super().__init__()

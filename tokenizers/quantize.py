@@ -166,6 +166,8 @@ class GumbelQuantizer(nn.Module):
     latent_channels: channels of the latents. The logits are a 1x1 convolution of them, in float32.
     """
 
+    outer = ("proj",)
+
     def __init__(self, latent_channels: int, num_codes: int, code_dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(latent_channels, num_codes, 1)

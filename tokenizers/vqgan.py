@@ -26,6 +26,8 @@ class VQGAN(nn.Module):
     `autoencoder.Layout`. Raises ValueError for sizes that do not fit.
     """
 
+    outer = ("quant_conv", "post_quant_conv")
+
     def __init__(
         self,
         image_size: int = 256,

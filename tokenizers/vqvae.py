@@ -57,6 +57,8 @@ class VQVAE(nn.Module):
             n_out = width if i < num_downs - 1 else 3
             layers += [nn.ReLU(), nn.ConvTranspose2d(width, n_out, 4, stride=2, padding=1)]
         self.decoder = nn.Sequential(*layers)
+        halves = {"encoder": self.encoder, "decoder": self.decoder}
+        self.outer = tuple(f"{name}.{i}" for name, half in halves.items() for i in (0, len(half) - 1))
 
     def encode(self, image: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [-1, 1] -> codes int64 (B, h, w). Raises ValueError for other images."""

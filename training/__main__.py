@@ -75,6 +75,14 @@ def validation_of(recipe: Recipe, data: runs.Data) -> Any:
     return held_out if held_out.size else None
 
 
+def _reads_captions(recipe: Recipe, training: runs.Training) -> bool:
+    """Whether any stage of the recipe depends on the caption tokenizer."""
+    from .stages import STAGES
+
+    kinds = [recipe.parts[name]["kind"] for name in training.stages if name in recipe.parts]
+    return any("captions" in STAGES[kind].depends for kind in kinds if kind in STAGES)
+
+
 def _prepare_captions(recipe: Recipe, source: Any, model: Path) -> None:
     """Trains the caption tokenizer once, on the first captions of the data; later stages read its file.
 
@@ -165,22 +173,25 @@ def _check(recipe: Recipe, training: runs.Training, names: list[str], processes:
         for key, value in config.objective.items():
             if key not in stage.knobs:
                 raise RecipeError(f"stages.{name}.objective: unknown key {key!r}; {nearest(key, list(stage.knobs))}")
-            knob = stage.knobs[key]
-            if not knob.low <= value <= knob.high:
-                raise RecipeError(
-                    f"stages.{name}.objective.{key} must lie between {knob.low:g} and {knob.high:g}, got {value}"
-                )
-            if knob.grammar and value and training.data.kind != "shapes":
-                raise RecipeError(
-                    f"stages.{name}.objective.{key} needs captions of a known grammar, which shards have not; "
-                    f"set stages.{name}.objective={{}}"
-                )
-        passes = runs.division(config, processes)[1]
-        if stage.coupled and passes > 1:
+            _check_knob(f"stages.{name}.objective", key, value, stage.knobs[key], training.data.kind)
+        for other in config.optimizers.keys() - {name, *stage.beside}:
+            raise RecipeError(f"stages.{name}.optimizers: {other!r} is not trained there; leave it out")
+        passes, why = runs.division(config, processes)[1], stage.coupled(recipe, config)
+        if why and passes > 1:
             raise RecipeError(
-                f"stage {name}: its loss compares the samples of a step, so they cannot be read in {passes} passes; "
+                f"stage {name}: {why}, so its samples cannot be read in {passes} passes; "
                 "leave out micro_batch, or use more processes"
             )
+
+
+def _check_knob(where: str, key: str, value: float | str, knob: Any, data: str) -> None:
+    """Raises RecipeError where a knob does not take a value, or the data not the knob."""
+    if knob.choices and value not in knob.choices:
+        raise RecipeError(f"{where}.{key} must be one of {', '.join(knob.choices)}, got {value}")
+    if not knob.choices and (isinstance(value, str) or not knob.low <= value <= knob.high):
+        raise RecipeError(f"{where}.{key} must lie between {knob.low:g} and {knob.high:g}, got {value}")
+    if knob.grammar and value and data != "shapes":
+        raise RecipeError(f"{where}.{key} needs captions of a known grammar, which shards have not; set {where}={{}}")
 
 
 def _sources(recipe: Recipe, training: runs.Training, names: list[str]) -> dict[runs.Data, Any]:
@@ -229,7 +240,8 @@ def _train(
     validation = validation_of(recipe, training.data)
     _check_frozen(recipe, model)
     if accelerator.is_main_process:
-        _prepare_captions(recipe, sources[training.data], model)
+        if _reads_captions(recipe, training):
+            _prepare_captions(recipe, sources[training.data], model)
         _carry_notices(training.data, model)
         if not (folder / "recipe.yaml").exists():
             checkpoint.write_text(folder / "recipe.yaml", dump(recipe))
@@ -238,7 +250,7 @@ def _train(
         kind, config = _stage(recipe, name), training.stages[name]
         against = _against(model, kind.depends)
         source = sources[training.data_of(name)]
-        identity = runs.identity(recipe, training, name, source.fingerprint, against)
+        identity = runs.identity(recipe, training, name, source.fingerprint, against, kind.beside)
         if _finished(model, name, identity, name in extended):
             accelerator.print(f"{name}: already trained in {model}")
             continue
@@ -248,6 +260,8 @@ def _train(
         run = (identity, stage, training, source, validation, folder, accelerator, stop, name in extended)
         ema = train_stage(*run)
         ema.copy_to_network()
+        checkpoint.round_weights(stage.networks[name])
+        stage.finish()
         weights = checkpoint.export(stage.networks[name], keep=accelerator.is_main_process)
         if accelerator.is_main_process:
             facts = {"trained_against": against, "identity": identity, "computed_in": precision}

@@ -66,7 +66,7 @@ class Setting:
     recipe: Recipe
     network: Any
     forward: Callable[..., Any]
-    knobs: dict[str, float]
+    knobs: dict[str, Any]
     world: int
     frozen: dict[str, Any] = field(default_factory=dict)
     flops: Callable[[], int] = int  # those counted so far
@@ -256,7 +256,7 @@ def build_fake(recipe: Recipe, part: str) -> Any:
 
 
 def measure(
-    recipe: Recipe, part: str, network: Any, batch: int, world: int = 1, knobs: dict[str, float] | None = None,
+    recipe: Recipe, part: str, network: Any, batch: int, world: int = 1, knobs: dict[str, Any] | None = None,
     bf16: bool = True,
 ) -> Footprint:  # fmt: skip
     """Counts one pass of a stage over `batch` samples; call it within `fake`, with a network of `build_fake`.

@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from .parallel import like, whole
 from .run import Optimizer
 
-# What meets the data, the codes or the embedding is AdamW's.
-_OUTER = ("embedding", "position", "stem", "head", "conv1", "visual.proj", "text_projection")
-
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan 2024) as torch.optim.Muon computes it, with two additions: kernels too, and without slow bfloat16.
@@ -67,13 +64,32 @@ def fast_bf16(device: torch.device) -> bool:
     return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def outer_parameters(module: nn.Module) -> set[str]:
+    """Names of the parameters that meet what goes in or comes out: data, text, codes, latents.
+
+    These are every embedding's, and those of the children and parameters that a module names in its `outer`.
+    """
+    found = set()
+    for path, part in module.named_modules():
+        outer = [name.split(".") for name in getattr(part, "outer", ())]
+        for name, _ in part.named_parameters():
+            if isinstance(part, nn.Embedding) or any(name.split(".")[: len(words)] == words for words in outer):
+                found.add(f"{path}.{name}" if path else name)
+    return found
+
+
 def build_optimizers(module: nn.Module, config: Optimizer) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon for matrices and kernels of hidden layers if the recipe asks for it. A group keeps its peak."""
+    """AdamW, and Muon for matrices and kernels of hidden layers if the recipe asks for it. A group keeps its peak.
+
+    Hidden is what is not outer, see `outer_parameters`. What needs no gradient has no optimizer.
+    """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    outer = outer_parameters(module)
     for name, parameter in module.named_parameters():
-        hidden = parameter.ndim in (2, 4) and not any(word in name for word in _OUTER)
-        (matrices if config.muon and hidden else others).append(parameter)
+        if parameter.requires_grad:
+            hidden = parameter.ndim in (2, 4) and name not in outer
+            (matrices if config.muon and hidden else others).append(parameter)
     decayed = [p for p in others if p.ndim >= 2]
     plain = [p for p in others if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]

@@ -4,7 +4,7 @@ It does not know the models: they are in the recipe's other half, `kartina.pipel
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -65,8 +65,17 @@ class Stage(Section):
     export: Literal["last", "best"] = Field(
         "last", description="the weights that become the part; best: by the headline metric"
     )
-    objective: dict[str, float] = {}
+    # Numbers first: YAML takes 1e-6, without a dot, for a word.
+    objective: dict[str, Annotated[float | str, Field(union_mode="left_to_right")]] = {}
     levels: tuple[str, ...] | None = Field(None, description="of `shapes`, in place of those of training.data")
+
+    def number(self, knob: str, default: float) -> float:
+        """A knob of the objective that is a number."""
+        return float(self.objective.get(knob, default))
+
+    def word(self, knob: str, default: str) -> str:
+        """A knob of the objective that is one of a few words."""
+        return str(self.objective.get(knob, default))
 
 
 class Training(Section):
@@ -139,14 +148,18 @@ def differences(old: dict[str, Any], new: dict[str, Any], extend: bool = False) 
     return ", ".join(keys)
 
 
-def identity(recipe: Recipe, training: Training, name: str, data: str, against: dict[str, str]) -> dict[str, Any]:
+def identity(
+    recipe: Recipe, training: Training, name: str, data: str, against: dict[str, str], beside: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """All that decides what a stage learns: what a run is compared by at resume, and a part by before it is reused.
 
-    data: the source's fingerprint. against: hashes of what the stage depends on, the caption tokenizer's too. How often
-    a run logs, previews and saves, and how a batch is split over devices, are left out: they may change at resume.
+    data: the source's fingerprint. against: hashes of what the stage depends on, the caption tokenizer's too. beside:
+    parts that are trained along. How often a run logs, previews and saves, and how a batch is split over devices, are
+    left out: they may change at resume.
     """
     left_out = {*_CADENCE, "levels"}  # the fingerprint tells of them
     config = training.stages[name].model_dump(mode="json", exclude=left_out)
     shared = {"image_size": recipe.image_size, "seed": training.seed}
     run = {"precision": training.precision, "data": data, "against": against}
-    return {"stage": name, "part": recipe.parts[name], **shared, **run, **config}
+    along = {"beside": {part: recipe.parts[part] for part in beside if part in recipe.parts}} if beside else {}
+    return {"stage": name, "part": recipe.parts[name], **along, **shared, **run, **config}

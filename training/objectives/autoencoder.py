@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...layers.precision import full
-from .weighting import check_images, weighted
+from .weighting import Average, check_images, weighted
 
 
 def add_gaussian(image: Tensor, noise: Tensor, std: float) -> Tensor:
@@ -37,14 +37,16 @@ def units(latents: Tensor) -> Tensor:
     return full(latents).unflatten(1, (latents.shape[1], 1)) if latents.dim() == 2 else full(latents).flatten(2)
 
 
-def sparsity_kl(latents: Tensor, weight: Tensor, rho: float) -> Tensor:
+def sparsity_kl(latents: Tensor, weight: Tensor, rho: float, average: Average | None = None) -> Tensor:
     """Sum over units of KL(Bernoulli(rho) || Bernoulli(their mean activation)), (), in nats (Ng 2011, section 3).
 
-    A unit's activation is the sigmoid of its latent, in (0, 1); its mean is over positions and the batch, by weight.
+    A unit's activation is the sigmoid of its latent, in (0, 1); its mean is over positions and the batch, by weight,
+    and by `average` over ranks; None is one.
     """
     share = weight.to(full(latents).dtype)
     share = share / share.sum().clamp(min=1e-12)
     active = torch.einsum("b,bcp->c", share, units(latents).sigmoid()) / units(latents).shape[2]
+    active = active if average is None else average(active)
     # rho ln(rho / a) + (1 - rho) ln((1 - rho) / (1 - a)) = cross-entropy - entropy
     target = torch.full_like(active, rho)
     entropy = torch.special.entr(target) + torch.special.entr(1 - target)
@@ -60,12 +62,14 @@ def autoencoder(
     sparsity: str = "none",
     sparsity_weight: float = 0.0,
     rho: float = 0.05,
+    average: Average | None = None,
 ) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
     """The error of the reconstruction, its mean over values, plus sparsity_weight * sparsity.
 
     image: (B, 3, H, W), the clean one where the model saw it corrupted. weight: (B,). error: "l1" or "l2". latents:
     (B, C) or (B, C, h, w), needed for sparsity: "l1" is the sum over units of their mean absolute value; "kl" is
-    `sparsity_kl` towards the mean activation rho, which couples the batch; "none" is neither.
+    `sparsity_kl` towards the mean activation rho, which couples the batch, that of all ranks by
+    `average`; "none" is neither.
 
     Returns ((weighted loss sum, weight sum), scalars), the scalars detached weighted means: `error`, and `sparsity`
     before its weight. Raises ValueError when shapes or choices do not fit.
@@ -86,7 +90,7 @@ def autoencoder(
         return weighted(loss + sparsity_weight * shown["sparsity"], weight, shown)
     (total, count), scalars = weighted(loss, weight, shown)
     if sparsity == "kl" and latents is not None:
-        kl = sparsity_kl(latents, weight, rho)
+        kl = sparsity_kl(latents, weight, rho, average)
         total = total + sparsity_weight * count * kl
         scalars["sparsity"] = kl.detach()
     return (total, count), scalars

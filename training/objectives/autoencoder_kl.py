@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...layers.precision import full
 from .vae import gaussian_kl
-from .vqgan import Average, generator
-from .weighting import check_images, weighted
+from .vqgan import generator
+from .weighting import Average, check_images, weighted
 
 
 def autoencoder_kl(

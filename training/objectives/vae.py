@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...layers.precision import full
-from .weighting import check_images, weighted
+from .weighting import Average, check_images, weighted
 
 _HALF_LEVEL = 1 / 255  # neighbouring 8-bit values are 2 / 255 apart
 _LEAST_LOG_SCALE = -7.0  # a tenth of a level; a density would grow without bound on flat areas
@@ -48,6 +48,26 @@ def logistic_nll(image: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
     return -log_mass
 
 
+def elbo_terms(
+    reconstruction: Tensor,
+    log_scale: Tensor,
+    image: Tensor,
+    mean: Tensor,
+    log_variance: Tensor,
+    likelihood: str = "gaussian",
+) -> tuple[Tensor, Tensor]:
+    """-ln of the likelihood of each image (B,), and the KL of each of its latents (B, L), in nats; see `vae`."""
+    each_nll = gaussian_nll if likelihood == "gaussian" else logistic_nll
+    nll = each_nll(image, reconstruction, log_scale).flatten(1).sum(dim=1)
+    return nll, gaussian_kl(mean, log_variance).flatten(1)
+
+
+def bits_per_dim(elbo: Tensor, values: int, likelihood: str = "gaussian") -> Tensor:
+    """The bound `elbo` of images of so many values, in nats, as bits per value of 8 bits."""
+    units = values * math.log(127.5) if likelihood == "gaussian" else 0.0  # a level is 1 / 127.5 wide
+    return (units - elbo) / (values * math.log(2))
+
+
 def vae(
     reconstruction: Tensor,
     log_scale: Tensor,
@@ -58,13 +78,15 @@ def vae(
     likelihood: str = "gaussian",
     beta: float = 1.0,
     free_bits: float = 0.0,
+    average: Average | None = None,
 ) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
     """Negative evidence lower bound of each image, with one draw of the latents, in nats.
 
     reconstruction: location (B, 3, H, W) of the likelihood, log_scale: to be broadcast to it. image: (B, 3, H, W).
     mean, log_variance: of the posterior, (B, L) or (B, C, h, w). weight: (B,), 0 leaves an image out. likelihood:
     "gaussian" or "logistic". beta: weight of the KL. free_bits: nats of each latent that cost nothing more: its KL,
-    averaged over the batch, counts as at least this. With it the loss is coupled, else separable.
+    averaged over the batch, counts as at least this. With it the loss is coupled, over ranks by `average`; else it is
+    separable.
 
     Returns ((weighted loss sum, weight sum), scalars), the scalars detached weighted means: `nll`, `kl` and `elbo` in
     nats per image, and `bits_per_dim`, -elbo in bits per value of 8 bits. With the Gaussian the last is a bound only
@@ -76,19 +98,16 @@ def vae(
             "vae needs likelihood 'gaussian' or 'logistic', and mean and log_variance of one shape, got "
             f"{likelihood!r}, {tuple(mean.shape)} and {tuple(log_variance.shape)}"
         )
-    each_nll = gaussian_nll if likelihood == "gaussian" else logistic_nll
-    nll = each_nll(image, reconstruction, log_scale).flatten(1).sum(dim=1)  # (B,)
-    each_kl = gaussian_kl(mean, log_variance).flatten(1)  # (B, L)
+    nll, each_kl = elbo_terms(reconstruction, log_scale, image, mean, log_variance, likelihood)
     kl = each_kl.sum(dim=1)
-    values = image[0].numel()
-    units = values * math.log(127.5) if likelihood == "gaussian" else 0.0  # a level is 1 / 127.5 wide
     shown = {"nll": nll, "kl": kl, "elbo": -(nll + kl)}
-    shown["bits_per_dim"] = (nll + kl + units) / (values * math.log(2))
+    shown["bits_per_dim"] = bits_per_dim(shown["elbo"], image[0].numel(), likelihood)
     (total, count), scalars = weighted(nll + beta * kl, weight, shown)
     if free_bits > 0:
         share = weight.to(kl.dtype) / count.clamp(min=1e-12)
-        average = share @ each_kl  # (L,)
-        total = total + beta * count * (average.clamp(min=free_bits) - average).sum()
+        each = share @ each_kl  # (L,)
+        each = each if average is None else average(each)
+        total = total + beta * count * (each.clamp(min=free_bits) - each).sum()
     return (total, count), scalars
 
 

@@ -7,17 +7,13 @@ It does not know the networks: the discriminator's logits and the perceptual dis
 is part of the reconstruction, and the discriminator's loss is the hinge (Lim 2017, arXiv:1705.02894), as published.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...layers.precision import full
 from .dvae import codebook_scalars
-from .weighting import check_images, weighted
-
-Average = Callable[[Tensor], Tensor]
+from .weighting import Average, check_images, weighted
 
 
 def discriminator_weight(step: int, start: int = 250_001, end: float = 0.8) -> float:
@@ -32,14 +28,15 @@ def hinge(
 
     real_logits, fake_logits: (B, 1, h, w), of images and of their reconstructions, detached. weight: (B,). ramp: scales
     the loss, 0 before the discriminator starts. Returns ((weighted loss sum, weight sum), scalars), the scalars
-    detached weighted means: `hinge`, and the mean logits `real` and `fake`.
+    detached weighted means: `hinge`, and the mean logits `real_logits` and `fake_logits`.
     """
     if real_logits.shape != fake_logits.shape or weight.shape != real_logits.shape[:1]:
         shapes = [tuple(x.shape) for x in (real_logits, fake_logits, weight)]
         raise ValueError(f"hinge needs logits (B, 1, h, w) of one shape twice and weight (B,), got {shapes}")
     real, fake = full(real_logits).flatten(1), full(fake_logits).flatten(1)
     loss = (F.relu(1 - real).mean(dim=1) + F.relu(1 + fake).mean(dim=1)) / 2
-    return weighted(ramp * loss, weight, {"hinge": loss, "real": real.mean(dim=1), "fake": fake.mean(dim=1)})
+    shown = {"hinge": loss, "real_logits": real.mean(dim=1), "fake_logits": fake.mean(dim=1)}
+    return weighted(ramp * loss, weight, shown)
 
 
 def fooling(fake_logits: Tensor) -> Tensor:

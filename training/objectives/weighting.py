@@ -5,8 +5,12 @@ B images.
 It does not know what is summed.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Average = Callable[[Tensor], Tensor]  # a mean over a rank's samples -> the mean over those of all ranks
 
 
 def weighted(loss: Tensor, weight: Tensor, shown: dict[str, Tensor]) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:

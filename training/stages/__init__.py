@@ -5,12 +5,22 @@ They do not know optimizers or checkpoints, and of other devices only where a lo
 
 from typing import Any
 
+from .autoencoder import AutoencoderStage
+from .autoencoder_kl import AutoencoderKLStage
 from .clip import CLIPStage
 from .contract import Knob, TrainingStage, Update
 from .dalle import DALLEStage
 from .dvae import DVAEStage
+from .vae import VAEStage
+from .vqgan import VQGANStage
+from .vqvae import VQVAEStage
 
 STAGES: dict[str, Any] = {
+    "autoencoder": AutoencoderStage,
+    "vae": VAEStage,
+    "vqvae": VQVAEStage,
+    "vqgan": VQGANStage,
+    "autoencoder_kl": AutoencoderKLStage,
     "dvae": DVAEStage,
     "patch_dvae": DVAEStage,
     "dalle": DALLEStage,

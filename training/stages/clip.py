@@ -35,9 +35,9 @@ class CLIPStage:
     part = "clip"
     metrics = ("accuracy",)
     higher_is_better = True
-    coupled = True
     depends: tuple[str, ...] = ("captions",)
     cached: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     restart_step: int | None = None
     knobs: ClassVar = {
         "wrong_captions": Knob(grammar=True),
@@ -53,6 +53,11 @@ class CLIPStage:
         self.networks: dict[str, nn.Module] = {self.part: self.network}
         self.forward: dict[str, Callable[..., Any]] = dict(self.networks)
         self.config, self.source, self.seed = config, source, seed
+
+    @staticmethod
+    def coupled(recipe: Recipe, config: Stage) -> str:
+        """Always."""
+        return "its loss compares the captions of a step"
 
     def updates(self, batch: Batch, step: int) -> Updates:
         yield self.part, *self._loss(batch, step)
@@ -75,7 +80,7 @@ class CLIPStage:
         step: of training, for the share of canonical wordings; None reads all captions as they are.
         """
         share = 0.0 if step is None else self._canonical_share(step)
-        wanted = int(self.config.objective.get("wrong_captions", 0))
+        wanted = int(self.config.number("wrong_captions", 0))
         wanted = min(wanted, 1) if share == 1 else wanted
         count, captions = len(batch.captions), [*batch.captions, *self._wrong(batch, wanted)]
         if share and step is not None:
@@ -90,9 +95,9 @@ class CLIPStage:
 
     def _canonical_share(self, step: int) -> float:
         """1 at first, then falling in a line to 0."""
-        knobs, steps = self.config.objective, self.config.steps
-        start = knobs.get("canonical", 0) * steps
-        end = max(start, knobs.get("canonical_end", 0) * steps)
+        steps = self.config.steps
+        start = self.config.number("canonical", 0) * steps
+        end = max(start, self.config.number("canonical_end", 0) * steps)
         return 1.0 if step < start else max(0.0, (end - step) / max(1.0, end - start))
 
     def _wrong(self, batch: Batch, wanted: int) -> list[str]:
@@ -125,6 +130,9 @@ class CLIPStage:
 
     def restart(self) -> None:
         """It never does."""
+
+    def finish(self) -> None:
+        """Nothing is measured."""
 
 
 def _number(meaning: Hashable) -> int:

@@ -4,16 +4,21 @@ It does not know any stage.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+from accelerate.utils import reduce
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from ...layers.precision import full
 from ...pipeline.images import grid, to_pil
-from ..stream import Batch
+from ...pipeline.recipe import Recipe
+from ..run import Stage
+from ..stream import Batch, Source
 
 Loss = tuple[tuple[Tensor, Tensor], dict[str, Tensor]]  # (loss_sum, count), scalars
 Update = tuple[str, tuple[Tensor, Tensor], dict[str, Tensor]]
@@ -22,39 +27,49 @@ Updates = Iterator[Update]
 
 @dataclass(frozen=True)
 class Knob:
-    """A key of a stage's objective: the values it may take, and whether it needs captions of a known grammar."""
+    """A key of a stage's objective: a number in [low, high], or, where there are choices, one of these words.
+
+    grammar: it needs captions of a known grammar.
+    """
 
     low: float = 0.0
     high: float = math.inf
     grammar: bool = False
+    choices: tuple[str, ...] = ()
 
 
 class TrainingStage(Protocol):
     """A plain object that says what is trained, against what, and with which losses.
 
-    part: the part of the recipe that it trains. networks: what is trained, by the name that `updates` yields: the part,
-    and what is left behind at the end (a discriminator). forward: their wrapped forms, set by the loop, through which
-    all that trains must go. depends: what must be trained before. knobs: the keys of its objective. coupled: its loss
-    or its statistics compare the samples of a step, so that it gathers them over ranks and cannot be split in passes.
-    metrics: names of what validation tells, from `measure` or `summary`, the headline first; higher_is_better: of the
-    headline. restart_step: None, or the step at which `restart` changes the weights and the optimizers begin anew.
-    cached: what it reads of a cache in place of pictures, all of it (see `training.cache`); empty where it needs
-    pictures.
+    part: the part of the recipe that it trains. beside: other parts that are trained along where the recipe has them,
+    and left behind at the end (a discriminator). networks: all of these, by the name that `updates` yields. forward:
+    their wrapped forms, set by the loop, through which all that trains must go. depends: what must be trained before.
+    knobs: the keys of its objective. metrics: names of what validation tells, from `measure` or `summary`, the headline
+    first; higher_is_better: of the headline. restart_step: None, or the step at which `restart` changes the weights and
+    the optimizers begin anew. cached: what it reads of a cache in place of pictures, all of it (see `training.cache`);
+    empty where it needs pictures.
 
     Every draw comes from `kartina.layers.random`, keyed by the run's seed, the step and the sample's global position;
     what is annealed is a function of the step, and what else must outlive a stop is a buffer of a network.
     """
 
     part: str
+    beside: tuple[str, ...]
     networks: dict[str, nn.Module]
     forward: dict[str, Callable[..., Any]]
     depends: tuple[str, ...]
     knobs: dict[str, Knob]
-    coupled: bool
     metrics: tuple[str, ...]
     higher_is_better: bool
     restart_step: int | None
     cached: tuple[str, ...]
+
+    @staticmethod
+    def coupled(recipe: Recipe, config: Stage) -> str:
+        """Why a step of this recipe cannot be split in passes, or "" where it can.
+
+        It cannot where a loss or a statistic compares the samples of a step. Over ranks the stage gathers these.
+        """
 
     def updates(self, batch: Batch, step: int) -> Updates:
         """Yields (network, (loss_sum, count), scalars); the loop steps that network's optimizer and resumes.
@@ -75,6 +90,12 @@ class TrainingStage(Protocol):
     def restart(self) -> None:
         """See restart_step."""
 
+    def finish(self) -> None:
+        """Measures what belongs to the part, and takes out of it what only training needs.
+
+        Called on all ranks at the end, when the part has the weights that are shipped: averaged and rounded.
+        """
+
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[nn.Module]:
@@ -93,3 +114,46 @@ def contact_sheet(images: Tensor, captions: list[str] | None = None) -> Image:
     """images (B, 3, H, W) as one picture, eight in a row, enlarged to 128 pixels a side or more."""
     pictures = to_pil(images)
     return grid(pictures, columns=8, captions=captions, scale=max(1, 128 // pictures[0].width))
+
+
+def pairs(*images: Tensor) -> Image:
+    """Pictures (B, 3, H, W) each beside what became of it, as one picture."""
+    return contact_sheet(torch.stack(images, 1).flatten(0, 1))
+
+
+def reconstruct(network: Any, image: Tensor) -> Tensor:
+    """Images (B, 3, H, W) as a tokenizer gives them back, in the range of the pixels."""
+    return full(network.decode(network.encode(image))).clamp(-1, 1)
+
+
+def psnr(again: Tensor, image: Tensor) -> Tensor:
+    """dB of each image (B, 3, H, W), (B,), whose values span 2."""
+    return -10 * torch.log10((again - image).square().mean(dim=(1, 2, 3)).clamp(min=1e-12) / 4)
+
+
+def read_images(source: Source, positions: Sequence[int], device: torch.device) -> Iterator[Tensor]:
+    """The images at these positions that can be read, in batches of at most 128, (B, 3, H, W)."""
+    for start in range(0, len(positions), 128):
+        batch = source.read(positions[start : start + 128])
+        yield batch.image[batch.weight > 0].to(device)
+
+
+def last_read(source: Source, end: int, count: int = 2048) -> range:
+    """The `count` positions before `end`; where nothing was read yet, the first ones."""
+    end = end or min(count, source.size or count)
+    return range(max(0, end - count), end)
+
+
+def over_ranks(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """What turns a mean over a rank's samples, of this weight (B,), into the mean over those of all ranks.
+
+    Gradients reach the own samples only, as if their mean were the whole one: the loop adds up what the ranks find.
+    """
+    count = full(weight).sum()
+    share = count / reduce(count, "sum").clamp(min=1e-12)
+
+    def average(mean: Tensor) -> Tensor:
+        fixed = mean.detach()
+        return reduce((share * fixed).contiguous(), "sum") + (mean - fixed)
+
+    return average

@@ -28,9 +28,9 @@ class DALLEStage:
     part = "prior"
     metrics = ("nats_per_code", "caption_gain")
     higher_is_better = False
-    coupled = False
     depends: tuple[str, ...] = ("tokenizer", "captions")
     cached: tuple[str, ...] = ("codes",)
+    beside: tuple[str, ...] = ()
     restart_step: int | None = None
     knobs: ClassVar = {"caption_drop": Knob(high=1)}
 
@@ -44,15 +44,18 @@ class DALLEStage:
         self.forward: dict[str, Callable[..., Any]] = dict(self.networks)
         self.config, self.source, self.seed = config, source, seed
 
+    @staticmethod
+    def coupled(recipe: Recipe, config: Stage) -> str:
+        """Never."""
+        return ""
+
     def updates(self, batch: Batch, step: int) -> Updates:
         yield self.part, *self._loss(batch, step)
 
     def _loss(self, batch: Batch, step: int) -> Loss:
         text, codes = self._read(batch)
         drop = random.uniform(self.seed, step, batch.samples, (1,), "caption drop")
-        text = torch.where(
-            drop < self.config.objective.get("caption_drop", 0.1), self.network.null_text(len(text)), text
-        )
+        text = torch.where(drop < self.config.number("caption_drop", 0.1), self.network.null_text(len(text)), text)
         text_logits, image_logits = self.forward[self.part](text, codes)
         loss, scalars = dalle_objective.dalle(text_logits, image_logits, text, codes, batch.weight)
         return loss, scalars | {"image_chance": torch.tensor(math.log(image_logits.shape[-1]))}
@@ -93,3 +96,6 @@ class DALLEStage:
 
     def restart(self) -> None:
         """It never does."""
+
+    def finish(self) -> None:
+        """Nothing is measured."""

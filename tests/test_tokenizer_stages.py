@@ -1,0 +1,266 @@
+"""The stages of the tokenizers, step by step: two networks, codebooks, corruptions, and what is measured at the end."""
+
+import json
+
+import pytest
+import torch
+
+from kartina.pipeline import checkpoint
+from kartina.pipeline.text_to_image import TextToImage
+from kartina.training import __main__ as trainer
+from kartina.training import run as runs
+from kartina.training import state
+from kartina.training.data.shapes import ShapesSource
+from kartina.training.stages import STAGES
+
+CPU = torch.device("cpu")
+
+
+def stage_of(tiny, kind, *overrides):
+    """The stage of a tiny recipe, and a batch of its data."""
+    given = trainer._arguments([*tiny[kind][1], *overrides])
+    recipe, training = runs.load(given.recipe, given.overrides)
+    source = ShapesSource(levels=("S1",))
+    torch.manual_seed(0)
+    config = training.stages["tokenizer"]
+    return STAGES[recipe.parts["tokenizer"]["kind"]](recipe, config, source, None, 0, CPU), source.read(range(8))
+
+
+def knob(name, value):
+    return f"stages.tokenizer.objective.{name}={value}"
+
+
+# --- two networks -----------------------------------------------------------------------------------------------------
+
+JUDGED = ["vqgan", "autoencoder_kl"]
+
+
+@pytest.mark.parametrize("kind", JUDGED)
+def test_the_generators_loss_leaves_the_discriminator_alone(kind, tiny):
+    stage, batch = stage_of(tiny, kind)
+    name, (loss, _), scalars = next(stage.updates(batch, 19))
+    assert name == "tokenizer" and scalars["adaptive"] > 0
+    loss.backward()
+    assert all(value.grad is None for value in stage.networks["discriminator"].parameters())
+    assert all(value.requires_grad for value in stage.networks["discriminator"].parameters())
+    assert stage.network.last_layer.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", JUDGED)
+def test_the_discriminators_loss_sees_the_tokenizers_new_weights(kind, tiny):
+    found = []
+    for moved in (0.0, 1.0):
+        stage, batch = stage_of(tiny, kind)
+        updates = stage.updates(batch, 19)
+        next(updates)
+        with torch.no_grad():
+            stage.network.decoder.conv_out.bias.add_(moved)
+        name, (loss, count), scalars = next(updates)
+        assert name == "discriminator" and count == 8
+        found.append(scalars["fake_logits"])
+        loss.backward()
+        assert all(value.grad is None for value in stage.network.parameters())
+        assert next(updates, None) is None
+    assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", JUDGED)
+def test_the_discriminator_learns_first_and_is_heard_more_and_more(kind, tiny):
+    """From step 2 it learns, from step 4 the tokenizer listens, from step 9 on to all of it."""
+    stage, batch = stage_of(tiny, kind)
+    names = [[update[0] for update in stage.updates(batch, step)] for step in (0, 1, 2, 19)]
+    assert names == [["tokenizer"]] * 2 + [["tokenizer", "discriminator"]] * 2
+    weight = {"vqgan": 0.8, "autoencoder_kl": 0.5}[kind]
+    ramps = [stage.adversary.ramp(step) / weight for step in range(11)]
+    assert ramps == pytest.approx([0, 0, 0, 0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1, 1])
+
+
+def without_discriminator(argv):
+    return [word for word in argv if "discriminator=" not in word and "{discriminator:" not in word]
+
+
+def log(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    keep = [name for line in lines for name in line if name.startswith(("tokenizer/", "valid/"))]
+    return [{name: line[name] for name in keep if name in line} for line in lines if "event" not in line]
+
+
+def test_a_discriminator_that_is_not_heard_changes_nothing(tiny, tmp_path):
+    stage, argv = tiny["vqgan, gumbel"]
+    assert trainer.main([*argv, "--run", str(tmp_path / "with")]) == 0
+    alone = [*without_discriminator(argv), "stages.tokenizer.objective={temperature_end: 0.1}"]
+    assert trainer.main([*alone, "--run", str(tmp_path / "without")]) == 0
+    one, other = (checkpoint.load_weights(tmp_path / name / "model", "tokenizer") for name in ("with", "without"))
+    assert checkpoint.part_hash(one) == checkpoint.part_hash(other)
+    assert log(tmp_path / "with") == log(tmp_path / "without")
+    saved = state.load(state.newest(tmp_path / "with" / "state" / "tokenizer"))
+    assert set(saved["networks"]) == {"tokenizer", "discriminator"}
+    assert set(checkpoint.read_card(tmp_path / "with" / "model")["parts"]) == {"tokenizer"}
+
+
+def test_two_networks_step_once_each_in_two_passes(tiny, tmp_path):
+    """Muon apart, which counts nothing: AdamW's step of every parameter is the number of steps."""
+    argv = [*tiny["vqgan, gumbel"][1], "stages.tokenizer.micro_batch=4", "--run", str(tmp_path)]
+    assert trainer.main([*argv, knob("discriminator_start", 0.25)]) == 0
+    saved = state.load(state.newest(tmp_path / "state" / "tokenizer"))
+    for name, steps in (("tokenizer", 20), ("discriminator", 15)):
+        adamw = saved["optimizers"][name][0]["state"]
+        assert adamw and {int(entry["step"]) for entry in adamw.values()} == {steps}, name
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "message"),
+    [
+        ("vqgan", ["stages.tokenizer.micro_batch=4"], "codes begin anew among the latents of a step"),
+        ("autoencoder_kl", ["stages.tokenizer.micro_batch=4"], "adaptive weight"),
+        ("vqvae, moved", ["stages.tokenizer.micro_batch=4"], "follows the latents of a step"),
+        ("vae", ["stages.tokenizer.micro_batch=4"], "free bits"),
+        ("autoencoder", ["stages.tokenizer.micro_batch=4"], "sparsity is of a step's mean"),
+        ("vae", [knob("likelihood", "laplace")], "must be one of gaussian, logistic, got laplace"),
+        ("vae", [knob("beta", "much")], "must lie between 0 and inf, got much"),
+        ("vqvae, moved", [knob("codebook_weight", 1)], "leave out stages.tokenizer.objective.codebook_weight"),
+        ("vqgan, gumbel", [knob("kmeans", 0)], "kmeans has no meaning for quantizer 'gumbel'"),
+        ("autoencoder", [knob("corruption_level", 0)], "corruption goes with a corruption_level"),
+        ("vqgan", ["stages.tokenizer.optimizers={critic: {lr: 0.1}}"], "'critic' is not trained there"),
+    ],
+)
+def test_what_a_stage_refuses(kind, overrides, message, tiny, tmp_path, capsys):
+    assert trainer.main([*tiny[kind][1], *overrides, "--run", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_recipe_without_a_discriminator_has_no_knobs_for_one(tiny, tmp_path, capsys):
+    argv = without_discriminator(tiny["autoencoder_kl"][1])
+    assert trainer.main([*argv, "--run", str(tmp_path)]) == 2
+    assert "the recipe no part 'discriminator'" in capsys.readouterr().err
+
+
+def test_another_discriminator_is_another_recipe(tiny, tmp_path, capsys):
+    argv = [*tiny["autoencoder_kl"][1], "stages.tokenizer.steps=2", "--run", str(tmp_path)]
+    assert trainer.main(argv) == 0
+    assert trainer.main([*argv, "parts.discriminator.norm_groups=2"]) == 2
+    assert "trained with another recipe (differs in beside)" in capsys.readouterr().err
+
+
+def test_small_numbers_may_be_written_without_a_dot(tiny):
+    assert stage_of(tiny, "autoencoder_kl", knob("kl_weight", "1e-6"))[0].kl_weight == 1e-6
+
+
+# --- codebooks --------------------------------------------------------------------------------------------------------
+
+
+def test_codes_that_were_not_met_become_latents_of_the_batch(tiny):
+    """Drawn by (seed, step, sample), without repetition, and never from images that could not be read."""
+    stage, batch = stage_of(tiny, "vqvae", knob("restart_every", 2))
+    batch.weight[0] = 0
+    quantizer, before = stage.network.quantize, stage.network.quantize.embedding.weight.detach().clone()
+    for step in range(2):
+        out = stage.network(batch.image)
+        list(stage.updates(batch, step))
+    met = torch.bincount(out["codes"][1:].flatten(), minlength=32) > 0
+    after = quantizer.embedding.weight.detach()
+    assert 0 < int(met.sum()) < 32 and torch.equal(after[met], before[met])
+    latents = out["latents"].permute(0, 2, 3, 1)
+    readable = latents[1:].flatten(0, 2)
+    assert all((readable == code).all(dim=1).any() for code in after[~met])
+    assert quantizer.met.sum() == 0
+    again, _ = stage_of(tiny, "vqvae", knob("restart_every", 2))
+    for step in range(2):
+        list(again.updates(batch, step))
+    assert torch.equal(again.network.quantize.embedding.weight, after)
+
+
+def test_no_code_begins_anew_in_the_last_fifth(tiny):
+    stage, batch = stage_of(tiny, "vqvae", knob("restart_every", 1))
+    before = stage.network.quantize.embedding.weight.detach().clone()
+    list(stage.updates(batch, 16))
+    assert torch.equal(stage.network.quantize.embedding.weight, before)
+    list(stage.updates(batch, 15))
+    assert not torch.equal(stage.network.quantize.embedding.weight, before)
+
+
+def test_a_codebook_moves_only_once_the_step_is_taken(tiny):
+    stage, batch = stage_of(tiny, "vqvae, moved")
+    before = stage.network.quantize.embedding.weight.detach().clone()
+    updates = stage.updates(batch, 0)
+    next(updates)
+    assert torch.equal(stage.network.quantize.embedding.weight, before)
+    assert next(updates, None) is None
+    assert not torch.equal(stage.network.quantize.embedding.weight, before)
+
+
+@pytest.mark.parametrize("kind", ["vqvae, moved", "vqgan, gumbel"])
+def test_what_is_exported_loads_and_has_nothing_of_the_training(kind, tiny, tmp_path):
+    assert trainer.main([*tiny[kind][1], "--run", str(tmp_path)]) == 0
+    recipe = checkpoint.load_recipe(tmp_path / "model")
+    part = checkpoint.load_part(tmp_path / "model", recipe, "tokenizer")
+    codes = part.encode(ShapesSource(levels=("S1",)).read(range(4)).image)
+    assert part.decode(codes).shape == (4, 3, 32, 32) and not hasattr(part.quantize, "met")
+
+
+def test_fsq_needs_no_codebook(tiny):
+    levels = ["parts.tokenizer.quantizer=fsq", "parts.tokenizer.levels=[4, 2, 2, 2]", "stages.tokenizer.objective={}"]
+    stage, batch = stage_of(tiny, "vqgan", *levels)
+    ((name, (loss, count), scalars), *_) = stage.updates(batch, 0)
+    loss.backward()
+    assert (name, count, scalars["regular"]) == ("tokenizer", 8, 0)
+    assert stage.network.encoder.conv_in.weight.grad.abs().max() > 0
+
+
+# --- latents ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "autoencoder_kl"])
+def test_the_shipped_latents_have_mean_0_and_deviation_1(kind, tiny, tmp_path):
+    assert not stage_of(tiny, kind)[0].network.scale.measured
+    assert trainer.main([*tiny[kind][1], "--run", str(tmp_path)]) == 0
+    recipe = checkpoint.load_recipe(tmp_path / "model")
+    part = checkpoint.load_part(tmp_path / "model", recipe, "tokenizer")
+    assert part.scale.measured
+    assert checkpoint.load_weights(tmp_path / "model", "tokenizer")["scale.std"].dtype == torch.float32
+    image = ShapesSource(levels=("S1", "S2")).read(range(10_000, 10_512)).image
+    values = part.encode(image).transpose(0, 1).flatten(1)
+    assert (values.mean(dim=1).abs() < 0.05).all() and ((values.std(dim=1) - 1).abs() < 0.05).all()
+
+
+@pytest.mark.parametrize(("corruption", "level"), [("gaussian", 0.5), ("mask", 0.3), ("salt_and_pepper", 0.3)])
+def test_corruptions_are_drawn_by_step_and_sample(corruption, level, tiny):
+    stage, batch = stage_of(tiny, "autoencoder", knob("corruption", corruption), knob("corruption_level", level))
+    seen = stage.corrupt(batch, 3)
+    assert not torch.equal(seen, stage.corrupt(batch, 4)) and torch.equal(seen, stage.corrupt(batch, 3))
+    changed = (seen != batch.image).any(dim=1).float().mean()
+    assert changed > 0.99 if corruption == "gaussian" else abs(changed - level) < 0.05
+    _, _, scalars = next(stage.updates(batch, 3))
+    clean, _ = stage_of(tiny, "autoencoder", "stages.tokenizer.objective={error: l1}")
+    assert scalars["error"] != next(clean.updates(batch, 3))[2]["error"]
+
+
+def active_units(stage, batch):
+    """Over one batch, as the loop adds up what is measured."""
+    total = {name: value.sum(0) for name, value in stage.measure(batch).items()}
+    return stage.summary(total, len(batch.keys))["active_units"]
+
+
+def test_beta_rises_and_idle_latents_are_counted(tiny):
+    """At step 0 the weight of the KL is 0; a latent whose mean is the same for every image is not active."""
+    stage, batch = stage_of(tiny, "vae", knob("free_bits", 0))
+    rows = stage.network.flat.inward
+    with torch.no_grad():
+        rows.weight[:8] = 0
+        rows.bias[:8] = 5
+    for step, beta in ((0, 0.0), (5, 0.5), (15, 1.0)):
+        _, (loss, count), scalars = next(stage.updates(batch, step))
+        torch.testing.assert_close(loss / count, scalars["nll"] + beta * scalars["kl"])
+    assert active_units(stage, batch) <= 0.5
+    with torch.no_grad():
+        rows.weight[8:16] *= 1000
+    assert active_units(stage, batch) == 0.5
+
+
+def test_a_recipe_with_a_tokenizer_alone_needs_no_captions(tmp_path):
+    tiny = [f"stages.tokenizer.{key}" for key in ("steps=2", "global_batch=4", "log_every=1")]
+    assert trainer.main(["shapes/vae", *tiny, "training.trackers=[]", "--run", str(tmp_path)]) == 0
+    assert set(checkpoint.read_card(tmp_path / "model")["parts"]) == {"tokenizer"}
+    assert not list(tmp_path.rglob("captions*"))
+    with pytest.raises(checkpoint.ModelError, match="its recipe has no prior"):
+        TextToImage.load(tmp_path / "model")

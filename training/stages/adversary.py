@@ -1,0 +1,87 @@
+"""What the stages of tokenizers with a discriminator share: when it learns, and when the tokenizer listens to it.
+
+B images, h x w patches that are judged.
+
+It does not know the tokenizer.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...pipeline.recipe import Recipe, build
+from ..objectives.vqgan import hinge
+from ..run import Stage
+from .contract import Knob, Update, frozen
+
+
+class Adversary:
+    """The recipe's part "discriminator", or none where it has no such part.
+
+    It learns from the share discriminator_start of the steps on. For the share discriminator_warmup of them the
+    tokenizer does not listen yet; then the weight of its adversarial loss rises in a line, over the share
+    discriminator_ramp, to discriminator_weight, times the adaptive weight. As published: warm-up and ramp 0.
+    weight: discriminator_weight where the recipe says nothing.
+    """
+
+    part = "discriminator"
+    knobs: ClassVar = {
+        "discriminator_weight": Knob(),
+        "discriminator_start": Knob(high=1),
+        "discriminator_warmup": Knob(high=1),
+        "discriminator_ramp": Knob(high=1),
+    }
+
+    def __init__(self, recipe: Recipe, config: Stage, weight: float, device: torch.device) -> None:
+        self.network: nn.Module | None = None
+        if self.part in recipe.parts:
+            self.network = build(recipe, self.part).to(device)
+        elif wrong := config.objective.keys() & self.knobs.keys():
+            raise ValueError(
+                f"stages.tokenizer.objective has {', '.join(sorted(wrong))}, but the recipe no part 'discriminator'; "
+                "add the part, or leave them out"
+            )
+        self.weight = config.number("discriminator_weight", weight)
+        shares = [config.number(f"discriminator_{name}", default) for name, default in _DEFAULTS]
+        self.start, warmup, self.rise = (round(share * config.steps) for share in shares)
+        self.heard = self.start + warmup
+
+    @classmethod
+    def coupled(cls, recipe: Recipe, config: Stage) -> str:
+        """Where the tokenizer listens: the adaptive weight is the whole batch's."""
+        listens = cls.part in recipe.parts and config.number("discriminator_weight", 1) > 0
+        return "the adaptive weight of its discriminator is of a whole step" if listens else ""
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The discriminator by its name, if there is one."""
+        return {} if self.network is None else {self.part: self.network}
+
+    def ramp(self, step: int) -> float:
+        """What the adaptive weight is multiplied by at a step."""
+        if self.network is None or step < self.heard:
+            return 0.0
+        return self.weight * min(1.0, (step - self.heard + 1) / max(1, self.rise))
+
+    def learns(self, step: int) -> bool:
+        """Whether the discriminator takes this step."""
+        return self.network is not None and step >= self.start
+
+    def judge(self, image: Tensor) -> Tensor:
+        """Logits (B, 1, h, w) of the tokenizer's images, whose gradients stay out of the discriminator."""
+        assert self.network is not None
+        with frozen(self.network) as judge:
+            return judge(image)
+
+    def update(self, forward: Callable[..., Any], image: Tensor, again: Tensor, weight: Tensor) -> Update:
+        """The discriminator's own loss, of images and their reconstructions, both (B, 3, H, W), in one pass.
+
+        In two, the wrapper for several processes would broadcast buffers between a pass and its gradients.
+        """
+        real, fake = forward(torch.cat([image, again.detach().to(image.dtype)])).chunk(2)
+        loss, scalars = hinge(real, fake, weight)
+        return self.part, loss, scalars
+
+
+_DEFAULTS = (("start", 0.0), ("warmup", 0.05), ("ramp", 0.1))

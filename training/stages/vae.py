@@ -1,0 +1,112 @@
+"""The stage of the VAE.
+
+B images of 3 x H x W pixels, D latents.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from ...layers import random
+from ...pipeline.recipe import Recipe, build
+from ..objectives import vae as objective
+from ..objectives.dvae import anneal
+from ..run import Stage
+from ..stream import Batch, Source
+from .contract import Knob, Loss, Updates, contact_sheet, over_ranks, psnr, reconstruct
+
+_ACTIVE = 0.01
+
+
+class VAEStage:
+    """Fits the VAE (arXiv:1312.6114): one draw of the latents, a likelihood of the pixels, a KL to N(0, 1).
+
+    likelihood: see the objective. beta: the weight of the KL, which rises to it in a line over the first share
+    `beta_share` of the steps. free_bits: nats of each latent that cost nothing more.
+    """
+
+    part = "tokenizer"
+    beside: tuple[str, ...] = ()
+    metrics = ("bits_per_dim", "elbo", "psnr", "active_units")
+    higher_is_better = False
+    depends: tuple[str, ...] = ()
+    cached: tuple[str, ...] = ()
+    restart_step: int | None = None
+    knobs: ClassVar = {
+        "likelihood": Knob(choices=("gaussian", "logistic")),
+        "beta": Knob(),
+        "beta_share": Knob(high=1),
+        "free_bits": Knob(),
+    }
+
+    def __init__(
+        self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
+    ) -> None:
+        self.network: Any = build(recipe, self.part).to(device)
+        self.networks: dict[str, nn.Module] = {self.part: self.network}
+        self.forward: dict[str, Callable[..., Any]] = dict(self.networks)
+        self.seed, self.device = seed, device
+        self.likelihood, self.free_bits = config.word("likelihood", "gaussian"), config.number("free_bits", 0)
+        self.beta, self.rise = config.number("beta", 1), round(config.number("beta_share", 0) * config.steps)
+
+    @staticmethod
+    def coupled(recipe: Recipe, config: Stage) -> str:
+        """With free bits, which are of the batch's mean."""
+        return "its free bits are of a step's mean" if config.number("free_bits", 0) else ""
+
+    def updates(self, batch: Batch, step: int) -> Updates:
+        yield self.part, *self._loss(batch, step)
+
+    def _loss(self, batch: Batch, step: int) -> Loss:
+        out = self.forward[self.part](batch.image, self._noise(batch, step, "posterior"))
+        beta = anneal(step, 0.0, self.beta, self.rise, "linear")
+        names = ("reconstruction", "log_scale", "mean", "log_variance")
+        reconstruction, log_scale, mean, log_variance = (out[name] for name in names)
+        return objective.vae(
+            reconstruction, log_scale, batch.image, mean, log_variance, batch.weight,
+            likelihood=self.likelihood, beta=beta, free_bits=self.free_bits, average=over_ranks(batch.weight),
+        )  # fmt: skip
+
+    def _noise(self, batch: Batch, step: int, use: str) -> Tensor:
+        return random.normal(self.seed, step, batch.samples, self.network.spec.shape, use)
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """`bits_per_dim` and `elbo` with one draw; `psnr`: dB of what the posterior's mean gives back.
+
+        `mean` and `square`: of the posterior's mean of each latent.
+        """
+        out = self.network(batch.image, self._noise(batch, 0, "validation"))
+        names = ("reconstruction", "log_scale", "mean", "log_variance")
+        reconstruction, log_scale, mean, log_variance = (out[name] for name in names)
+        terms = objective.elbo_terms(reconstruction, log_scale, batch.image, mean, log_variance, self.likelihood)
+        elbo = -(terms[0] + terms[1].sum(dim=1))
+        bits = objective.bits_per_dim(elbo, batch.image[0].numel(), self.likelihood)
+        again = psnr(reconstruct(self.network, batch.image), batch.image)
+        return {"bits_per_dim": bits, "elbo": elbo, "psnr": again, "mean": mean, "square": mean.square()}
+
+    def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
+        """`active_units`: the share of the latents whose posterior mean varies by more than 0.01 over the images.
+
+        Burda 2015, arXiv:1509.00519, section 5.2.
+        """
+        variance = total["square"] / count - (total["mean"] / count).square()
+        return {"active_units": (variance > _ACTIVE).float().mean()}
+
+    @torch.no_grad()
+    def preview(self, batch: Batch) -> Image | None:
+        """Eight pairs of a picture and what it becomes, then 16 pictures of latents drawn from N(0, 1)."""
+        image = batch.image[:8]
+        shown = torch.stack([image, reconstruct(self.network, image)], 1).flatten(0, 1)
+        drawn = random.normal(self.seed, 0, torch.arange(16, device=image.device), self.network.spec.shape, "preview")
+        return contact_sheet(torch.cat([shown, self.network.decode(drawn).float()]))
+
+    def restart(self) -> None:
+        """It never does."""
+
+    def finish(self) -> None:
+        """Nothing is measured: the KL is to N(0, 1)."""

@@ -1,0 +1,123 @@
+"""The stage of VQ-GAN's tokenizer.
+
+B images of 3 x H x W pixels, K codes on a grid of h x w.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from ...layers import random
+from ...pipeline.recipe import Recipe, build
+from ..objectives import vqgan as objective
+from ..objectives.dvae import temperature, uniform_kl
+from ..run import Stage
+from ..stream import Batch, Source
+from .adversary import Adversary
+from .codebook import CODES_METRICS, Codebook, measure_codes, summarise_codes
+from .contract import Knob, Updates, last_read, over_ranks, pairs, read_images, reconstruct
+
+_GUMBEL = {"kl_weight": Knob(), "temperature": Knob(), "temperature_end": Knob(), "temperature_share": Knob(high=1)}
+
+
+class VQGANStage:
+    """Fits VQ-GAN's tokenizer (arXiv:2012.09841, section 3.1), against a discriminator where the recipe has one.
+
+    `Codebook` and `Adversary` say what their knobs mean; the first's are of quantizer "vector". Of quantizer "gumbel"
+    are kl_weight, of the KL to the uniform distribution, and the temperature, which falls from `temperature` to
+    `temperature_end` over the share `temperature_share` of the steps. There is no perceptual distance yet.
+    """
+
+    part = "tokenizer"
+    beside: tuple[str, ...] = (Adversary.part,)
+    metrics = CODES_METRICS
+    higher_is_better = True
+    depends: tuple[str, ...] = ()
+    cached: tuple[str, ...] = ()
+    knobs: ClassVar = {**Codebook.knobs, **Adversary.knobs, **_GUMBEL}
+
+    def __init__(
+        self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
+    ) -> None:
+        self.quantizer = recipe.parts[self.part].get("quantizer", "vector")
+        own = {"vector": Codebook.knobs, "gumbel": _GUMBEL}.get(self.quantizer, {})
+        if wrong := config.objective.keys() - own.keys() - Adversary.knobs.keys():
+            raise ValueError(
+                f"stages.tokenizer.objective: {', '.join(sorted(wrong))} has no meaning for quantizer "
+                f"{self.quantizer!r}; leave it out"
+            )
+        self.network: Any = build(recipe, self.part).to(device)
+        self.adversary = Adversary(recipe, config, 0.8, device)
+        self.networks: dict[str, nn.Module] = {self.part: self.network, **self.adversary.networks()}
+        self.forward: dict[str, Callable[..., Any]] = dict(self.networks)
+        self.source, self.config, self.seed, self.device = source, config, seed, device
+        self.codebook = Codebook(self.network.quantize, config, seed) if self.quantizer == "vector" else None
+        self.restart_step = None if self.codebook is None else self.codebook.restart_step
+
+    @staticmethod
+    def coupled(recipe: Recipe, config: Stage) -> str:
+        """Where the codebook is, or the adaptive weight."""
+        return Codebook.coupled(recipe.parts["tokenizer"], config) or Adversary.coupled(recipe, config)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """The codes become k-means centres, over the 2,048 images that were read last, or that come first."""
+        assert self.codebook is not None
+        positions = last_read(self.source, (self.restart_step or 0) * self.config.global_batch)
+        self.codebook.start(read_images(self.source, positions, self.device), self.network)
+
+    def updates(self, batch: Batch, step: int) -> Updates:
+        ramp, given = self.adversary.ramp(step), (batch.image, *self._relaxation(batch, step))
+        out = self.forward[self.part](*given)
+        again = out["reconstruction"]
+        loss, scalars = objective.vqgan(
+            again, batch.image, self._regular(out), out["codes"], self.network.spec.vocabulary, batch.weight,
+            fake_logits=self.adversary.judge(again) if ramp else None, last_layer=self.network.last_layer, ramp=ramp,
+            average=over_ranks(batch.weight),
+        )  # fmt: skip
+        yield self.part, loss, scalars
+        if self.codebook is not None:
+            self.codebook.follow(out, batch, step)
+        if self.adversary.learns(step):
+            with torch.no_grad():  # with the weights of now
+                again = self.network(*given)["reconstruction"]
+            yield self.adversary.update(self.forward[Adversary.part], batch.image, again, batch.weight)
+
+    def _relaxation(self, batch: Batch, step: int) -> tuple[Tensor, float] | tuple[()]:
+        """Noise (B, K, h, w) and temperature of quantizer "gumbel"."""
+        if self.quantizer != "gumbel":
+            return ()
+        spec, number = self.network.spec, self.config.number
+        noise = random.gumbel(self.seed, step, batch.samples, (spec.vocabulary, *spec.shape), "vqgan gumbel")
+        steps = round(number("temperature_share", 0.75) * self.config.steps)
+        return noise, temperature(step, number("temperature", 0.9), number("temperature_end", 1e-6), steps)
+
+    def _regular(self, out: dict[str, Tensor]) -> Tensor:
+        """What the quantizer adds to the loss of each image, (B,)."""
+        if self.codebook is not None:
+            return self.codebook.regular(out)
+        if self.quantizer == "gumbel":
+            return self.config.number("kl_weight", 1e-8) * uniform_kl(out["logits"]).mean(dim=(1, 2))
+        return out["reconstruction"].new_zeros(len(out["codes"]))
+
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """See `measure_codes`."""
+        return measure_codes(self.network, batch)
+
+    def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
+        """See `summarise_codes`."""
+        return summarise_codes(total)
+
+    @torch.no_grad()
+    def preview(self, batch: Batch) -> Image | None:
+        """Pairs of a picture and what its codes give back."""
+        return pairs(batch.image[:16], reconstruct(self.network, batch.image[:16]))
+
+    def finish(self) -> None:
+        """See `Codebook.finish`; the discriminator is left behind."""
+        if self.codebook is not None:
+            self.codebook.finish()
