@@ -56,7 +56,8 @@ def troubled(kind, job, keys, scored, found, hashes):
         def finish(self):
             super().finish()
             networks = self.networks.items()
-            hashes.append(part_hash({f"{n}.{k}": value for n, m in networks for k, value in m.state_dict().items()}))
+            if not any(found[name][2] for name in self.networks):  # divided ones are compared by their export
+                hashes.append(part_hash({f"{n}.{k}": v for n, m in networks for k, v in m.state_dict().items()}))
 
     return Troubled
 
