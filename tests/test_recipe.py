@@ -1,6 +1,7 @@
 """Recipes: strict keys with the nearest valid one, overrides, closed tables, and counts on the meta device."""
 
 import pytest
+import torch
 
 from kartina.pipeline import recipe as recipes
 from kartina.training import run as runs
@@ -80,3 +81,12 @@ def test_the_global_batch_must_divide():
     assert runs.division(stage, 2) == (stage.global_batch // 2, 1)
     with pytest.raises(recipes.RecipeError, match="does not divide"):
         runs.division(stage, 3)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if not name.startswith("paper/")])
+def test_no_normalisation_depends_on_the_batch_of_a_device(name):
+    """Batch statistics would make a run another one on another number of devices."""
+    recipe, _ = runs.load(name, [])
+    with torch.device("meta"):
+        modules = [module for part in recipe.parts for module in recipes.build(recipe, part).modules()]
+    assert not [module for module in modules if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
