@@ -326,12 +326,9 @@ def main(argv: list[str] | None = None) -> int:
             _train(recipe, training, names, folder, given.processes, extended, stop)
     except Stopped as stopped:
         return 128 + stopped.signum if given.processes == 1 else 0
-    except (RecipeError, checkpoint.ModelError) as error:
-        print(f"kartina: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
-        return 2
     except (ValueError, OSError) as error:
-        if given.processes > 1:  # it may be this rank's alone
-            traceback.print_exc()
+        if given.processes > 1 and not isinstance(error, RecipeError | checkpoint.ModelError):
+            traceback.print_exc()  # it may be this rank's alone
         print(f"kartina: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
         return 2
     return 0

@@ -76,8 +76,7 @@ def mean_scalars(updates: list[Update], accelerator: Accelerator) -> dict[str, f
 
 def of_all_ranks(found: dict[str, str], accelerator: Accelerator) -> dict[str, str]:
     """The entries that any rank has found, on all of them."""
-    number = torch.tensor(float(len(found)), device=accelerator.device)
-    anything = accelerator.reduce(number, reduction="sum") > 0  # mostly there is none, and nothing is sent
+    anything = parallel.any_rank(bool(found), accelerator)  # mostly there is none, and nothing is sent
     return dict(gather_object(list(found.items()))) if anything else {}
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .stages import TrainingStage
 
 LOG = "log.jsonl"
+_WHERE = ("stage", "step", "at")
 
 
 @dataclass
@@ -36,10 +37,10 @@ class History:
         if "event" in line:
             self.events.append(line)
             if line["event"] == "started":
-                self.facts = {name: value for name, value in line.items() if name not in ("stage", "step", "event")}
+                self.facts = {name: value for name, value in line.items() if name not in (*_WHERE, "event")}
             return
         for name, value in line.items():
-            if name not in ("stage", "step") and isinstance(value, int | float):
+            if name not in _WHERE and isinstance(value, int | float):
                 self.curves.setdefault(name, {})[step] = float(value)
 
     @property

@@ -20,6 +20,7 @@ from rich.console import Console
 from ..pipeline.checkpoint import write_text
 from ..pipeline.recipe import RecipeError
 from ..pipeline.terminal import printable
+from .history import LOG
 
 TRACKERS = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker", "trackio": "TrackioTracker"}
 
@@ -53,7 +54,7 @@ class Log:
 
     def __post_init__(self) -> None:
         self.console = Console()
-        self.path = self.folder / "log.jsonl"
+        self.path = self.folder / LOG
         self._started: list[Any] = []
         if self.enabled:
             self.folder.mkdir(parents=True, exist_ok=True)

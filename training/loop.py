@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 
-from . import doctor, exchange, history, parallel, sharded, state
+from . import doctor, exchange, history, parallel, state
 from .exchange import TrainingError
 from .log import Log
 from .optim import EMA, build_optimizers, rate
@@ -109,9 +109,8 @@ class _Run:
             yield from rank_positions(at, self.config.global_batch, rank, world, micro)
 
     def _optimizers(self) -> dict[str, list[torch.optim.Optimizer]]:
-        configs, default = self.config.optimizers, self.config.optimizer
         networks = self.stage.networks.items()
-        return {name: build_optimizers(network, configs.get(name, default)) for name, network in networks}
+        return {name: build_optimizers(network, self.config.optimizer_of(name)) for name, network in networks}
 
     def _average(self) -> EMA:
         return EMA(self.stage.networks[self.stage.part], self.config.ema)
@@ -170,7 +169,7 @@ class _Run:
             if self.streak == 0 or run.step == steps:
                 self._save_if_due()
         if self.config.export == "best" and run.best is not None:
-            run.restore(state.path_of(self.checkpoints, run.best[2]), data_too=False)
+            run.restore(state.require_whole(state.path_of(self.checkpoints, run.best[2])), data_too=False)
         self.accelerator.wait_for_everyone()
         return run.ema
 
@@ -189,7 +188,7 @@ class _Run:
         step, begun = self.state.step, self.stage.restart_step
         restart = begun if begun is not None and step >= begun else 0
         for name, optimizers in self.state.optimizers.items():
-            config = self.config.optimizers.get(name, self.config.optimizer)
+            config = self.config.optimizer_of(name)
             for group in itertools.chain.from_iterable(one.param_groups for one in optimizers):
                 group["lr"] = group["peak"] * rate(step, self.config.steps, config, restart)
 
@@ -210,9 +209,9 @@ class _Run:
         scalars: dict[str, float] = {}
         while updates := exchange.advance(generators, self.stage.forward.values(), self.accelerator):
             name = updates[0][0]
-            network, config = run.networks[name], self.config.optimizers.get(name, self.config.optimizer)
+            network, clip = run.networks[name], self.config.optimizer_of(name).clip
             loss, count = exchange.divide(network, updates, self.accelerator)
-            norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip)))
+            norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(network.parameters(), clip)))
             # After the exchange the three are the same on every rank, and so is the choice.
             finite = count > 0 and math.isfinite(loss) and math.isfinite(norm)
             if finite:
@@ -311,11 +310,12 @@ class _Run:
         if first or self.together:
             with run.ema.applied():
                 picture = self.stage.preview(exchange.to_device(self.shown, self.accelerator.device))
+        if picture is None or not first:
+            return
         path = self.folder / "previews" / f"{self.identity['stage']}-{run.step:06d}.png"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if picture is not None and first:
-                picture.save(path)
+            picture.save(path)
         except OSError as error:
             self.log.console.print(f"{path} is not saved ({error})", markup=False)
 
@@ -346,4 +346,4 @@ class _Run:
                 self.log.event(run.step, "not saved", f"could not save ({error}); the last checkpoint is whole")
                 problem = error
         self.saved = time.monotonic()
-        return not sharded.any_rank(problem is not None, self.accelerator)
+        return not parallel.any_rank(problem is not None, self.accelerator)

@@ -88,3 +88,10 @@ def like(tensor: Tensor, model: Tensor) -> Tensor:
     if not isinstance(model, DTensor):
         return tensor
     return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
+
+
+def any_rank(here: bool, together: Accelerator | None) -> bool:
+    """Whether it holds on any process; on this one where it stands alone."""
+    if together is None:
+        return here
+    return bool(together.reduce(torch.tensor(float(here), device=together.device), reduction="sum") > 0)

@@ -69,6 +69,10 @@ class Stage(Section):
     objective: dict[str, Annotated[float | str, Field(union_mode="left_to_right")]] = {}
     levels: tuple[str, ...] | None = Field(None, description="of `shapes`, in place of those of training.data")
 
+    def optimizer_of(self, network: str) -> Optimizer:
+        """That of one of the stage's networks."""
+        return self.optimizers.get(network, self.optimizer)
+
     def number(self, knob: str, default: float) -> float:
         """A knob of the objective that is a number."""
         return float(self.objective.get(knob, default))

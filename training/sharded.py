@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from .parallel import like
+from .parallel import any_rank, like
 
 _FOLDER, _NAME = "shards", "divided tensor "
 
@@ -42,13 +42,6 @@ def agreed(together: Accelerator | None) -> Iterator[None]:
         problem = OSError("another process could not write the checkpoint; its message says why")
     if problem is not None:
         raise problem
-
-
-def any_rank(here: bool, together: Accelerator | None) -> bool:
-    """Whether it holds on any process; on this one where it stands alone."""
-    if together is None:
-        return here
-    return bool(together.reduce(torch.tensor(float(here), device=together.device), reduction="sum") > 0)
 
 
 def write(folder: Path, content: dict[str, Any], together: Accelerator) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..pipeline.checkpoint import file_hash, write_text
 from . import sharded
 from .optim import EMA
-from .parallel import is_sharded
+from .parallel import any_rank, is_sharded
 
 _OF_THE_DATA = ("at", "bad", "problems", "best", "seconds")
 
@@ -60,8 +60,7 @@ class RunState:
     def restore(self, path: Path, data_too: bool = True) -> None:
         """Takes a checkpoint. Without `data_too` only what was learnt: the data goes on where it stands.
 
-        Its tensors may have been divided over another number of devices, or not at all. Raises ValueError for one that
-        is damaged.
+        Its tensors may have been divided over another number of devices, or not at all.
         """
         divided = sharded.is_divided(path) or any(is_sharded(network) for network in self.networks.values())
         if divided:
@@ -89,7 +88,7 @@ def save(folder: Path, content: dict[str, Any], keep: int = 2, together: Acceler
     """
     final, temporary = path_of(folder, content["at"]), folder / f".writing-{content['at']:08d}"
     first = together is None or together.is_main_process
-    if sharded.any_rank(first and final in complete(folder), together):
+    if any_rank(first and final in complete(folder), together):
         return final
     try:
         with sharded.agreed(together):
@@ -186,13 +185,20 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
+def require_whole(path: Path) -> Path:
+    """The path of a checkpoint, once its hashes agree with its manifest. Raises ValueError where they do not."""
+    if not _is_whole(path):
+        raise ValueError(f"{path}: the checkpoint is damaged or gone; leave out stages.*.export=best to take the last")
+    return path
+
+
 def identity_of(path: Path) -> dict[str, Any]:
     """The identity of the run that wrote a checkpoint."""
     return json.loads((path / "manifest.json").read_text())["identity"]
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint that `newest` has found whole; what is divided is left out."""
+    """The content of a checkpoint that was found whole; what is divided is left out."""
     return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
 
 

@@ -3,37 +3,29 @@
 B images of 3 x H x W pixels.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...layers import random
 from ...pipeline.recipe import Recipe, build
 from ..objectives import autoencoder as objective
 from ..run import Stage
 from ..stream import Batch, Source
-from .contract import Knob, Loss, Updates, over_ranks, pairs, psnr, reconstruct
-from .latents import latent_std, measure_scale
+from .contract import Knob, Loss, Updates, over_ranks, pairs
+from .latents import LatentsStage, latent_std
 
 
-class AutoencoderStage:
+class AutoencoderStage(LatentsStage):
     """Fits an autoencoder (Hinton 2006, doi:10.1126/science.1127647), and measures the scale of its latents.
 
     corruption: what the encoder sees the picture through, which it is to give back clean (Vincent 2010, JMLR 11:3371);
     corruption_level is the noise's deviation, or the share of pixels that are lost. sparsity: see the objective.
     """
 
-    part = "tokenizer"
-    beside: tuple[str, ...] = ()
-    metrics = ("psnr",)
-    higher_is_better = True
-    depends: tuple[str, ...] = ()
-    cached: tuple[str, ...] = ()
-    restart_step: int | None = None
     knobs: ClassVar = {
         "error": Knob(choices=("l1", "l2")),
         "corruption": Knob(choices=("none", "gaussian", "mask", "salt_and_pepper")),
@@ -46,9 +38,7 @@ class AutoencoderStage:
     def __init__(
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
     ) -> None:
-        self.network: Any = build(recipe, self.part).to(device)
-        self.networks: dict[str, nn.Module] = {self.part: self.network}
-        self.forward: dict[str, Callable[..., Any]] = dict(self.networks)
+        self.hold(build(recipe, self.part))
         self.source, self.seed, self.device = source, seed, device
         self.corruption, self.level = config.word("corruption", "none"), config.number("corruption_level", 0)
         sparsity, weight = config.word("sparsity", "none"), config.number("sparsity_weight", 0)
@@ -91,23 +81,7 @@ class AutoencoderStage:
         return lose(image, draws, self.level)
 
     @torch.no_grad()
-    def measure(self, batch: Batch) -> dict[str, Tensor]:
-        """`psnr`: dB of what the latents of the clean picture give back."""
-        return {"psnr": psnr(reconstruct(self.network, batch.image), batch.image)}
-
-    def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
-        """Nothing more."""
-        return {}
-
-    @torch.no_grad()
     def preview(self, batch: Batch) -> Image | None:
         """Pairs of a picture, as the encoder sees it, and what it becomes."""
         seen = self.corrupt(batch, 0)[:16]
         return pairs(seen, self.network(seen)["reconstruction"])
-
-    def restart(self) -> None:
-        """It never does."""
-
-    def finish(self) -> None:
-        """The scale of the latents."""
-        measure_scale(self.network, self.source, self.device)

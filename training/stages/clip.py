@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
-from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...layers import random
 from ...pipeline.recipe import Recipe, build
@@ -20,10 +19,10 @@ from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import clip as clip_objective
 from ..run import Stage
 from ..stream import Batch, Source
-from .contract import Knob, Loss, Updates
+from .contract import Knob, Loss, TrainingStage, Updates
 
 
-class CLIPStage:
+class CLIPStage(TrainingStage):
     """Fits CLIP (arXiv:2103.00020); captions of equal meaning are no negatives.
 
     In the first share `canonical` of its steps every caption is read in the one wording of its meaning, beside its
@@ -36,9 +35,6 @@ class CLIPStage:
     metrics = ("accuracy",)
     higher_is_better = True
     depends: tuple[str, ...] = ("captions",)
-    cached: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
-    restart_step: int | None = None
     knobs: ClassVar = {
         "wrong_captions": Knob(grammar=True),
         "canonical": Knob(high=1, grammar=True),
@@ -49,9 +45,7 @@ class CLIPStage:
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
     ) -> None:
         self.captions = CaptionTokenizer.load(model / "captions.json")
-        self.network: Any = build(recipe, self.part)
-        self.networks: dict[str, nn.Module] = {self.part: self.network}
-        self.forward: dict[str, Callable[..., Any]] = dict(self.networks)
+        self.hold(build(recipe, self.part))
         self.config, self.source, self.seed = config, source, seed
 
     @staticmethod
@@ -119,20 +113,6 @@ class CLIPStage:
         if wrong is not None:
             best = best.maximum(torch.einsum("bd,bwd->bw", image_features.float(), wrong.float()).amax(dim=1))
         return {"accuracy": (right > best).float()}
-
-    def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
-
-    def preview(self, batch: Batch) -> Image | None:
-        """CLIP draws nothing."""
-        return None
-
-    def restart(self) -> None:
-        """It never does."""
-
-    def finish(self) -> None:
-        """Nothing is measured."""
 
 
 def _number(meaning: Hashable) -> int:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather, reduce
+from PIL.Image import Image
 from torch import Tensor
 
 from ...layers import random
@@ -20,25 +21,34 @@ from ..objectives.dvae import codebook_use, counts_by_image
 from ..objectives.vqvae import quantization
 from ..run import Stage
 from ..stream import Batch
-from .contract import Knob, psnr
+from .contract import Knob, TrainingStage, pairs, psnr, reconstruct
 
 _LAST = 0.2  # the share of the steps at the end in which no code begins anew
 
 
-CODES_METRICS = ("psnr", "usage", "perplexity")
+class CodesStage(TrainingStage):
+    """A stage of a tokenizer whose `encode` gives codes: how they are measured and shown."""
 
+    part = "tokenizer"
+    metrics = ("psnr", "usage", "perplexity")
+    higher_is_better = True
 
-@torch.no_grad()
-def measure_codes(network: Any, batch: Batch) -> dict[str, Tensor]:
-    """`psnr`: dB of the pictures that the codes give back, within their range; `codes`: how often each stands."""
-    codes = network.encode(batch.image)
-    again = full(network.decode(codes)).clamp(-1, 1)
-    return {"psnr": psnr(again, batch.image), "codes": counts_by_image(codes, network.spec.vocabulary)}
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """`psnr`: dB of the pictures that the codes give back, within their range; `codes`: how often each stands."""
+        codes = self.network.encode(batch.image)
+        again = full(self.network.decode(codes)).clamp(-1, 1)
+        counts = counts_by_image(codes, self.network.spec.vocabulary)
+        return {"psnr": psnr(again, batch.image), "codes": counts}
 
+    def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
+        """`usage` and `perplexity` of the codebook over all images, and `counts_per_code`, how much they rest on."""
+        return codebook_use(total["codes"]) | {"counts_per_code": total["codes"].mean()}
 
-def summarise_codes(total: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`usage` and `perplexity` of the codebook over all images, and `counts_per_code`, how much they rest on."""
-    return codebook_use(total["codes"]) | {"counts_per_code": total["codes"].mean()}
+    @torch.no_grad()
+    def preview(self, batch: Batch) -> Image | None:
+        """Pairs of a picture and what its codes give back."""
+        return pairs(batch.image[:16], reconstruct(self.network, batch.image[:16]))
 
 
 class Codebook:

@@ -4,10 +4,11 @@ It does not know any stage.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import reduce
@@ -38,8 +39,8 @@ class Knob:
     choices: tuple[str, ...] = ()
 
 
-class TrainingStage(Protocol):
-    """A plain object that says what is trained, against what, and with which losses.
+class TrainingStage(ABC):
+    """What is trained, against what, and with which losses. What a stage has no need for, it inherits as empty.
 
     part: the part of the recipe that it trains. beside: other parts that are trained along where the recipe has them,
     and left behind at the end (a discriminator). networks: all of these, by the name that `updates` yields. forward:
@@ -54,15 +55,19 @@ class TrainingStage(Protocol):
     """
 
     part: str
-    beside: tuple[str, ...]
-    networks: dict[str, nn.Module]
-    forward: dict[str, Callable[..., Any]]
-    depends: tuple[str, ...]
-    knobs: dict[str, Knob]
+    depends: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    cached: tuple[str, ...] = ()
+    knobs: ClassVar[dict[str, Knob]]
     metrics: tuple[str, ...]
     higher_is_better: bool
-    restart_step: int | None
-    cached: tuple[str, ...]
+    restart_step: int | None = None
+
+    def hold(self, network: Any, **beside: nn.Module) -> None:
+        """The network of the part, and those that are trained beside it."""
+        self.network = network
+        self.networks: dict[str, nn.Module] = {self.part: network, **beside}
+        self.forward: dict[str, Callable[..., Any]] = dict(self.networks)
 
     @staticmethod
     def coupled(recipe: Recipe, config: Stage) -> str:
@@ -70,7 +75,9 @@ class TrainingStage(Protocol):
 
         It cannot where a loss or a statistic compares the samples of a step. Over ranks the stage gathers these.
         """
+        return ""
 
+    @abstractmethod
     def updates(self, batch: Batch, step: int) -> Updates:
         """Yields (network, (loss_sum, count), scalars); the loop steps that network's optimizer and resumes.
 
@@ -78,19 +85,22 @@ class TrainingStage(Protocol):
         does not resume. What is alive across a yield is kept for every micro-batch of a step.
         """
 
+    @abstractmethod
     def measure(self, batch: Batch) -> dict[str, Tensor]:
         """Values of each sample by name: numbers (B,), or statistics (B, ...) for `summary`, as counts of codes."""
 
     def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
         """Numbers that samples have only together: of the statistics, added up over all `count` on all ranks."""
+        return {}
 
     def preview(self, batch: Batch) -> Image | None:
         """What the part makes of the first samples of a batch; None where there is nothing to see."""
+        return None
 
-    def restart(self) -> None:
+    def restart(self) -> None:  # noqa: B027 (most stages have nothing to do here)
         """See restart_step."""
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027
         """Measures what belongs to the part, and takes out of it what only training needs.
 
         Called on all ranks at the end, when the part has the weights that are shipped: averaged and rounded.

@@ -4,13 +4,12 @@ B batch, h x w grid of codes, T caption tokens.
 """
 
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...layers import random
 from ...pipeline import checkpoint
@@ -19,10 +18,10 @@ from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import dalle as dalle_objective
 from ..run import Stage
 from ..stream import Batch, Source
-from .contract import Knob, Loss, Updates, contact_sheet
+from .contract import Knob, Loss, TrainingStage, Updates, contact_sheet
 
 
-class DALLEStage:
+class DALLEStage(TrainingStage):
     """Fits the DALL-E transformer on (caption, codes), with captions dropped for guidance (section 2.2)."""
 
     part = "prior"
@@ -30,8 +29,6 @@ class DALLEStage:
     higher_is_better = False
     depends: tuple[str, ...] = ("tokenizer", "captions")
     cached: tuple[str, ...] = ("codes",)
-    beside: tuple[str, ...] = ()
-    restart_step: int | None = None
     knobs: ClassVar = {"caption_drop": Knob(high=1)}
 
     def __init__(
@@ -39,15 +36,8 @@ class DALLEStage:
     ) -> None:
         self.tokenizer = checkpoint.load_part(model, recipe, "tokenizer", device)
         self.captions = CaptionTokenizer.load(model / "captions.json")
-        self.network: Any = build(recipe, self.part)
-        self.networks: dict[str, nn.Module] = {self.part: self.network}
-        self.forward: dict[str, Callable[..., Any]] = dict(self.networks)
+        self.hold(build(recipe, self.part))
         self.config, self.source, self.seed = config, source, seed
-
-    @staticmethod
-    def coupled(recipe: Recipe, config: Stage) -> str:
-        """Never."""
-        return ""
 
     def updates(self, batch: Batch, step: int) -> Updates:
         yield self.part, *self._loss(batch, step)
@@ -93,9 +83,3 @@ class DALLEStage:
         codes = sample_codes(self.network.eval(), text, list(range(len(captions))))
         self.network.train(was_training)
         return contact_sheet(self.tokenizer.decode(codes), captions)
-
-    def restart(self) -> None:
-        """It never does."""
-
-    def finish(self) -> None:
-        """Nothing is measured."""

@@ -3,36 +3,27 @@
 B batch, H x W image, h x w grid of codes, K codebook.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL.Image import Image
-from torch import Tensor, nn
 
 from ...layers import random
 from ...pipeline.recipe import Recipe, build
 from ..objectives import dvae as dvae_objective
 from ..run import Stage
 from ..stream import Batch, Source
-from .codebook import CODES_METRICS, measure_codes, summarise_codes
-from .contract import Knob, Loss, Updates, last_read, pairs, read_images, reconstruct
+from .codebook import CodesStage
+from .contract import Knob, Loss, Updates, last_read, read_images
 
 
-class DVAEStage:
+class DVAEStage(CodesStage):
     """Fits the dVAE (arXiv:2102.12092, section 2.1): Gumbel-softmax relaxation, logit-Laplace likelihood, KL.
 
     In the first share `autoencoder` of its steps it trains as a plain autoencoder, whose k-means centres then become
     the codes; where the codes are patches, k-means comes first. From random codes, small runs keep few of them.
     """
 
-    part = "tokenizer"
-    metrics = CODES_METRICS
-    higher_is_better = True
-    depends: tuple[str, ...] = ()
-    cached: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
     knobs: ClassVar = {
         "autoencoder": Knob(high=1),
         "temperature": Knob(),
@@ -46,9 +37,7 @@ class DVAEStage:
     def __init__(
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
     ) -> None:
-        self.network: Any = build(recipe, self.part)
-        self.networks: dict[str, nn.Module] = {self.part: self.network}
-        self.forward: dict[str, Callable[..., Any]] = dict(self.networks)
+        self.hold(build(recipe, self.part))
         self.config, self.source, self.seed, self.device = config, source, seed, device
         knobs, steps = config.objective, config.steps
         self.start = round(config.number("autoencoder", 0) * steps)
@@ -61,11 +50,6 @@ class DVAEStage:
         self.temperature["steps"] = round(config.number("temperature_share", 0.75) * (steps - self.start))
         self.kl_weight: dict[str, Any] = {"end": knobs["kl_weight"]} if "kl_weight" in knobs else {}
         self.kl_weight["steps"] = round(config.number("kl_share", 0.1) * steps)
-
-    @staticmethod
-    def coupled(recipe: Recipe, config: Stage) -> str:
-        """Never."""
-        return ""
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -85,19 +69,3 @@ class DVAEStage:
         out = self.forward[self.part](batch.image, noise, dvae_objective.temperature(age, **self.temperature))
         squared = self.config.number("squared", 0.0)
         return dvae_objective.dvae(out["parameters"], out["logits"], batch.image, beta, batch.weight, squared)
-
-    def measure(self, batch: Batch) -> dict[str, Tensor]:
-        """See `measure_codes`."""
-        return measure_codes(self.network, batch)
-
-    def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
-        """See `summarise_codes`."""
-        return summarise_codes(total)
-
-    @torch.no_grad()
-    def preview(self, batch: Batch) -> Image | None:
-        """Pairs of a picture and what its codes give back."""
-        return pairs(batch.image[:16], reconstruct(self.network, batch.image[:16]))
-
-    def finish(self) -> None:
-        """Nothing is measured."""

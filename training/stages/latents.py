@@ -14,10 +14,29 @@ from torch import Tensor
 
 from ...layers.precision import full
 from ...tokenizers.autoencoder import latent_sums
-from ..stream import Source
-from .contract import read_images
+from ..stream import Batch, Source
+from .contract import TrainingStage, psnr, read_images, reconstruct
 
 _IMAGES = 2048
+
+
+class LatentsStage(TrainingStage):
+    """A stage of a tokenizer whose latents are scaled at the end."""
+
+    part = "tokenizer"
+    metrics = ("psnr",)
+    higher_is_better = True
+    source: Source
+    device: torch.device
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """`psnr`: dB of what the latents without noise give back."""
+        return {"psnr": psnr(reconstruct(self.network, batch.image), batch.image)}
+
+    def finish(self) -> None:
+        """The scale of the latents; a discriminator is left behind."""
+        measure_scale(self.network, self.source, self.device)
 
 
 @torch.no_grad()

@@ -3,13 +3,12 @@
 B images of 3 x H x W pixels, D latents.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...layers import random
 from ...pipeline.recipe import Recipe, build
@@ -17,12 +16,12 @@ from ..objectives import vae as objective
 from ..objectives.dvae import anneal
 from ..run import Stage
 from ..stream import Batch, Source
-from .contract import Knob, Loss, Updates, contact_sheet, over_ranks, psnr, reconstruct
+from .contract import Knob, Loss, TrainingStage, Updates, contact_sheet, over_ranks, psnr, reconstruct
 
 _ACTIVE = 0.01
 
 
-class VAEStage:
+class VAEStage(TrainingStage):
     """Fits the VAE (arXiv:1312.6114): one draw of the latents, a likelihood of the pixels, a KL to N(0, 1).
 
     likelihood: see the objective. beta: the weight of the KL, which rises to it in a line over the first share
@@ -30,12 +29,8 @@ class VAEStage:
     """
 
     part = "tokenizer"
-    beside: tuple[str, ...] = ()
     metrics = ("bits_per_dim", "elbo", "psnr", "active_units")
     higher_is_better = False
-    depends: tuple[str, ...] = ()
-    cached: tuple[str, ...] = ()
-    restart_step: int | None = None
     knobs: ClassVar = {
         "likelihood": Knob(choices=("gaussian", "logistic")),
         "beta": Knob(),
@@ -46,9 +41,7 @@ class VAEStage:
     def __init__(
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
     ) -> None:
-        self.network: Any = build(recipe, self.part).to(device)
-        self.networks: dict[str, nn.Module] = {self.part: self.network}
-        self.forward: dict[str, Callable[..., Any]] = dict(self.networks)
+        self.hold(build(recipe, self.part))
         self.seed, self.device = seed, device
         self.likelihood, self.free_bits = config.word("likelihood", "gaussian"), config.number("free_bits", 0)
         self.beta, self.rise = config.number("beta", 1), round(config.number("beta_share", 0) * config.steps)
@@ -104,9 +97,3 @@ class VAEStage:
         shown = torch.stack([image, reconstruct(self.network, image)], 1).flatten(0, 1)
         drawn = random.normal(self.seed, 0, torch.arange(16, device=image.device), self.network.spec.shape, "preview")
         return contact_sheet(torch.cat([shown, self.network.decode(drawn).float()]))
-
-    def restart(self) -> None:
-        """It never does."""
-
-    def finish(self) -> None:
-        """Nothing is measured: the KL is to N(0, 1)."""

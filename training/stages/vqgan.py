@@ -3,13 +3,11 @@
 B images of 3 x H x W pixels, K codes on a grid of h x w.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...layers import random
 from ...pipeline.recipe import Recipe, build
@@ -18,13 +16,13 @@ from ..objectives.dvae import temperature, uniform_kl
 from ..run import Stage
 from ..stream import Batch, Source
 from .adversary import Adversary
-from .codebook import CODES_METRICS, Codebook, measure_codes, summarise_codes
-from .contract import Knob, Updates, last_read, over_ranks, pairs, read_images, reconstruct
+from .codebook import Codebook, CodesStage
+from .contract import Knob, Updates, last_read, over_ranks, read_images
 
 _GUMBEL = {"kl_weight": Knob(), "temperature": Knob(), "temperature_end": Knob(), "temperature_share": Knob(high=1)}
 
 
-class VQGANStage:
+class VQGANStage(CodesStage):
     """Fits VQ-GAN's tokenizer (arXiv:2012.09841, section 3.1), against a discriminator where the recipe has one.
 
     `Codebook` and `Adversary` say what their knobs mean; the first's are of quantizer "vector". Of quantizer "gumbel"
@@ -32,12 +30,7 @@ class VQGANStage:
     `temperature_end` over the share `temperature_share` of the steps. There is no perceptual distance yet.
     """
 
-    part = "tokenizer"
     beside: tuple[str, ...] = (Adversary.part,)
-    metrics = CODES_METRICS
-    higher_is_better = True
-    depends: tuple[str, ...] = ()
-    cached: tuple[str, ...] = ()
     knobs: ClassVar = {**Codebook.knobs, **Adversary.knobs, **_GUMBEL}
 
     def __init__(
@@ -50,10 +43,9 @@ class VQGANStage:
                 f"stages.tokenizer.objective: {', '.join(sorted(wrong))} has no meaning for quantizer "
                 f"{self.quantizer!r}; leave it out"
             )
-        self.network: Any = build(recipe, self.part).to(device)
+        network = build(recipe, self.part)  # first, so that its weights do not depend on who judges it
         self.adversary = Adversary(recipe, config, 0.8, device)
-        self.networks: dict[str, nn.Module] = {self.part: self.network, **self.adversary.networks()}
-        self.forward: dict[str, Callable[..., Any]] = dict(self.networks)
+        self.hold(network, **self.adversary.networks())
         self.source, self.config, self.seed, self.device = source, config, seed, device
         self.codebook = Codebook(self.network.quantize, config, seed) if self.quantizer == "vector" else None
         self.restart_step = None if self.codebook is None else self.codebook.restart_step
@@ -103,19 +95,6 @@ class VQGANStage:
         if self.quantizer == "gumbel":
             return self.config.number("kl_weight", 1e-8) * uniform_kl(out["logits"]).mean(dim=(1, 2))
         return out["reconstruction"].new_zeros(len(out["codes"]))
-
-    def measure(self, batch: Batch) -> dict[str, Tensor]:
-        """See `measure_codes`."""
-        return measure_codes(self.network, batch)
-
-    def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
-        """See `summarise_codes`."""
-        return summarise_codes(total)
-
-    @torch.no_grad()
-    def preview(self, batch: Batch) -> Image | None:
-        """Pairs of a picture and what its codes give back."""
-        return pairs(batch.image[:16], reconstruct(self.network, batch.image[:16]))
 
     def finish(self) -> None:
         """See `Codebook.finish`; the discriminator is left behind."""

@@ -3,39 +3,28 @@
 B images, K codes on a grid of h x w.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from PIL.Image import Image
-from torch import Tensor, nn
 
 from ...pipeline.recipe import Recipe, build
 from ..objectives import vqvae as objective
 from ..run import Stage
 from ..stream import Batch, Source
-from .codebook import CODES_METRICS, Codebook, measure_codes, summarise_codes
-from .contract import Knob, Updates, last_read, pairs, read_images, reconstruct
+from .codebook import Codebook, CodesStage
+from .contract import Knob, Updates, last_read, read_images
 
 
-class VQVAEStage:
+class VQVAEStage(CodesStage):
     """Fits the VQ-VAE (arXiv:1711.00937, equation 3). data_variance: see the objective; the other knobs: `Codebook`."""
 
-    part = "tokenizer"
-    beside: tuple[str, ...] = ()
-    metrics = CODES_METRICS
-    higher_is_better = True
-    depends: tuple[str, ...] = ()
-    cached: tuple[str, ...] = ()
     knobs: ClassVar = {**Codebook.knobs, "data_variance": Knob(low=1e-6)}
 
     def __init__(
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
     ) -> None:
-        self.network: Any = build(recipe, self.part).to(device)
-        self.networks: dict[str, nn.Module] = {self.part: self.network}
-        self.forward: dict[str, Callable[..., Any]] = dict(self.networks)
+        self.hold(build(recipe, self.part))
         self.source, self.device, self.batch = source, device, config.global_batch
         self.codebook = Codebook(self.network.quantize, config, seed)
         self.restart_step = self.codebook.restart_step
@@ -61,19 +50,6 @@ class VQVAEStage:
         )  # fmt: skip
         yield self.part, loss, scalars
         self.codebook.follow(out, batch, step)
-
-    def measure(self, batch: Batch) -> dict[str, Tensor]:
-        """See `measure_codes`."""
-        return measure_codes(self.network, batch)
-
-    def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
-        """See `summarise_codes`."""
-        return summarise_codes(total)
-
-    @torch.no_grad()
-    def preview(self, batch: Batch) -> Image | None:
-        """Pairs of a picture and what its codes give back."""
-        return pairs(batch.image[:16], reconstruct(self.network, batch.image[:16]))
 
     def finish(self) -> None:
         """See `Codebook.finish`."""
