@@ -1,0 +1,148 @@
+"""The commands that paint with a trained model and look after models: `kartina paint | reproduce | models | demo`.
+
+Nothing heavy is imported before a command runs.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer()
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object a line")]
+OWN = "by default the model's own"
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: cuda where there is one")]
+
+
+@app.command()
+def paint(
+    prompts: Annotated[list[str] | None, typer.Argument(help="captions, one picture each")] = None,
+    model: Annotated[str, typer.Option(help="a shipped model's name or a model folder")] = "shapes/dalle",
+    candidates: Annotated[int, typer.Option(min=1, help="pictures painted for each caption")] = 1,
+    keep: Annotated[int, typer.Option(min=1, help="best pictures kept for each caption")] = 1,
+    seed: Annotated[int, typer.Option(help="of the first candidate; the next has the next number")] = 0,
+    temperature: Annotated[float | None, typer.Option(help=f"0: the likeliest code, 1: as trained; {OWN}")] = None,
+    top_k: Annotated[int | None, typer.Option(help=f"from the likeliest K codes only; {OWN}")] = None,
+    top_p: Annotated[float | None, typer.Option(help=f"from the likeliest codes that make up P; {OWN}")] = None,
+    guidance: Annotated[float | None, typer.Option(help=f"above 1: closer to the caption; {OWN}")] = None,
+    reranker: Annotated[str | None, typer.Option(help="an open_clip model that ranks: a name or a folder")] = None,
+    reranker_pretrained: Annotated[str | None, typer.Option(help="its weights: a published tag or a file")] = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = Path("out"),
+    grid: Annotated[bool, typer.Option("--grid", help="one picture with all paintings, captions and scores")] = False,
+    prompts_file: Annotated[Path | None, typer.Option(help="a text file with one caption a line")] = None,
+    as_json: Json = False,
+) -> None:
+    """Paint captions with a trained model."""
+    from . import gallery
+    from .terminal import progress_bar
+
+    texts = gallery.captions(prompts or [], prompts_file)
+    if keep > candidates:
+        raise ValueError(f"--keep must be at most --candidates, got {keep} of {candidates}; paint more candidates")
+    paths = gallery.targets(out, len(texts) * keep, grid)
+    system = load(model, device, dtype, reranker, reranker_pretrained)
+    knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance}
+    knobs = {name: value for name, value in knobs.items() if value is not None}
+    with progress_bar("painting") as progress:
+        paintings = system(texts, seed=seed, candidates=candidates, keep=keep, progress=progress, **knobs)
+    for path, entry in gallery.save_grid(paintings, paths[0]) if grid else gallery.save(paintings, paths):
+        typer.echo(json.dumps({"file": str(path), **entry}, ensure_ascii=False) if as_json else str(path))
+
+
+@app.command()
+def reproduce(
+    file: Path,
+    model: Annotated[str | None, typer.Option(help="a model's name or folder; the known one of the same hash")] = None,
+    out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = Path("out/reproduced.png"),
+) -> None:
+    """Paint a picture again from what its PNG carries, and compare; exit with 1 where the two differ visibly."""
+    from . import gallery
+    from .images import psnr, read_metadata, read_picture
+    from .text_to_image import check_facts, find_by_hash, repaint
+
+    facts, before = check_facts(read_metadata(file)), read_picture(file)
+    paths = gallery.targets(out, 1)
+    try:
+        device = device_named(facts["device"])
+    except ValueError:
+        typer.echo(f"it was painted on {facts['device']}, which is not here: painting on the CPU", err=True)
+        device = "cpu"
+    again = repaint(load(model or find_by_hash(facts["model_hash"]), device, facts["dtype"]), facts)
+    gallery.save([again], paths)
+    likeness = psnr(before, again.image)
+    typer.echo(str(paths[0]))
+    typer.echo("same pixels: yes" if likeness == float("inf") else f"same pixels: no, PSNR {likeness:.1f} dB")
+    if likeness < gallery.SAME:
+        raise typer.Exit(1)
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List shipped and local models with licence, parts, and what they were measured to do."""
+    from . import catalogue
+
+    rows, problems = catalogue.catalogue()
+    if not as_json:
+        typer.echo(catalogue.report(rows, problems), nl=False)
+        return
+    for row in [*rows, *({"problem": problem} for problem in problems)]:
+        typer.echo(json.dumps(row, ensure_ascii=False))
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = Path("out/demo.png")) -> None:
+    """Paint a grid with every shipped model, best of 8 for each caption; its path is the last line."""
+    from . import gallery
+    from .checkpoint import ModelError
+    from .terminal import progress_bar
+    from .text_to_image import SHIPPED
+
+    shipped = [name for name in gallery.DEMO if (SHIPPED / name / "card.json").is_file()]
+    if not shipped:
+        raise ModelError("no model is shipped yet; train one: kartina train shapes/dalle, then kartina paint --model")
+    path = gallery.targets(out, 1)[0]
+    paintings = []
+    for name in shipped:
+        system = load(name, "auto", "float32")
+        with progress_bar(name) as progress:
+            paintings += system(gallery.DEMO[name], candidates=8, progress=progress)
+    for painting in paintings:
+        typer.echo(f"{painting.clip_score:.3f}  {painting.prompt}")
+    gallery.save_grid(paintings, path)
+    typer.echo(str(path))
+
+
+def load(model: str | Path, device: str, dtype: str, reranker: str | None = None, weights: str | None = None) -> Any:
+    """A text-to-image system. Raises ValueError for a device or type that is not here, and as loading does."""
+    from .recipe import nearest
+    from .text_to_image import DTYPES, TextToImage
+
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype!r} is unknown; {nearest(dtype, list(DTYPES))}")
+    if weights and not reranker:
+        raise ValueError("--reranker-pretrained names the weights of --reranker, which is missing; give both")
+    place, scorer = device_named(device), None
+    if reranker:
+        from .rerank import OpenCLIPScorer
+
+        scorer = OpenCLIPScorer(reranker, weights, place)
+    return TextToImage.load(model, device=place, dtype=DTYPES[dtype], reranker=scorer)
+
+
+def device_named(name: str) -> str:
+    import torch
+
+    from .checkpoint import default_device
+
+    if name == "auto":
+        return default_device()
+    try:
+        torch.empty(1, device=name).cpu()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name!r} is not here ({reason}); take cpu, or auto to have one chosen") from None
+    return name

@@ -1,0 +1,141 @@
+"""The commands that train and judge: `kartina train | plan | evaluate | doctor | compare`.
+
+Nothing heavy is imported before a command runs.
+"""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..pipeline.commands import Device, Json, load
+
+app = typer.Typer()
+
+
+@app.command()
+def train(
+    recipe: str,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value")] = None,
+    stage: Annotated[str | None, typer.Option(help="train this stage only")] = None,
+    run: Annotated[Path | None, typer.Option(help="the run folder; runs/<recipe> if absent")] = None,
+    processes: Annotated[int, typer.Option(min=1)] = 1,
+    extend: Annotated[list[str] | None, typer.Option(help="STAGE=STEPS: go on to more steps than before")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the resolved recipe and its size; train nothing")
+    ] = False,
+) -> None:
+    """Train the stages of a recipe; run the same command again to resume."""
+    from . import run as runs
+
+    resolved, _ = runs.load(recipe, overrides or [])
+    if dry_run:
+        from ..pipeline.recipe import count_parameters, dump
+
+        typer.echo(dump(resolved))
+        typer.echo(json.dumps({"parameters": count_parameters(resolved)}, indent=2))
+        return
+    trainer = ["kartina.training", *(["--"] if processes > 1 else []), recipe, *(overrides or [])]
+    trainer += [
+        f"--processes={processes}",
+        *([f"--stage={stage}"] if stage else []),
+        *([f"--run={run}"] if run else []),
+        *(f"--extend={wish}" for wish in extend or []),
+    ]
+    if processes == 1:  # replaced, not wrapped: a signal to this process reaches the trainer
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", *trainer])
+    from .launcher import launch
+
+    raise typer.Exit(launch(trainer, processes))
+
+
+@app.command()
+def plan(
+    recipe: str,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="how many train together")] = 1,
+    device: Annotated[str, typer.Option(help="h100, h200, a100, a100-40gb, l40s, rtx4090, v100 ...")] = "h100",
+    utilisation: Annotated[float, typer.Option(help="the assumed share of the device's peak rate")] = 0.4,
+    stage: Annotated[str | None, typer.Option(help="plan this stage only")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print what training a recipe takes: parameters, FLOPs, memory, days; nothing is built or trained."""
+    from . import plan as plans
+    from . import run as runs
+
+    found = plans.plan(*runs.load(recipe, overrides or []), device, devices, utilisation, stage)
+    typer.echo(json.dumps(found) if as_json else plans.report(found), nl=as_json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="a model's name or folder")],
+    data: Annotated[Path | None, typer.Option(help="judge on emoji, those of `kartina data emoji FOLDER`")] = None,
+    tests: Annotated[list[str] | None, typer.Option(help="of shapes: S1, S2a ..., or of emoji: E1 ...")] = None,
+    per_test: Annotated[int | None, typer.Option(min=1, help="the first captions of each test only")] = None,
+    candidates: Annotated[int, typer.Option(min=1, help="also judge the best of so many, by the model's CLIP")] = 1,
+    seed: int = 0,
+    device: Device = "auto",
+    save: Annotated[bool, typer.Option("--save", help="write the headline figures to the model's card")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a model on what training never shows: on `shapes`, its tokenizer and CLIP too, or on emoji."""
+    from ..pipeline import gallery
+    from ..pipeline.checkpoint import save_measured
+    from ..pipeline.terminal import progress_bar
+    from ..pipeline.text_to_image import find_model
+    from .evaluation import emoji_suite, shapes_suite
+
+    if save and per_test is not None:
+        raise ValueError("--save writes figures over whole tests to the card; leave --per-test out, or --save")
+    suite: Any = shapes_suite if data is None else emoji_suite
+    chosen = [test for entry in tests or [] for test in entry.split(",")]
+    folder = find_model(model)
+    if save:
+        gallery.try_writing(folder)
+    system = load(folder, device, "float32")
+    options: dict[str, Any] = {"per_test": per_test, "seed": seed, **({"tests": chosen} if chosen else {})}
+    if data is None and system.recipe.training.get("data", {}).get("kind", "shapes") != "shapes":
+        raise ValueError(f"{model} was not trained on shapes; name what it is judged by with --data FOLDER")
+    truth = () if data is None else (data,)
+    with progress_bar("evaluating") as progress:
+        result = suite.evaluate(system, *truth, candidates=candidates, progress=progress, **options)
+    if data is None:
+        result["tokenizer"] = suite.tokenizer_rate(system, **options)
+        if "clip" in system.parts:
+            result["clip"] = suite.clip_rate(system, **options)
+    typer.echo(json.dumps(result, ensure_ascii=False) if as_json else suite.report(result))
+    if save:
+        words = ["kartina", "evaluate", model, *(f"--data={place}" for place in truth)]
+        words += [f"--tests={test}" for test in chosen]
+        words += [f"--candidates={candidates}", f"--seed={seed}", f"--device={result['device']}", "--save"]
+        counts = {test: columns["one_sample"]["n"] for test, columns in result["tests"].items()}
+        facts = {"device": result["device"], "dtype": result["dtype"], "captions": counts}
+        save_measured(folder, shlex.join(words), suite.headline(result), **facts)
+
+
+@app.command()
+def doctor(run: Annotated[Path, typer.Argument(help="a run folder")], as_json: Json = False) -> None:
+    """Say what is wrong with a run, by its log, and what to do; exit with 1 where something is."""
+    from . import doctor as examining
+
+    raise typer.Exit(examining.main(run, as_json, typer.echo))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="run folders")],
+    out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = Path("out/curves.png"),
+    stage: Annotated[str | None, typer.Option(help="of this stage only")] = None,
+    keys: Annotated[list[str] | None, typer.Option(help="these curves only, as valid/psnr")] = None,
+    save_reference: Annotated[bool, typer.Option("--save-reference", help="as what is normal for the recipe")] = False,
+) -> None:
+    """Draw the curves of runs, and compare with their recipe's reference; exit with 1 where one is not normal."""
+    from . import compare as comparing
+
+    raise typer.Exit(comparing.main(runs, out, stage, keys or [], save_reference, typer.echo))

@@ -1,0 +1,72 @@
+"""The commands that prepare data: `kartina data pack | check | emoji | encode`.
+
+Nothing heavy is imported before a command runs.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ...pipeline.commands import Device, device_named
+
+app = typer.Typer(help="Pack, check and prepare pictures with captions.", no_args_is_help=True)
+
+
+@app.command()
+def pack(folder: Path, out: Path, samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000) -> None:
+    """Pack pictures with sibling .txt captions into WebDataset shards."""
+    from ...pipeline.terminal import tell
+    from ..shards import pack_folder
+
+    report = pack_folder(folder, out, samples_per_shard)
+    typer.echo(f"packed {report.packed} samples into {out}")
+    tell({"no caption": report.no_caption, "no picture": report.no_picture, "duplicate (packed)": report.duplicates})
+    tell({"not a picture or caption": report.ignored, "bad": report.bad})
+
+
+@app.command()
+def check(shards: Path) -> None:
+    """Read every sample of the shards; name each bad one with its reason, exit with 1 if there is any."""
+    from ...pipeline.terminal import tell
+    from ..shards import check_shards
+
+    report = check_shards(shards)
+    typer.echo(f"read {report.samples} samples, {len(report.bad)} bad, {len(report.shards)} shards with findings")
+    tell({"shard": report.shards, "bad": report.bad})
+    if report.bad or report.shards:
+        raise typer.Exit(1)
+
+
+@app.command()
+def emoji(
+    out: Path,
+    packed: Annotated[Path | None, typer.Option(help="a folder with the .tgz files of npm pack")] = None,
+    size: int = 64,
+    per_concept: Annotated[int, typer.Option(help="records of each concept")] = 16,
+) -> None:
+    """Fetch Noto and Fluent emoji with your npm, rasterise them, and write shards with their licence notices."""
+    from ...pipeline.terminal import tell
+    from .emoji import prepare
+
+    report = prepare(out, packed=packed, size=size, per_concept=per_concept)
+    typer.echo(f"{report.samples} samples of {report.concepts} concepts in {out}; held out: {report.held_out}")
+    tell({"left out": report.left_out})
+
+
+@app.command()
+def encode(
+    shards: Path,
+    out: Path,
+    model: Annotated[str, typer.Option(help="a model's name or folder")],
+    what: Annotated[list[str] | None, typer.Option(help="codes, latents, image_embedding, text_embedding")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="one for each core or GPU if absent")] = None,
+    device: Device = "auto",
+) -> None:
+    """Write what a model's frozen parts make of shards, codes by default, to train from; run it again to go on."""
+    from ...pipeline.terminal import tell
+    from ..encode import encode as encode_shards
+
+    report = encode_shards(shards, out, model, what or ["codes"], processes, device_named(device))
+    typer.echo(f"{out}: {report.samples} samples; shards: {report.written} written, {report.kept} were there")
+    tell({"still being written by another process": report.left, "bad": report.bad})
