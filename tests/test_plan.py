@@ -188,10 +188,13 @@ def test_twice_the_devices_take_half_the_time():
 
 
 def test_fsdp_divides_the_state_and_not_the_activations():
+    """But autocast's copies of the blocks' matrices: twelve of 128 by 128, twice two bytes; without it, nothing."""
     whole, parts = (prior(*key, devices=4)["memory"] for key in ((), (FSDP,)))
+    in_fp32 = [prior("training.precision=fp32", *key, devices=4)["memory"]["activations"] for key in ((), (FSDP,))]
     for key in ("weights", "gradients", "optimizer", "ema"):
         assert parts[key] == whole[key] / 4
-    assert parts["activations"] == whole["activations"] and parts["frozen"] == whole["frozen"]
+    assert whole["activations"] - parts["activations"] == 2 * 2 * 12 * 128**2
+    assert in_fp32[0] == in_fp32[1] and parts["frozen"] == whole["frozen"]
     assert parts["buckets"] == 0 < parts["gathered"] and parts["peak"] < whole["peak"]
 
 

@@ -1,7 +1,10 @@
 """FSDP2 on two CPU processes: half of everything on each, equal to one process, saved, resumed anywhere, exported."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -69,3 +72,64 @@ def test_the_export_is_whole(runs):
         assert two[name].shape == value.shape
         assert torch.allclose(two[name].float(), value.float(), atol=1e-3), name
     assert (folders["two"] / "previews" / "prior-000020.png").stat().st_size > 0
+
+
+HALF = """
+import json, sys, warnings
+import torch
+from accelerate import Accelerator
+from torch import nn
+from kartina.layers.attention import TransformerBlock
+from kartina.training import parallel
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(TransformerBlock(64, 4, "gelu", "layer", qk_norm=True, shift=[1]) for _ in range(3))
+        self.head = nn.Linear(64, 8)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+warnings.simplefilter("ignore")
+accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+found = []
+for divided in (False, True):
+    network, kept = Network(), {}
+    matrices = {parameter.shape for parameter in network.blocks.parameters() if parameter.dim() == 2}
+    matrices |= {shape[::-1] for shape in matrices}
+    forward = parallel.prepare(network, accelerator, divided, recompute=False)
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(accelerator.process_index))
+
+    def pack(tensor):
+        if tensor.dtype == torch.bfloat16 and tensor.shape in matrices:
+            kept[tensor.untyped_storage()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = forward(x)
+    copies = sum(storage.nbytes() for storage in kept)
+    y.square().mean().backward()
+    gradients = [parallel.whole(parameter.grad) for _, parameter in sorted(network.named_parameters())]
+    found.append((y.detach(), gradients, copies))
+(whole, gradients, copies), (y, others, left) = found
+worst = max(float((a - b).norm() / a.norm()) for a, b in zip(gradients, others))
+print(json.dumps([float((y - whole).abs().max()), worst, copies, left]), flush=True)
+"""
+
+
+def test_under_bfloat16_no_copies_of_divided_weights_are_kept_and_nothing_changes(tmp_path):
+    script = tmp_path / "half.py"
+    script.write_text(HALF)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(ranks) == 2
+    for output, gradient, copies, left in ranks:
+        assert output == 0 and gradient < 1e-6
+        assert left == 0 < 2 * 3 * 12 * 64 * 64 <= copies

@@ -49,7 +49,7 @@ def family(process):
     return [parent, *parent.children(recursive=True)]
 
 
-PATTERNS = ("patch_dvae", "clip")  # one network, and one whose loss compares samples
+PATTERNS = ("patch_dvae", "vqgan", "vqvae, moved", "clip")  # one network, two, a codebook, a loss over pairs of samples
 OTHERS = [kind for kind in STAGES if kind not in PATTERNS]
 LONG = ["stages.tokenizer.steps=100000", "stages.tokenizer.validate_every=100000"]
 

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +24,13 @@ from torch.utils.checkpoint import checkpoint
 def blocks_of(network: nn.Module) -> list[nn.Module]:
     """The blocks that are gathered one at a time: the `blocks` of a network that says so, none elsewhere."""
     return list(getattr(network, "blocks", []))
+
+
+def matrices_of(block: nn.Module) -> list[nn.Module]:
+    """What autocast computes in bfloat16. Divided, they are gathered in it: of a weight that is gathered in float32 the
+    backward pass keeps autocast's copy, and so in the end of all blocks at once.
+    """
+    return [part for part in block.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
 
 
 def prepare(network: nn.Module, accelerator: Accelerator, shard: bool, recompute: bool) -> Callable[..., Any]:
@@ -39,7 +46,10 @@ def prepare(network: nn.Module, accelerator: Accelerator, shard: bool, recompute
     # Autocast alone: placing is left to fully_shard, so that no device ever holds the whole network.
     accelerator.prepare_model(network, device_placement=False, evaluation_mode=True)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
     for block in blocks_of(network):
+        if accelerator.mixed_precision == "bf16" and (matrices := matrices_of(block)):
+            fully_shard(matrices, mesh=mesh, mp_policy=half)
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh, reshard_after_forward=True)  # else the next step would compute with old weights
     for name in getattr(network, "sampling_methods", ()):

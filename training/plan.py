@@ -18,6 +18,7 @@ It does not know what a pass is made of (`footprint` does), nor the speed of a n
 
 import functools
 import io
+import itertools
 import shutil
 from dataclasses import dataclass
 from typing import Any
@@ -134,11 +135,13 @@ def _stage(setting: _Setting, name: str, config: runs.Stage, stated: bool) -> di
         divided = setting.fsdp and setting.devices > 1 and bool(blocks_of(network))
         if config.recompute:
             recompute_blocks(network)
-        cost = measure(setting.recipe, name, network, micro, setting.devices, config.objective, setting.bf16)
         update = _update(network, config.optimizer)
-        gathered = _gathered(network) if divided else 0
         weights = sum(parameter.nbytes for parameter in network.parameters())
         average = sum(value.nbytes for value in network.state_dict().values())
+        if divided and setting.bf16:
+            _halve(network)
+        gathered = _gathered(network) if divided else 0
+        cost = measure(setting.recipe, name, network, micro, setting.devices, config.objective, setting.bf16)
     share = setting.devices if divided else 1
     exchange = weights if setting.devices > 1 and not divided else 0
     state = (weights + update["state"] + average) / share + cost.frozen_weights + exchange
@@ -215,15 +218,32 @@ def _muon_flops(shape: tuple[int, int]) -> int:
     return counter.get_total_flops()
 
 
+def _halve(network: Any) -> None:
+    """The blocks of a network as they are gathered under bfloat16, see `parallel.matrices_of`."""
+    from torch import nn
+
+    from .parallel import blocks_of, matrices_of
+
+    for matrix in itertools.chain.from_iterable(map(matrices_of, blocks_of(network))):
+        for name, parameter in list(matrix.named_parameters(recurse=False)):
+            setattr(matrix, name, nn.Parameter(parameter.detach().bfloat16()))
+
+
 def _gathered(network: Any) -> int:
-    """Bytes that a sharded network holds whole at a time: two blocks, one's gradients, and what lies in no block."""
+    """Bytes that a sharded network holds whole at a time: two blocks, and one's gradients, also in float32 to be added
+    up; and what lies in no block.
+    """
     from .parallel import blocks_of
 
     def size(module: Any) -> int:
         return sum(parameter.nbytes for parameter in module.parameters())
 
+    def in_turn(block: Any) -> int:
+        again = sum(4 * parameter.numel() for parameter in block.parameters() if parameter.itemsize < 4)
+        return 3 * size(block) + again
+
     blocks = blocks_of(network)
-    return 3 * max(map(size, blocks), default=0) + size(network) - sum(map(size, blocks))
+    return max(map(in_turn, blocks), default=0) + size(network) - sum(map(size, blocks))
 
 
 def report(plan: dict[str, Any]) -> str:
