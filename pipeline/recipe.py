@@ -9,7 +9,7 @@ It knows no optimizer, no data and no weights.
 import difflib
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -53,12 +53,16 @@ class Captions(Section):
 
 
 class Sampling(Section):
-    """The knobs that a system paints with where none are given, see `kartina.priors.samplers.sample_codes`.
+    """The knobs that a system paints with where none are given, of one kind of prior.
 
     Strict, since the facts of a picture are read by it too, and a picture comes from anyone.
     """
 
     model_config = ConfigDict(strict=True)
+
+
+class CodeSampling(Sampling):
+    """Of a prior over codes, see `kartina.priors.samplers.sample_codes`."""
 
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=1, lt=2**31)
@@ -66,8 +70,14 @@ class Sampling(Section):
     guidance_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
 
 
+SAMPLING: dict[str, type[Sampling]] = {"dalle": CodeSampling}  # by the kind of the prior
+
+
 class Recipe(Section):
-    """One system. `parts` maps a part's name to its kind and constructor arguments."""
+    """One system. `parts` maps a part's name to its kind and constructor arguments.
+
+    sampling: of the section that SAMPLING has for its prior.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9.]+)*/[a-z0-9]+([-.][a-z0-9]+)*$")
     paper: str
@@ -75,7 +85,7 @@ class Recipe(Section):
     captions: Captions = Captions()
     parts: dict[str, dict[str, Any]]
     licence: str = "Apache-2.0"
-    sampling: Sampling = Sampling()
+    sampling: dict[str, Any] = {}
     training: dict[str, Any] = {}
 
 
@@ -123,7 +133,16 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
     recipe = validate(Recipe, tree, where)
     for part, arguments in recipe.parts.items():
         _check_part(part, arguments, where)
-    return recipe
+    return recipe.model_copy(update={"sampling": sampling_knobs(recipe, {}, f"{where}: sampling")})
+
+
+def sampling_knobs(recipe: Recipe, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """All knobs that the recipe's prior is sampled with: as given, as the recipe says, or by default.
+
+    Raises RecipeError for an unknown name or a value against its rule, and for any knob where there is no prior.
+    """
+    section: type[Section] = SAMPLING.get(recipe.parts.get("prior", {}).get("kind", ""), Section)
+    return validate(section, {**recipe.sampling, **given}, where).model_dump()
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:

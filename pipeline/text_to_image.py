@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..priors.samplers import sample_codes
 from ..tokenizers.captions import CaptionTokenizer
 from . import checkpoint
 from .images import to_pil
-from .recipe import Recipe, Sampling, nearest, validate
+from .recipe import Recipe, nearest, sampling_knobs
 from .rerank import clip_scores, rank
 
 SHIPPED = Path(__file__).parent / "models"
@@ -162,7 +162,7 @@ class TextToImage:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else [index(s) for s in seed]
         self._check(prompts, seeds, candidates, keep, micro_batch)
-        knobs = _all_knobs({**self.recipe.sampling.model_dump(), **knobs})
+        knobs = sampling_knobs(self.recipe, knobs, "knobs of painting")
         rows = [(p, first + k, k) for p, first in zip(prompts, seeds, strict=True) for k in range(candidates)]
         painted: list[Painting] = []
         while len(painted) < len(rows):
@@ -275,14 +275,15 @@ def repaint(system: TextToImage, facts: Any) -> Painting:
         hashes = f"{wanted['model_hash'][:12]}..., not by {system.model_hash[:12]}..."
         raise ValueError(f"the picture was painted by the model {hashes}; load that one (`find_by_hash`)")
     row = (wanted["prompt"], wanted["seed"], wanted["candidate"])
-    return system._paint([row] * wanted["micro_batch"], wanted["knobs"], None)[wanted["row"]]
+    knobs = sampling_knobs(system.recipe, wanted["knobs"], "knobs of painting")
+    return system._paint([row] * wanted["micro_batch"], knobs, None)[wanted["row"]]
 
 
 def check_facts(facts: Any) -> dict[str, Any]:
     """What `repaint` needs out of a painting's `metadata`, checked: a PNG is untrusted, so nothing in it is believed.
 
-    -> prompt, seed, candidate, model_hash, device, dtype (a key of DTYPES), micro_batch, row, knobs (all four).
-    Raises ValueError for what is missing, of another type or out of range.
+    -> prompt, seed, candidate, model_hash, device, dtype (a key of DTYPES), micro_batch, row, knobs (a table, which the
+    model checks). Raises ValueError for what is missing, of another type or out of range.
     """
     if not isinstance(facts, dict) or not _FACTS.keys() <= facts.keys():
         names = ", ".join(_FACTS)
@@ -294,7 +295,7 @@ def check_facts(facts: Any) -> dict[str, Any]:
             raise ValueError(f"a painting's {name} must be {expected}, got {facts[name]!r:.60}; the facts were altered")
     if facts["row"] >= facts["micro_batch"]:
         raise ValueError(f"a painting's row must lie below micro_batch {facts['micro_batch']}, got {facts['row']}")
-    return {name: facts[name] for name in _FACTS} | {"knobs": _all_knobs(facts["knobs"])}
+    return {name: facts[name] for name in _FACTS}
 
 
 def _is_text(value: Any) -> bool:
@@ -324,11 +325,6 @@ _FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "row": (lambda v: _is_integer(v) and 0 <= v < MAX_MICRO_BATCH, f"an integer from 0 to {MAX_MICRO_BATCH - 1}"),
     "knobs": (lambda v: isinstance(v, dict), "a table"),
 }
-
-
-def _all_knobs(given: Mapping[str, Any]) -> dict[str, Any]:
-    """All knobs of `Sampling`, as given or by default. ValueError for an unknown name or a value against its rule."""
-    return validate(Sampling, dict(given), "knobs of painting").model_dump()
 
 
 def model_hash(card: dict[str, Any]) -> str:

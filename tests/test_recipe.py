@@ -54,7 +54,7 @@ def test_overrides_reach_the_stage():
         ("parts.prior.kind=dale", "did you mean 'dalle'"),
         ("imagesize=8", "did you mean 'image_size'"),
         ("sampling={guidance: 2}", "did you mean 'guidance_scale'"),
-        ("sampling={temperature: .inf}", "sampling.temperature"),
+        ("sampling={temperature: .inf}", "sampling: temperature"),
         ("stages.tokenizer.steps", "expected key.sub=value"),
         ("stages.tokenizer.steps=many", "steps"),
     ],

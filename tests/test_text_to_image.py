@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kartina.pipeline import checkpoint, images, text_to_image
-from kartina.pipeline.recipe import Recipe, Sampling, build
+from kartina.pipeline.recipe import Recipe, build
 from kartina.pipeline.text_to_image import TextToImage, check_facts, metadata, repaint
 from kartina.tokenizers.captions import CaptionTokenizer
 
@@ -101,7 +101,7 @@ def test_facts_say_batch_row_and_candidate(system):
 
 
 def test_a_model_paints_with_its_own_knobs_where_none_are_given(system, monkeypatch):
-    monkeypatch.setattr(system, "recipe", system.recipe.model_copy(update={"sampling": Sampling(guidance_scale=2.0)}))
+    monkeypatch.setattr(system, "recipe", system.recipe.model_copy(update={"sampling": {"guidance_scale": 2.0}}))
     own, given = system(PROMPTS), system(PROMPTS, guidance_scale=1, top_k=3)
     assert [p.facts["knobs"]["guidance_scale"] for p in (own[0], given[0])] == [2.0, 1.0]
     assert given[0].facts["knobs"]["top_k"] == 3 and bits(own) == bits(system(PROMPTS, guidance_scale=2))
