@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kartina.training import __main__ as trainer
 
@@ -81,6 +82,28 @@ def pytest_generate_tests(metafunc):
     """Tests of `tiny_kind` are made for every entry of the table."""
     if "tiny_kind" in metafunc.fixturenames:
         metafunc.parametrize("tiny_kind", list(_TINY))
+
+
+@pytest.fixture(scope="session")
+def images():
+    """A function (seed, batch) -> noise in the range of pixels, (batch, 3, 16, 16)."""
+
+    def draw(seed=0, batch=2):
+        return torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def close():
+    """A function (ours, theirs) that holds both to be equal: max |a - b| <= 1e-5 max(1, max |b|); 1e-10 in float64."""
+
+    def check(ours, theirs):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        bound = 1e-10 if ours.dtype == torch.float64 else 1e-5 * max(1.0, theirs.abs().max().item())
+        assert (ours - theirs).abs().max() <= bound
+
+    return check
 
 
 @pytest.fixture(scope="session")
