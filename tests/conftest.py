@@ -60,6 +60,12 @@ _TINY = {
         f"kind: autoencoder, {_CONVOLUTIONS}",
         "error: l1, corruption: mask, corruption_level: 0.3, sparsity: kl, sparsity_weight: 0.01, rho: 0.2",
     ),
+    "autoencoder, adversarial": _tokenizer(
+        f"kind: autoencoder, {_CONVOLUTIONS}, latent_dim: 2",
+        f"prior: mixture, discriminator_weight: 0.1, {_LISTENS}",
+        "parts.discriminator={kind: latent, latent_dim: 2, num_classes: 6, width: 16}",
+        _DISCRIMINATOR[1],
+    ),
     "vae": _tokenizer(
         f"kind: vae, {_CONVOLUTIONS}, latent_dim: 16, latent_channels: 4",
         "likelihood: logistic, beta_share: 0.5, free_bits: 0.02",
