@@ -7,11 +7,13 @@ import typer
 from .pipeline.commands import app as painting
 from .training.commands import app as training
 from .training.data.commands import app as data
+from .training.show.commands import app as show
 
 app = typer.Typer(help="kartina: captions to pictures, and every model on the way.", no_args_is_help=True)
 app.add_typer(painting)
 app.add_typer(training)
 app.add_typer(data, name="data")
+app.add_typer(show, name="show")
 
 
 def main() -> None:

@@ -1,14 +1,17 @@
-"""PatchGAN discriminator (Isola 2017, arXiv:1611.07004, section 3.3 and appendix 6.1.2), the 70 x 70 one by default,
-with the layout and the tensor names of CycleGAN's and VQ-GAN's published checkpoints.
+"""Discriminators: PatchGAN of images (Isola 2017, arXiv:1611.07004, section 3.3 and appendix 6.1.2), the 70 x 70 one by
+default, with the layout and the tensor names of CycleGAN's and VQ-GAN's published checkpoints; and the perceptron that
+judges flat latents in an adversarial autoencoder (Makhzani 2015, arXiv:1511.05644, appendix A.1).
 
-B images, C channels, H x W pixels, h x w patches that overlap.
+B images, C channels, H x W pixels, h x w patches that overlap; D the width of a flat latent, K classes.
 
-It does not know which images are real, nor any loss.
+They do not know what is real, nor any loss.
 """
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .conv import group_norm
 
@@ -61,6 +64,38 @@ class PatchDiscriminator(nn.Module):
                 f"{self.smallest}, got {tuple(image.shape)}; enlarge them or build it with a smaller depth"
             )
         return self.main(image)
+
+
+class LatentDiscriminator(nn.Module):
+    """Flat latents (B, D), and their labels (B,) where it is built for classes -> logits (B, 1): high where drawn.
+
+    latent_dim: D. num_classes: 0, or K, of which one is given beside each latent as a one-hot vector (section 2.3).
+    width, depth: of the hidden layers, with ReLU; two of 1,000 as published. Raises ValueError for sizes below these.
+    """
+
+    def __init__(self, latent_dim: int = 8, num_classes: int = 0, width: int = 1000, depth: int = 2) -> None:
+        if min(latent_dim, width, depth) < 1 or num_classes < 0:
+            raise ValueError(
+                "LatentDiscriminator needs latent_dim, width and depth of at least 1 and num_classes of at least 0, "
+                f"got {latent_dim}, {width}, {depth} and {num_classes}; correct the recipe"
+            )
+        super().__init__()
+        widths = [latent_dim + num_classes, *[width] * depth]
+        layers = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.ReLU())]
+        self.main = nn.Sequential(*layers, nn.Linear(width, 1))
+        self.outer = ("main.0", f"main.{len(self.main) - 1}")
+        self.latent_dim, self.num_classes = latent_dim, num_classes
+
+    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        if latents.dim() != 2 or latents.shape[1] != self.latent_dim or (labels is None) != (self.num_classes == 0):
+            raise ValueError(
+                f"LatentDiscriminator needs latents (B, {self.latent_dim}) and "
+                f"{'labels (B,)' if self.num_classes else 'no labels'}, got {tuple(latents.shape)} and "
+                f"{None if labels is None else tuple(labels.shape)}; give the tokenizer that latent_dim"
+            )
+        if labels is not None:
+            latents = torch.cat([latents, F.one_hot(labels, self.num_classes).to(latents.dtype)], dim=1)
+        return self.main(latents)
 
 
 def _start(module: nn.Module) -> None:

@@ -26,7 +26,10 @@ PARTS: dict[str, dict[str, tuple[str, str]]] = {
         "vqgan": ("tokenizers.vqgan", "VQGAN"),
         "autoencoder_kl": ("tokenizers.autoencoder_kl", "AutoencoderKL"),
     },
-    "discriminator": {"patch": ("layers.discriminator", "PatchDiscriminator")},
+    "discriminator": {
+        "patch": ("layers.discriminator", "PatchDiscriminator"),
+        "latent": ("layers.discriminator", "LatentDiscriminator"),
+    },
     "prior": {"dalle": ("priors.dalle", "DALLE")},
     "clip": {"clip": ("tokenizers.clip_towers", "CLIP")},
 }

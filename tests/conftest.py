@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kartina.training import __main__ as trainer
 
@@ -59,6 +60,12 @@ _TINY = {
         f"kind: autoencoder, {_CONVOLUTIONS}",
         "error: l1, corruption: mask, corruption_level: 0.3, sparsity: kl, sparsity_weight: 0.01, rho: 0.2",
     ),
+    "autoencoder, adversarial": _tokenizer(
+        f"kind: autoencoder, {_CONVOLUTIONS}, latent_dim: 2",
+        f"prior: mixture, discriminator_weight: 0.1, {_LISTENS}",
+        "parts.discriminator={kind: latent, latent_dim: 2, num_classes: 6, width: 16}",
+        _DISCRIMINATOR[1],
+    ),
     "vae": _tokenizer(
         f"kind: vae, {_CONVOLUTIONS}, latent_dim: 16, latent_channels: 4",
         "likelihood: logistic, beta_share: 0.5, free_bits: 0.02",
@@ -81,6 +88,28 @@ def pytest_generate_tests(metafunc):
     """Tests of `tiny_kind` are made for every entry of the table."""
     if "tiny_kind" in metafunc.fixturenames:
         metafunc.parametrize("tiny_kind", list(_TINY))
+
+
+@pytest.fixture(scope="session")
+def images():
+    """A function (seed, batch) -> noise in the range of pixels, (batch, 3, 16, 16)."""
+
+    def draw(seed=0, batch=2):
+        return torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def close():
+    """A function (ours, theirs) that holds both to be equal: max |a - b| <= 1e-5 max(1, max |b|); 1e-10 in float64."""
+
+    def check(ours, theirs):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        bound = 1e-10 if ours.dtype == torch.float64 else 1e-5 * max(1.0, theirs.abs().max().item())
+        assert (ours - theirs).abs().max() <= bound
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -12,17 +12,6 @@ from kartina.tokenizers.vae import VAE, moments, reparameterise
 TINY = {"image_size": 16, "width": 8, "channel_mult": (1, 2, 2), "blocks_per_level": 1, "norm_groups": 4}
 
 
-def images(seed: int = 0, batch: int = 2) -> torch.Tensor:
-    return torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Equal as the house defines it: max |a - b| <= 1e-5 max(1, max |b|), and <= 1e-10 in float64."""
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    bound = 1e-10 if ours.dtype == torch.float64 else 1e-5 * max(1.0, theirs.abs().max().item())
-    assert (ours - theirs).abs().max() <= bound
-
-
 @pytest.fixture
 def pair():
     """Diffusers' AutoencoderKL with random weights, and ours with the same."""
@@ -46,7 +35,7 @@ def pair():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_kl_equals_diffusers_in_outputs_and_gradients(pair, dtype):
+def test_kl_equals_diffusers_in_outputs_and_gradients(pair, dtype, images, close):
     reference, ours = (model.to(dtype) for model in pair)
     image, noise = images().to(dtype), torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
     posterior = reference.encode(image).latent_dist
@@ -66,7 +55,7 @@ def test_kl_equals_diffusers_in_outputs_and_gradients(pair, dtype):
         close(gradient, theirs[name].grad)
 
 
-def test_the_scaling_factor_lives_in_the_tokenizer(pair):
+def test_the_scaling_factor_lives_in_the_tokenizer(pair, images, close):
     reference, ours = pair
     with torch.no_grad():
         close(ours.encode(images()), reference.encode(images()).latent_dist.mean * 0.5)
@@ -112,7 +101,7 @@ def test_published_size_of_kl_f8():
         (lambda: VAE(**TINY, latent_dim=6, scale="shared"), (6,)),
     ],
 )
-def test_the_contract(model, shape):
+def test_the_contract(model, shape, images):
     torch.manual_seed(1)
     model = model()
     z = model.encode(images())
@@ -124,7 +113,7 @@ def test_the_contract(model, shape):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_noise_is_an_argument():
+def test_noise_is_an_argument(images):
     torch.manual_seed(2)
     for model in (VAE(**TINY, latent_dim=6), AutoencoderKL(**TINY)):
         noise = torch.randn(2, *model.spec.shape)

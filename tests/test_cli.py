@@ -36,6 +36,10 @@ def fails(capsys, monkeypatch, *words: str) -> str:
         (["train", "shapes/dalle", "stages.tokenizer.stops=3"], "steps"),
         (["plan", "shapes/dale"], "shapes/dalle"),
         (["data", "check", "absent"], "no shard at absent"),
+        (["show", "latents", "--data", "shape"], "did you mean 'shapes'"),
+        (["show", "latents", "--prior", "mixtures"], "one of standard, mixture, swiss_roll"),
+        (["show", "codebook", "--model", "shapes/dale"], "no model 'shapes/dale'"),
+        (["show", "gumbel", "--logits", "1,x"], "--logits takes numbers between commas"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_clear_line_and_exit_code_2(capsys, monkeypatch, tmp_path, words, says):

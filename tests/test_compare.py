@@ -102,8 +102,8 @@ def test_sparklines_and_axes():
     rising = [(step, float(step)) for step in range(8)]
     assert charts.sparkline(rising, (0, 7), 0, 7, False, width=8) == "▁▂▃▄▅▆▇█"
     assert charts.sparkline(rising[:4], (0, 7), 0, 7, False, width=8) == "▁▂▃▄    "
-    assert charts._ticks(0.0, 1.0, False) == [0, 0.5, 1.0]
-    assert charts._ticks(21.3, 22.7, False) == [21.5, 22.0, 22.5]
-    assert charts._ticks(0.5, 2000, True) == [1, 10, 100, 1000]
+    assert charts.ticks(0.0, 1.0, False) == [0, 0.5, 1.0]
+    assert charts.ticks(21.3, 22.7, False) == [21.5, 22.0, 22.5]
+    assert charts.ticks(0.5, 2000, True) == [1, 10, 100, 1000]
     spiky = [(step, 1.0) for step in range(99)] + [(99, 100.0)]
     assert max(value for _, value in charts.smooth(spiky)) == 1.0

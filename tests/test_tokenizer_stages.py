@@ -121,6 +121,12 @@ def test_two_networks_step_once_each_in_two_passes(tiny, tmp_path):
         ("vqvae, moved", [knob("codebook_weight", 1)], "leave out stages.tokenizer.objective.codebook_weight"),
         ("vqgan, gumbel", [knob("kmeans", 0)], "kmeans has no meaning for quantizer 'gumbel'"),
         ("autoencoder", [knob("corruption_level", 0)], "corruption goes with a corruption_level"),
+        ("autoencoder", [knob("prior", "mixture")], "prior, but the recipe no part 'discriminator'"),
+        ("autoencoder, adversarial", ["parts.discriminator.num_classes=5"], "labels are 6: circle, square,"),
+        ("autoencoder, adversarial", [knob("prior", "standard")], "expected prior mixture or swiss_roll with pieces 6"),
+        ("autoencoder, adversarial", [knob("pieces", 7)], "expected prior mixture or swiss_roll with pieces 6"),
+        ("autoencoder, adversarial", ["parts.tokenizer.latent_dim=3"], "latent_dim for flat latents (3,)"),
+        ("autoencoder, adversarial", ["parts.tokenizer.latent_dim=null"], "kind latent"),
         ("vqgan", ["stages.tokenizer.optimizers={critic: {lr: 0.1}}"], "'critic' is not trained there"),
     ],
 )
@@ -233,6 +239,37 @@ def test_corruptions_are_drawn_by_step_and_sample(corruption, level, tiny):
     _, _, scalars = next(stage.updates(batch, 3))
     clean, _ = stage_of(tiny, "autoencoder", "stages.tokenizer.objective={error: l1}")
     assert scalars["error"] != next(clean.updates(batch, 3))[2]["error"]
+
+
+def test_an_adversary_pulls_the_latents_towards_the_piece_of_their_label(tiny):
+    """The discriminator tells draws of each label's piece from latents; what fools it moves the encoder alone."""
+    stage, batch = stage_of(tiny, "autoencoder, adversarial")
+    (name, (loss, count), scalars), (judge, (own, _), told) = stage.updates(batch, 19)
+    assert (name, judge, count) == ("tokenizer", "discriminator", 8)
+    labels = torch.tensor([facts.objects[0][2] for facts in ShapesSource(levels=("S1",)).facts(range(8))])
+    latents = stage.network(batch.image)["latents"]
+    logits = stage.networks["discriminator"](latents, labels)
+    torch.testing.assert_close(scalars["adversary"], torch.nn.functional.softplus(-logits).mean())
+    torch.testing.assert_close(loss / count, scalars["error"] + 0.1 * scalars["adversary"])
+    loss.backward(retain_graph=True)
+    assert all(value.grad is None for value in stage.networks["discriminator"].parameters())
+    stage.network.zero_grad()
+    own.backward()
+    assert all(value.grad is None for value in stage.network.parameters())
+    drawn = stage.prior.draw(0, 19, batch.samples, "adversarial prior", labels)
+    torch.testing.assert_close(told["real_logits"], stage.networks["discriminator"](drawn, labels).mean())
+    torch.testing.assert_close(told["fake_logits"], logits.mean())
+
+
+def test_a_discriminator_without_classes_sees_no_labels(tiny):
+    stage, batch = stage_of(
+        tiny, "autoencoder, adversarial", "parts.discriminator.num_classes=0", knob("prior", "standard")
+    )
+    first, _ = stage.updates(batch, 3)
+    assert "adversary" not in first[2]  # it learns from step 2 on, and is heard from step 4 on
+    del stage.source
+    assert [name for name, *_ in stage.updates(batch, 19)] == ["tokenizer", "discriminator"]
+    assert stage.preview(batch).height > 4 * 128  # pairs, and two rows of draws
 
 
 def active_units(stage, batch):

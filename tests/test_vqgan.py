@@ -23,19 +23,8 @@ MODELS = {
 }
 
 
-def images(seed: int = 0, batch: int = 2) -> torch.Tensor:
-    return torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Equal as the house defines it: max |a - b| <= 1e-5 max(1, max |b|), and <= 1e-10 in float64."""
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    bound = 1e-10 if ours.dtype == torch.float64 else 1e-5 * max(1.0, theirs.abs().max().item())
-    assert (ours - theirs).abs().max() <= bound
-
-
 @pytest.mark.parametrize("name", MODELS)
-def test_the_contract(name):
+def test_the_contract(name, images):
     torch.manual_seed(1)
     model = MODELS[name]()
     codes = model.encode(images())
@@ -64,7 +53,7 @@ def test_published_sizes():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_vqgan_equals_diffusers_in_outputs_and_gradients(dtype):
+def test_vqgan_equals_diffusers_in_outputs_and_gradients(dtype, images, close):
     from diffusers import VQModel
 
     torch.manual_seed(0)
@@ -105,7 +94,7 @@ def test_vqgan_equals_diffusers_in_outputs_and_gradients(dtype):
         close(gradient, theirs[name].grad)
 
 
-def test_gumbel_noise_is_an_argument():
+def test_gumbel_noise_is_an_argument(images):
     torch.manual_seed(1)
     model, noise = MODELS["gumbel"](), torch.randn(2, 20, 8, 8) * 10
     out = model(images(), noise, 0.5)
@@ -116,7 +105,7 @@ def test_gumbel_noise_is_an_argument():
 
 
 @pytest.mark.parametrize("name", ["vector", "cosine", "vqvae", "vqvae-ema"])
-def test_codes_start_as_centres_of_what_the_encoder_gives(name):
+def test_codes_start_as_centres_of_what_the_encoder_gives(name, images):
     torch.manual_seed(2)
     model = MODELS[name]()
     batches = [images(seed, 4) for seed in range(3)]
@@ -166,7 +155,7 @@ def test_bad_sizes_are_refused(build, message):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_half_precision_model_paints_nearly_the_same(name):
+def test_a_half_precision_model_paints_nearly_the_same(name, images):
     torch.manual_seed(3)
     model = MODELS[name]().eval()
     codes = torch.randint(model.spec.vocabulary, (2, *model.spec.shape))

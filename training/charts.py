@@ -15,8 +15,8 @@ from ..pipeline.images import load_font
 Points = Sequence[tuple[int, float]]
 
 # Told apart by people who see few colours too (Okabe and Ito 2008); grey is the reference.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_GREY, _BAND, _GRID = "#888888", "#E4E4E4", "#EEEEEE"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GREY, _BAND, _GRID = "#888888", "#E4E4E4", "#EEEEEE"
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 400, 240, 52, 12, 28, 26  # of a panel, and what its axes leave free
 _FINE = 3  # lines are drawn so much larger, and made smaller
 _LEGEND = 30
@@ -82,13 +82,13 @@ def draw(panels: Sequence[Panel], labels: Sequence[str], columns: int = 3) -> Im
         frame.write(ImageDraw.Draw(canvas))
     shown = [*zip(labels, _colours(len(labels)), strict=True)]
     if any(panel.reference for panel in panels):
-        shown.append(("reference, and what is normal", _GREY))
+        shown.append(("reference, and what is normal", GREY))
     _write_legend(ImageDraw.Draw(canvas), shown)
     return canvas
 
 
 def _colours(count: int) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
 def _write_legend(brush: ImageDraw.ImageDraw, shown: Sequence[tuple[str, str]]) -> None:
@@ -133,14 +133,14 @@ class _Frame:
             else:
                 brush.line(pixels, fill=colour, width=width, joint="curve")
 
-        for value in _ticks(self.low, self.high, self.panel.log):
+        for value in ticks(self.low, self.high, self.panel.log):
             line([(self.span[0], value), (self.span[1], value)], _GRID, _FINE)
         if len(self.panel.band) > 1:
             edge = [(step, high) for step, _, high in self.panel.band]
             edge += [(step, low) for step, low, _ in reversed(self.panel.band)]
             brush.polygon([(_FINE * x, _FINE * y) for x, y in (self.at(*point) for point in edge)], fill=_BAND)
         if self.panel.reference:
-            line(self.panel.reference, _GREY, 2 * _FINE)
+            line(self.panel.reference, GREY, 2 * _FINE)
         for points, colour in zip(self.panel.lines, _colours(len(self.panel.lines)), strict=True):
             if len(points) >= _MANY:
                 line(points, _pale(colour), _FINE)
@@ -152,13 +152,13 @@ class _Frame:
     def write(self, brush: ImageDraw.ImageDraw) -> None:
         small, font = load_font(11), load_font(13)
         brush.text((self.x + _LEFT, self.y + 6), self.panel.title, fill="black", font=font)
-        for value in _ticks(self.low, self.high, self.panel.log):
+        for value in ticks(self.low, self.high, self.panel.log):
             x, y = self.at(self.span[0], value)
             brush.text((x - 5, y), f"{value:.4g}", fill="black", font=small, anchor="rm")
-        for step in _ticks(*self.span, False):
+        for step in ticks(*self.span, False):
             x, y = self.at(step, self.low)
             brush.text((x, y + 5), _short(step), fill="black", font=small, anchor="mt")
-        brush.text((self.x + _LEFT - 16, self.y + _HEIGHT - _BOTTOM + 5), "step", fill=_GREY, font=small, anchor="rt")
+        brush.text((self.x + _LEFT - 16, self.y + _HEIGHT - _BOTTOM + 5), "step", fill=GREY, font=small, anchor="rt")
 
 
 def _pale(colour: str) -> str:
@@ -177,7 +177,7 @@ def _scale(low: float, high: float, log: bool) -> Callable[[float], float]:
     return lambda value: min(1.0, max(0.0, (turn(value) - turn(low)) / wide))
 
 
-def _ticks(low: float, high: float, log: bool) -> list[float]:
+def ticks(low: float, high: float, log: bool) -> list[float]:
     """Round values between low and high: three to six, of 1, 2 and 5 times powers of ten."""
     if log and high > 3 * low:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

@@ -1,5 +1,5 @@
-"""Objectives of the plain autoencoder and of its kin: denoising (Vincent 2010, JMLR 11:3371) and sparse (Ng 2011,
-CS294A lecture notes, section 3), with the corruptions of the former.
+"""Objectives of the plain autoencoder and of its kin: denoising (Vincent 2010, JMLR 11:3371), sparse (Ng 2011, CS294A
+lecture notes, section 3) and adversarial (Makhzani 2015, arXiv:1511.05644), with the corruptions of the first.
 
 B images of 3 x H x W pixels in [-1, 1]; C units: the channels of the latents.
 
@@ -63,18 +63,21 @@ def autoencoder(
     sparsity_weight: float = 0.0,
     rho: float = 0.05,
     average: Average | None = None,
+    adversary: Tensor | None = None,
+    adversary_weight: float = 0.0,
 ) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
-    """The error of the reconstruction, its mean over values, plus sparsity_weight * sparsity.
+    """The error of the reconstruction, a mean over values, and sparsity and adversary by their weights.
 
     image: (B, 3, H, W), the clean one where the model saw it corrupted. weight: (B,). error: "l1" or "l2". latents:
     (B, C) or (B, C, h, w), needed for sparsity: "l1" is the sum over units of their mean absolute value; "kl" is
     `sparsity_kl` towards the mean activation rho, which couples the batch, that of all ranks by
-    `average`; "none" is neither.
+    `average`; "none" is neither. adversary: (B,), what it costs that the discriminator tells an image's latents from
+    draws of the prior (`gan.generator`), or None.
 
-    Returns ((weighted loss sum, weight sum), scalars), the scalars detached weighted means: `error`, and `sparsity`
-    before its weight. Raises ValueError when shapes or choices do not fit.
+    Returns ((weighted loss sum, weight sum), scalars), the scalars detached weighted means: `error`, and `sparsity` and
+    `adversary` before their weights. Raises ValueError when shapes or choices do not fit.
     """
-    check_images("autoencoder", reconstruction, image, weight)
+    check_images("autoencoder", reconstruction, image, weight, *([] if adversary is None else [adversary]))
     if error not in ("l1", "l2") or sparsity not in ("none", "l1", "kl") or not 0 < rho < 1:
         raise ValueError(
             "autoencoder needs error 'l1' or 'l2', sparsity 'none', 'l1' or 'kl', and rho in (0, 1), got "
@@ -85,9 +88,12 @@ def autoencoder(
     difference = full(reconstruction) - full(image)
     loss = (difference.abs() if error == "l1" else difference.square()).mean(dim=(1, 2, 3))  # (B,)
     shown = {"error": loss}
+    if adversary is not None:
+        shown["adversary"] = full(adversary)
+        loss = loss + adversary_weight * shown["adversary"]
     if sparsity == "l1" and latents is not None:
         shown["sparsity"] = units(latents).abs().mean(dim=2).sum(dim=1)
-        return weighted(loss + sparsity_weight * shown["sparsity"], weight, shown)
+        loss = loss + sparsity_weight * shown["sparsity"]
     (total, count), scalars = weighted(loss, weight, shown)
     if sparsity == "kl" and latents is not None:
         kl = sparsity_kl(latents, weight, rho, average)

@@ -1,6 +1,6 @@
 """What the stages of tokenizers with a discriminator share: when it learns, and when the tokenizer listens to it.
 
-B images, h x w patches that are judged.
+B images; what is judged are images, in h x w patches, or latents.
 
 It does not know the tokenizer.
 """
@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ...pipeline.recipe import Recipe, build
-from ..objectives.vqgan import hinge
 from ..run import Stage
-from .contract import Knob, Update, frozen
+from .contract import Knob, Loss, Update, frozen
 
 
 class Adversary:
@@ -22,8 +21,9 @@ class Adversary:
 
     It learns from the share discriminator_start of the steps on. For the share discriminator_warmup of them the
     tokenizer does not listen yet; then the weight of its adversarial loss rises in a line, over the share
-    discriminator_ramp, to discriminator_weight, times the adaptive weight. As published: warm-up and ramp 0.
-    weight: discriminator_weight where the recipe says nothing.
+    discriminator_ramp, to discriminator_weight, times the adaptive weight where there is one. As published: warm-up and
+    ramp 0. weight: discriminator_weight where the recipe says nothing. loss: the discriminator's, of its logits of what
+    is real, those of what is not, and the weight (B,).
     """
 
     part = "discriminator"
@@ -34,8 +34,11 @@ class Adversary:
         "discriminator_ramp": Knob(high=1),
     }
 
-    def __init__(self, recipe: Recipe, config: Stage, weight: float, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, config: Stage, weight: float, device: torch.device, loss: Callable[..., Loss]
+    ) -> None:
         self.network: nn.Module | None = None
+        self.loss = loss
         if self.part in recipe.parts:
             self.network = build(recipe, self.part).to(device)
         elif wrong := config.objective.keys() & self.knobs.keys():
@@ -59,7 +62,7 @@ class Adversary:
         return {} if self.network is None else {self.part: self.network}
 
     def ramp(self, step: int) -> float:
-        """What the adaptive weight is multiplied by at a step."""
+        """The weight of the tokenizer's adversarial loss at a step, or what the adaptive weight is multiplied by."""
         if self.network is None or step < self.heard:
             return 0.0
         return self.weight * min(1.0, (step - self.heard + 1) / max(1, self.rise))
@@ -68,19 +71,21 @@ class Adversary:
         """Whether the discriminator takes this step."""
         return self.network is not None and step >= self.start
 
-    def judge(self, image: Tensor) -> Tensor:
-        """Logits (B, 1, h, w) of the tokenizer's images, whose gradients stay out of the discriminator."""
+    def judge(self, *made: Tensor) -> Tensor:
+        """Logits, (B, 1, h, w) of images, of what the tokenizer made; their gradients stay out of the discriminator."""
         assert self.network is not None
         with frozen(self.network) as judge:
-            return judge(image)
+            return judge(*made)
 
-    def update(self, forward: Callable[..., Any], image: Tensor, again: Tensor, weight: Tensor) -> Update:
-        """The discriminator's own loss, of images and their reconstructions, both (B, 3, H, W), in one pass.
+    def update(
+        self, forward: Callable[..., Any], real: Tensor, fake: Tensor, weight: Tensor, *beside: Tensor
+    ) -> Update:
+        """The discriminator's own loss, of two tensors of one shape, in one pass; beside: what each is judged with.
 
         In two, the wrapper for several processes would broadcast buffers between a pass and its gradients.
         """
-        real, fake = forward(torch.cat([image, again.detach().to(image.dtype)])).chunk(2)
-        loss, scalars = hinge(real, fake, weight)
+        both = torch.cat([real, fake.detach().to(real.dtype)]), *(torch.cat([each, each]) for each in beside)
+        loss, scalars = self.loss(*forward(*both).chunk(2), weight)
         return self.part, loss, scalars
 
 

@@ -1,6 +1,6 @@
-"""The stage of the plain autoencoder and of its kin, denoising and sparse.
+"""The stage of the plain autoencoder and of its kin: denoising, sparse and adversarial.
 
-B images of 3 x H x W pixels.
+B images of 3 x H x W pixels, D values of flat latents.
 """
 
 from pathlib import Path
@@ -12,11 +12,16 @@ from torch import Tensor
 
 from ...layers import random
 from ...pipeline.recipe import Recipe, build
+from ...priors import gaussian
 from ..objectives import autoencoder as objective
+from ..objectives import gan
 from ..run import Stage
 from ..stream import Batch, Source
-from .contract import Knob, Loss, Updates, over_ranks, pairs
+from .adversary import Adversary
+from .contract import Knob, Updates, contact_sheet, over_ranks
 from .latents import LatentsStage, latent_std
+
+_ADVERSARIAL = {"prior": Knob(choices=gaussian.KINDS), "pieces": Knob(low=1)}
 
 
 class AutoencoderStage(LatentsStage):
@@ -24,8 +29,13 @@ class AutoencoderStage(LatentsStage):
 
     corruption: what the encoder sees the picture through, which it is to give back clean (Vincent 2010, JMLR 11:3371);
     corruption_level is the noise's deviation, or the share of pixels that are lost. sparsity: see the objective.
+
+    With a discriminator of latents in the recipe it is adversarial (Makhzani 2015, arXiv:1511.05644): flat latents are
+    to lie as draws of `prior` do, of so many `pieces` (see `priors.gaussian`). A discriminator that is built for
+    classes judges with the label beside, to whose piece the latents then go (section 2.3). Other knobs: `Adversary`.
     """
 
+    beside: tuple[str, ...] = (Adversary.part,)
     knobs: ClassVar = {
         "error": Knob(choices=("l1", "l2")),
         "corruption": Knob(choices=("none", "gaussian", "mask", "salt_and_pepper")),
@@ -33,12 +43,16 @@ class AutoencoderStage(LatentsStage):
         "sparsity": Knob(choices=("none", "l1", "kl")),
         "sparsity_weight": Knob(),
         "rho": Knob(high=1),
+        **_ADVERSARIAL,
+        **Adversary.knobs,
     }
 
     def __init__(
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
     ) -> None:
-        self.hold(build(recipe, self.part))
+        network = build(recipe, self.part)  # first, so that its weights do not depend on who judges it
+        self.adversary = Adversary(recipe, config, 0.01, device, gan.discriminator)
+        self.hold(network, **self.adversary.networks())
         self.source, self.seed, self.device = source, seed, device
         self.corruption, self.level = config.word("corruption", "none"), config.number("corruption_level", 0)
         sparsity, weight = config.word("sparsity", "none"), config.number("sparsity_weight", 0)
@@ -51,6 +65,38 @@ class AutoencoderStage(LatentsStage):
             )
         if self.corruption in ("mask", "salt_and_pepper") and self.level > 1:
             raise ValueError(f"corruption_level is a share of the pixels, at most 1, got {self.level}; lower it")
+        self.prior = self._prior(config)
+
+    def _prior(self, config: Stage) -> gaussian.Distribution | None:
+        """What the latents are to lie like, where there is a discriminator; raises ValueError where it does not fit."""
+        judge: Any = self.adversary.network
+        if judge is None:
+            if wrong := config.objective.keys() & _ADVERSARIAL.keys():
+                raise ValueError(
+                    f"stages.tokenizer.objective has {', '.join(sorted(wrong))}, but the recipe no part "
+                    "'discriminator'; add one of kind latent, or leave them out"
+                )
+            return None
+        shape = self.network.spec.shape
+        if shape != (getattr(judge, "latent_dim", None),):
+            raise ValueError(
+                "the discriminator of an autoencoder judges its latents: expected parts.discriminator of kind latent, "
+                f"and its latent_dim for flat latents {shape}; set latent_dim in both parts"
+            )
+        classes = tuple(getattr(self.source, "classes", ()))
+        if judge.num_classes not in (0, len(classes)):
+            raise ValueError(
+                f"parts.discriminator.num_classes is {judge.num_classes}, but the data's labels are "
+                f"{len(classes)}{': ' if classes else ''}{', '.join(classes)}; set it to their number, or to 0"
+            )
+        pieces = int(config.number("pieces", judge.num_classes or 10))
+        prior = gaussian.distribution(config.word("prior", "standard"), shape[0], pieces)
+        if judge.num_classes and getattr(prior, "num_pieces", 0) != judge.num_classes:
+            raise ValueError(
+                "a discriminator with classes needs a prior with a piece for each: expected prior mixture or "
+                f"swiss_roll with pieces {judge.num_classes}, got {dict(config.objective)}"
+            )
+        return prior
 
     @staticmethod
     def coupled(recipe: Recipe, config: Stage) -> str:
@@ -58,15 +104,30 @@ class AutoencoderStage(LatentsStage):
         return "the KL of its sparsity is of a step's mean" if config.word("sparsity", "none") == "kl" else ""
 
     def updates(self, batch: Batch, step: int) -> Updates:
-        yield self.part, *self._loss(batch, step)
-
-    def _loss(self, batch: Batch, step: int) -> Loss:
         out = self.forward[self.part](self.corrupt(batch, step))
-        latents, average = out["latents"], over_ranks(batch.weight)
+        latents, ramp, labels = out["latents"], self.adversary.ramp(step), self._labels(batch)
         loss, scalars = objective.autoencoder(
-            out["reconstruction"], batch.image, batch.weight, latents, average=average, **self.knob
-        )
-        return loss, scalars | {"unscaled_std": latent_std(latents, batch.weight)}
+            out["reconstruction"], batch.image, batch.weight, latents, average=over_ranks(batch.weight),
+            adversary=gan.generator(self.adversary.judge(latents, *labels)) if ramp else None, adversary_weight=ramp,
+            **self.knob,
+        )  # fmt: skip
+        yield self.part, loss, scalars | {"unscaled_std": latent_std(latents, batch.weight)}
+        if self.adversary.learns(step):
+            drawn = self._draw(step, batch.samples, *labels)
+            yield self.adversary.update(self.forward[Adversary.part], drawn, latents, batch.weight, *labels)
+
+    def _labels(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The labels (B,) of the images, where the discriminator sees them."""
+        judge: Any = self.adversary.network
+        if judge is None or not judge.num_classes:
+            return ()
+        source: Any = self.source
+        return (source.labels(batch.samples.tolist()).to(batch.image.device),)
+
+    def _draw(self, step: int, samples: Tensor, *labels: Tensor) -> Tensor:
+        """Draws of the prior (B, D)."""
+        assert self.prior is not None
+        return self.prior.draw(self.seed, step, samples, "adversarial prior", *labels)
 
     def corrupt(self, batch: Batch, step: int) -> Tensor:
         """The images as the encoder sees them; masks and salt and pepper take whole pixels."""
@@ -82,6 +143,10 @@ class AutoencoderStage(LatentsStage):
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Image | None:
-        """Pairs of a picture, as the encoder sees it, and what it becomes."""
+        """Pairs of a picture, as the encoder sees it, and what it becomes; then 16 pictures of draws of the prior."""
         seen = self.corrupt(batch, 0)[:16]
-        return pairs(seen, self.network(seen)["reconstruction"])
+        shown = torch.stack([seen, self.network(seen)["reconstruction"]], 1).flatten(0, 1)
+        if self.prior is not None:  # the latents are not scaled yet
+            drawn = self.network.decode(self._draw(0, torch.arange(16, device=seen.device)))
+            shown = torch.cat([shown, drawn.to(shown.dtype)])
+        return contact_sheet(shown)

@@ -12,6 +12,7 @@ from PIL.Image import Image
 from ...layers import random
 from ...pipeline.recipe import Recipe, build
 from ..objectives import autoencoder_kl as objective
+from ..objectives.vqgan import hinge
 from ..run import Stage
 from ..stream import Batch, Source
 from .adversary import Adversary
@@ -33,7 +34,7 @@ class AutoencoderKLStage(LatentsStage):
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
     ) -> None:
         network = build(recipe, self.part)  # first, so that its weights do not depend on who judges it
-        self.adversary = Adversary(recipe, config, 0.5, device)
+        self.adversary = Adversary(recipe, config, 0.5, device, hinge)
         self.hold(network, **self.adversary.networks())
         self.source, self.seed, self.device = source, seed, device
         self.kl_weight = config.number("kl_weight", 1e-6)

@@ -13,6 +13,7 @@ from ...layers import random
 from ...pipeline.recipe import Recipe, build
 from ..objectives import vqgan as objective
 from ..objectives.dvae import temperature, uniform_kl
+from ..objectives.vqgan import hinge
 from ..run import Stage
 from ..stream import Batch, Source
 from .adversary import Adversary
@@ -44,7 +45,7 @@ class VQGANStage(CodesStage):
                 f"{self.quantizer!r}; leave it out"
             )
         network = build(recipe, self.part)  # first, so that its weights do not depend on who judges it
-        self.adversary = Adversary(recipe, config, 0.8, device)
+        self.adversary = Adversary(recipe, config, 0.8, device, hinge)
         self.hold(network, **self.adversary.networks())
         self.source, self.config, self.seed, self.device = source, config, seed, device
         self.codebook = Codebook(self.network.quantize, config, seed) if self.quantizer == "vector" else None
