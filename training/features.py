@@ -174,6 +174,7 @@ class PerceptualDistance(nn.Module):
         for index, weight in enumerate(weights or []):
             self.register_buffer(f"weight{index}", weight)
         self.eval().requires_grad_(False)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # three times as fast on CPU
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> distances (B,), in float32; gradients reach `image` alone.
@@ -256,4 +257,5 @@ RULER = "efficientnet-lite0"
 
 def ruler() -> EfficientNetLite:
     """The ruler's network, frozen; see `EfficientNetLite.pooled`. Raises ValueError where its package is missing."""
-    return _efficientnet(RULER.removeprefix("efficientnet-")).eval().requires_grad_(False)
+    network = _efficientnet(RULER.removeprefix("efficientnet-")).eval().requires_grad_(False)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
