@@ -12,7 +12,7 @@ install: .venv/.installed
 	@$(PYTHON) -c 'import sys; v = sys.version_info; \
 	  sys.exit(None if v >= (3, 11) else "kartina needs Python 3.11 or newer, got %d.%d: make install PYTHON=python3.12" % v[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[data,track,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[data,track,perceptual,dev]"
 	@touch $@
 
 demo: .venv/.installed

@@ -1,4 +1,4 @@
-"""The commands that train and judge: `kartina train | plan | evaluate | doctor | compare`.
+"""The commands that train and judge: `kartina train | plan | evaluate | reconstruct | doctor | compare`.
 
 Nothing heavy is imported before a command runs.
 """
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..pipeline.commands import Device, Json, load
+from ..pipeline.commands import Device, Json, device_named, load
 
 app = typer.Typer()
 
@@ -117,6 +117,26 @@ def evaluate(
         counts = {test: columns["one_sample"]["n"] for test, columns in result["tests"].items()}
         facts = {"device": result["device"], "dtype": result["dtype"], "captions": counts}
         save_measured(folder, shlex.join(words), suite.headline(result), **facts)
+
+
+@app.command()
+def reconstruct(
+    models: Annotated[list[str], typer.Argument(help="names or folders of models; a prior is not needed")],
+    data: Annotated[Path | None, typer.Option(help="shards of pictures; by default those of shapes' tests")] = None,
+    count: Annotated[int, typer.Option(min=4, help="pictures, at most")] = 2000,
+    seed: int = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure what tokenizers lose: PSNR, SSIM, KID, facts of shapes and the use of codes, one row for each."""
+    from ..pipeline.terminal import progress_bar
+    from .evaluation import reconstruction
+
+    with progress_bar("giving back") as progress:
+        result = reconstruction.evaluate(
+            models, data=data, count=count, seed=seed, device=device_named(device), progress=progress
+        )
+    typer.echo(json.dumps(result) if as_json else reconstruction.report(result))
 
 
 @app.command()

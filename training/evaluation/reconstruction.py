@@ -1,0 +1,267 @@
+"""The ruler of tokenizers: how like themselves pictures are after encoding and decoding. One row for each tokenizer.
+
+All figures are of 8-bit pictures that training does not show.
+
+- psnr: dB, of the mean squared error over all pictures.
+- ssim: structural similarity (Wang 2004, doi:10.1109/TIP.2003.819861) of each colour, averaged.
+- kid: squared maximum mean discrepancy (Binkowski 2018, arXiv:1801.01401, section 3 and equation 4) between features of
+  true pictures and of other pictures' reconstructions: no picture meets its own, so that the estimate is unbiased. The
+  features are EfficientNet-Lite0's, which no loss uses; the name "KID-lite0" is to tell it from Inception's.
+- facts: how often `shapes_checker` still finds the facts of a picture of shapes; what bounds every prior.
+- usage, perplexity: of the codebook over all pictures.
+
+N pictures, B of a batch, S their side, D size of a feature.
+
+It does not know how a tokenizer was trained, nor priors.
+"""
+
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...pipeline import checkpoint
+from ...pipeline.images import to_uint8
+from ...pipeline.text_to_image import find_model
+from ..data.shapes import JITTER, ShapesSource
+from ..data.shapes_scenes import Facts
+from ..features import RULER, ruler
+from ..objectives.dvae import codebook_use
+from ..stream import ShardSource
+from .reports import Result, percent
+from .shapes_checker import check
+from .shapes_suite import HELD_OUT
+from .statistics import rate
+
+SIDE = 128  # to which smaller pictures are enlarged before their features are read
+SUBSETS, LARGEST = 50, 1000  # of KID, and the most pictures of one
+_TESTS = ("S1", *HELD_OUT)
+_CHUNK = 64
+
+Pictures = Iterator[tuple[Tensor, list[Facts] | None]]  # (B, 3, S, S) in [-1, 1], and what they show
+
+
+def ssim(first: Tensor, second: Tensor) -> Tensor:
+    """Structural similarity of pictures (B, S, S, 3) uint8: a mean over colours and places for each, float64 (B,).
+
+    As published (equation 13): an 11 x 11 Gaussian window of deviation 1.5, wholly inside the picture, K1 = 0.01,
+    K2 = 0.03. Raises ValueError for pictures below 11 pixels a side or of different shapes.
+    """
+    if first.shape != second.shape or first.dim() != 4 or min(first.shape[1:3]) < 11:
+        raise ValueError(
+            f"ssim needs pictures (B, S, S, 3) of one shape, at least 11 pixels a side, got {tuple(first.shape)} and "
+            f"{tuple(second.shape)}; compare larger ones"
+        )
+    x, y = (pictures.double().movedim(3, 1).flatten(0, 1)[:, None] for pictures in (first, second))  # (3 B, 1, S, S)
+    window = torch.exp(-torch.arange(-5.0, 6.0, dtype=torch.float64).square() / (2 * 1.5**2))
+    window = (window / window.sum()).view(1, 1, 1, 11)
+
+    def local(values: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(values, window), window.mT)
+
+    mean_x, mean_y = local(x), local(y)
+    variances = local(x * x) - mean_x.square() + local(y * y) - mean_y.square()
+    covariance = local(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    likeness = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    likeness = likeness / ((mean_x.square() + mean_y.square() + c1) * (variances + c2))
+    return likeness.view(len(first), -1).mean(dim=1)
+
+
+def squared_mmd(first: Tensor, second: Tensor) -> float:
+    """The unbiased estimate of the squared MMD (Binkowski 2018, equation 4) of features (N, D) and (M, D).
+
+    The kernel is (x . y / D + 1)^3. It can be negative. Raises ValueError for fewer than 2 features.
+    """
+    if min(len(first), len(second)) < 2:
+        raise ValueError(f"KID needs at least 2 pictures of each, got {len(first)} and {len(second)}; take more")
+
+    def total(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1).pow(3)
+
+    n, m = len(first), len(second)
+    within = [kernel.sum() - kernel.trace() for kernel in (total(first, first), total(second, second))]
+    between = total(first, second).mean()
+    return float(within[0] / (n * (n - 1)) + within[1] / (m * (m - 1)) - 2 * between)
+
+
+def kid(true: Tensor, again: Tensor, seed: int = 0) -> tuple[float, float]:
+    """Mean and deviation of `squared_mmd` over random subsets; true, again (N, D): features of the same N pictures.
+
+    Each subset has two halves of min(LARGEST, N / 2) pictures: of one the true features, of the other the rest.
+    """
+    half, draws, found = min(LARGEST, len(true) // 2), torch.Generator().manual_seed(seed), []
+    for _ in range(SUBSETS):
+        order = torch.randperm(len(true), generator=draws)
+        found.append(squared_mmd(true[order[:half]].double(), again[order[half : 2 * half]].double()))
+    return float(torch.tensor(found).mean()), float(torch.tensor(found).std())
+
+
+class _Tokenizer:
+    """A tokenizer from its model folder, and what was found of it so far."""
+
+    def __init__(self, name: str, device: Any) -> None:
+        folder = find_model(name)
+        self.name, self.recipe = name, checkpoint.load_recipe(folder)
+        self.network = checkpoint.load_part(folder, self.recipe, "tokenizer", device)
+        self.spec, self.entry = self.network.spec, checkpoint.read_card(folder)["parts"]["tokenizer"]
+        self.data = self.recipe.training.get("data", {})
+        self.counts = torch.zeros(getattr(self.spec, "vocabulary", 0), dtype=torch.int64)
+        self.errors: list[float] = []
+        self.likeness: list[float] = []
+        self.kept: list[bool] = []
+        self.features: list[Tensor] = []
+
+    def reconstruct(self, image: Tensor) -> Tensor:
+        """image (B, 3, S, S) -> pictures (B, S, S, 3), uint8; counts the codes."""
+        z = self.network.encode(image.to(next(self.network.parameters())))
+        if len(self.counts):
+            self.counts += torch.bincount(z.flatten().cpu(), minlength=len(self.counts))
+        return to_uint8(self.network.decode(z))
+
+    def judge(self, true: Tensor, again: Tensor, facts: list[Facts] | None) -> None:
+        """Pictures (B, S, S, 3) and their reconstructions."""
+        self.errors += (true.double() - again.double()).square().mean((1, 2, 3)).tolist()
+        self.likeness += ssim(true, again).tolist()
+        self.kept += [] if facts is None else [not failures for failures in check(again.numpy(), facts)]
+
+    def result(self, true: Tensor, seed: int) -> Result:
+        """Its row; true (N, D): features of the pictures."""
+        error, (mean, deviation) = sum(self.errors) / len(self.errors), kid(true, torch.cat(self.features), seed)
+        identity = self.entry.get("identity", {})
+        row: Result = {
+            "model": self.name,
+            "hash": self.entry["hash"],
+            "latent": list(self.spec.shape),
+            "parameters": sum(weight.numel() for weight in self.network.parameters()),
+            "trained_on": identity["steps"] * identity["global_batch"] if "steps" in identity else None,
+            "psnr": 10 * math.log10(255**2 / error) if error else None,
+            "ssim": sum(self.likeness) / len(self.likeness),
+            "kid": mean,
+            "kid_deviation": deviation,
+        }
+        if self.kept:
+            row["facts"] = rate(sum(self.kept), len(self.kept))
+        if len(self.counts):
+            used = codebook_use(self.counts.double())
+            row |= {"vocabulary": len(self.counts)} | {name: float(value) for name, value in used.items()}
+        return row
+
+
+def _pictures(tokenizers: list[_Tokenizer], data: Path | None, count: int, seed: int) -> tuple[int, str, Pictures]:
+    """The number of pictures, what they are, and they in batches. Raises ValueError where not all read the same."""
+    sizes = {tokenizer.recipe.image_size for tokenizer in tokenizers}
+    jitters = {tokenizer.data.get("jitter", JITTER) for tokenizer in tokenizers}
+    shapes = all(tokenizer.data.get("kind", "shapes") == "shapes" for tokenizer in tokenizers)
+    if len(sizes) > 1 or data is None and len(jitters) > 1:
+        raise ValueError(
+            f"tokenizers in one table give back the same pictures, got sizes {sorted(sizes)} px and jitters "
+            f"{sorted(jitters)} of the colours; judge those that differ alone"
+        )
+    if data is None and not shapes:
+        raise ValueError("not all were trained on shapes; name shards of pictures to give back with --data FOLDER")
+    size = sizes.pop()
+    if data is not None:
+        source = ShardSource(data, size, seed)
+        total = min(count, source.size)
+        return total, str(data), _of_shards(source, total)
+    tests = [ShapesSource(size, seed, split=test, jitter=jitters.copy().pop()) for test in _TESTS]
+    each = min(count // len(tests), min(test.size or 0 for test in tests))
+    return each * len(tests), "shapes " + ", ".join(_TESTS), _of_shapes(tests, each)
+
+
+def _chunks(count: int) -> list[range]:
+    return [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
+
+
+def _of_shards(source: ShardSource, count: int) -> Pictures:
+    for part in _chunks(count):
+        batch = source.read(part)
+        yield batch.image[batch.weight > 0], None
+
+
+def _of_shapes(tests: list[ShapesSource], each: int) -> Pictures:
+    for test in tests:
+        for part in _chunks(each):
+            yield test.read(part).image, test.facts(part)
+
+
+@torch.inference_mode()
+def evaluate(
+    models: Sequence[str],
+    *,
+    data: Path | None = None,
+    count: int = 2000,
+    seed: int = 0,
+    device: Any = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Judges the tokenizers of model folders on the same pictures; a model needs no prior.
+
+    models: shipped names or folders. data: a folder of shards that none was trained on; None for the tests of shapes.
+    count: of pictures, at most. progress: called with the pictures read and in all. Returns {"pictures", "n", "seed",
+    "features", "tokenizers": [see the module's legend, and parameters, latent, trained_on: pictures seen]}; what a
+    tokenizer does not have (facts, codes) is left out, psnr is None where nothing differs. Raises ValueError for
+    tokenizers that do not read the same pictures or fewer than 4 pictures, and as loading does.
+    """
+    tokenizers = [_Tokenizer(name, device) for name in models]
+    total, what, pictures = _pictures(tokenizers, data, count, seed)
+    if total < 4:
+        raise ValueError(f"the ruler needs at least 4 pictures, got {total}; ask for more with --count")
+    judge, features = ruler().to(device), []
+
+    def read(picture: Tensor) -> Tensor:
+        """(B, S, S, 3) uint8 -> features (B, D), on the CPU."""
+        image = picture.to(device).movedim(3, 1).float() / 127.5 - 1
+        if image.shape[-1] < SIDE:
+            image = F.interpolate(image, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+        return judge.pooled(image).cpu()
+
+    for image, facts in pictures:
+        true = to_uint8(image)
+        features.append(read(true))
+        for tokenizer in tokenizers:
+            again = tokenizer.reconstruct(image)
+            tokenizer.judge(true, again, facts)
+            tokenizer.features.append(read(again))
+        if progress is not None:
+            progress(sum(map(len, features)), total)
+    known = torch.cat(features)
+    rows = [tokenizer.result(known, seed) for tokenizer in tokenizers]
+    return {"pictures": what, "n": len(known), "seed": seed, "features": RULER, "tokenizers": rows}
+
+
+def report(result: Result) -> str:
+    """The table for people."""
+    text = io.StringIO()
+    console = Console(file=text, width=140, markup=False, highlight=False)
+    console.print(f"{result['n']} pictures of {result['pictures']}, seed {result['seed']}; KID of {result['features']}")
+    table = Table(box=box.SIMPLE)
+    table.add_column("tokenizer", overflow="fold")
+    table.add_column("latent", no_wrap=True)
+    for heading in ("weights", "trained on", "PSNR", "SSIM", "KID x 1000", "facts kept", "codes used", "perplexity"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in result["tokenizers"]:
+        grid = "x".join(map(str, row["latent"]))
+        table.add_row(
+            row["model"],
+            f"{grid} of {row['vocabulary']}" if "vocabulary" in row else grid,
+            f"{row['parameters']:,}",
+            "-" if row["trained_on"] is None else f"{row['trained_on']:,}",
+            "exact" if row["psnr"] is None else f"{row['psnr']:.2f} dB",
+            f"{row['ssim']:.4f}",
+            f"{1000 * row['kid']:.2f} +- {1000 * row['kid_deviation']:.2f}",
+            percent(row["facts"]) if "facts" in row else "-",
+            f"{row['usage']:.1%}" if "usage" in row else "-",
+            f"{row['perplexity']:.1f}" if "perplexity" in row else "-",
+        )
+    console.print(table)
+    return text.getvalue()
