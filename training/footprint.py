@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from ..pipeline.recipe import Recipe, RecipeError, build
+from ..priors.condition import Condition
 from .objectives import autoencoder as autoencoder_objective
 from .objectives import autoencoder_kl as kl_objective
 from .objectives import clip as clip_objective
@@ -158,11 +159,38 @@ def _autoencoder_kl(setting: Setting, batch: int) -> Tensor:
     return kl_objective.autoencoder_kl(out["reconstruction"], image, *posterior, weight)[0][0]
 
 
+def _unet(setting: Setting, batch: int) -> Tensor:
+    """The squared error of a prediction. Latents and tokens are made in the step, where the recipe has what makes them;
+    both are frozen here, so a text encoder that is trained too takes more. A second image beside x_t costs nothing.
+    """
+    network, frozen = setting.network, setting.frozen
+    if "tokenizer" in frozen:
+        size = frozen["tokenizer"].image_size
+        x_t = setting.run_frozen("tokenizer", "encode", torch.zeros(batch, 3, size, size))  # (B, C, h, w)
+    else:
+        x_t = torch.zeros(batch, network.in_channels, setting.recipe.image_size, setting.recipe.image_size)
+    tokens = mask = labels = embedding = image = None
+    if "text" in frozen:
+        text = torch.zeros(batch, frozen["text"].text_length, dtype=torch.int64)
+        tokens, mask = setting.run_frozen("text", "forward", text)
+    elif network.context_dim is not None:
+        tokens = torch.zeros(batch, setting.recipe.captions.context_length, network.context_dim)
+    if network.num_classes is not None:
+        labels = torch.zeros(batch, dtype=torch.int64)
+    if network.embedding_dim is not None:
+        embedding = torch.zeros(batch, network.embedding_dim)
+    if network.in_channels > x_t.shape[1]:
+        image = torch.zeros(batch, network.in_channels - x_t.shape[1], *x_t.shape[2:])
+    out = setting.forward(x_t, torch.zeros(batch, dtype=torch.int64), Condition(labels, tokens, mask, embedding, image))
+    return (out - torch.zeros_like(out)).square().mean()
+
+
 # By kind: the frozen parts that the stage reads, and the loss of one micro-batch as the stage computes it.
 PASSES: dict[str, tuple[tuple[str, ...], Callable[[Setting, int], Tensor]]] = {
     "dvae": ((), _dvae),
     "patch_dvae": ((), _dvae),
     "dalle": (("tokenizer",), _dalle),
+    "unet": ((), _unet),
     "clip": ((), _clip),
     "autoencoder": ((), _autoencoder),
     "vae": ((), _vae),
@@ -170,6 +198,8 @@ PASSES: dict[str, tuple[tuple[str, ...], Callable[[Setting, int], Tensor]]] = {
     "vqgan": ((), _vqgan),
     "autoencoder_kl": ((), _autoencoder_kl),
 }
+# By kind: the frozen parts that the stage reads where the recipe has them.
+OPTIONAL: dict[str, tuple[str, ...]] = {"unet": ("tokenizer", "text")}
 
 
 @dataclass(frozen=True)
@@ -270,7 +300,7 @@ def measure(
             "add it to PASSES in training/footprint.py"
         )
     parts, loss_of = PASSES[kind]
-
+    parts += tuple(other for other in OPTIONAL.get(kind, ()) if other in recipe.parts)
     outputs: list[Any] = []
 
     def forward(*inputs: Any) -> Any:  # as Accelerate wraps it: outputs come back in float32
