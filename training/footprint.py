@@ -160,29 +160,22 @@ def _autoencoder_kl(setting: Setting, batch: int) -> Tensor:
 
 
 def _unet(setting: Setting, batch: int) -> Tensor:
-    """The squared error of a prediction. Latents and tokens are made in the step, where the recipe has what makes them;
-    both are frozen here, so a text encoder that is trained too takes more. A second image beside x_t costs nothing.
+    """The squared error of a prediction. Latents and tokens are made in the step, where the recipe has what makes them,
+    both frozen: a text encoder that is trained too takes more.
     """
-    network, frozen = setting.network, setting.frozen
-    if "tokenizer" in frozen:
-        size = frozen["tokenizer"].image_size
+    network, recipe, whole = setting.network, setting.recipe, torch.zeros(batch, dtype=torch.int64)
+    x_t, image = torch.zeros(batch, network.in_channels, recipe.image_size, recipe.image_size), None
+    if "tokenizer" in setting.frozen:
+        size = setting.frozen["tokenizer"].image_size
         x_t = setting.run_frozen("tokenizer", "encode", torch.zeros(batch, 3, size, size))  # (B, C, h, w)
-    else:
-        x_t = torch.zeros(batch, network.in_channels, setting.recipe.image_size, setting.recipe.image_size)
-    tokens = mask = labels = embedding = image = None
-    if "text" in frozen:
-        text = torch.zeros(batch, frozen["text"].text_length, dtype=torch.int64)
-        tokens, mask = setting.run_frozen("text", "forward", text)
-    elif network.context_dim is not None:
-        tokens = torch.zeros(batch, setting.recipe.captions.context_length, network.context_dim)
-    if network.num_classes is not None:
-        labels = torch.zeros(batch, dtype=torch.int64)
-    if network.embedding_dim is not None:
-        embedding = torch.zeros(batch, network.embedding_dim)
     if network.in_channels > x_t.shape[1]:
         image = torch.zeros(batch, network.in_channels - x_t.shape[1], *x_t.shape[2:])
-    out = setting.forward(x_t, torch.zeros(batch, dtype=torch.int64), Condition(labels, tokens, mask, embedding, image))
-    return (out - torch.zeros_like(out)).square().mean()
+    text = torch.zeros(batch, recipe.captions.context_length, dtype=torch.int64)
+    tokens = torch.zeros(*text.shape, network.context_dim) if network.context_dim else None
+    tokens, mask = setting.run_frozen("text", "forward", text) if "text" in setting.frozen else (tokens, None)
+    labels = None if network.num_classes is None else whole
+    embedding = torch.zeros(batch, network.embedding_dim) if network.embedding_dim else None
+    return setting.forward(x_t, whole, Condition(labels, tokens, mask, embedding, image)).square().mean()
 
 
 # By kind: the frozen parts that the stage reads, and the loss of one micro-batch as the stage computes it.
@@ -198,8 +191,14 @@ PASSES: dict[str, tuple[tuple[str, ...], Callable[[Setting, int], Tensor]]] = {
     "vqgan": ((), _vqgan),
     "autoencoder_kl": ((), _autoencoder_kl),
 }
-# By kind: the frozen parts that the stage reads where the recipe has them.
-OPTIONAL: dict[str, tuple[str, ...]] = {"unet": ("tokenizer", "text")}
+# By kind: the frozen parts that the stage reads too, where the recipe has them.
+_IF_THERE: dict[str, tuple[str, ...]] = {"unet": ("tokenizer", "text")}
+
+
+def frozen_parts(recipe: Recipe, part: str) -> tuple[str, ...]:
+    """The parts of the recipe that the stage of a part reads, frozen."""
+    kind = recipe.parts[part]["kind"]
+    return PASSES[kind][0] + tuple(other for other in _IF_THERE.get(kind, ()) if other in recipe.parts)
 
 
 @dataclass(frozen=True)
@@ -299,8 +298,7 @@ def measure(
             f"parts.{part}: what a pass of the kind {kind!r} costs is not known, expected one of {', '.join(PASSES)}; "
             "add it to PASSES in training/footprint.py"
         )
-    parts, loss_of = PASSES[kind]
-    parts += tuple(other for other in OPTIONAL.get(kind, ()) if other in recipe.parts)
+    loss_of = PASSES[kind][1]
     outputs: list[Any] = []
 
     def forward(*inputs: Any) -> Any:  # as Accelerate wraps it: outputs come back in float32
@@ -309,7 +307,7 @@ def measure(
         return outputs[-1]
 
     setting = Setting(recipe, network, forward, knobs or {}, world)
-    setting.frozen = {other: build_fake(recipe, other).requires_grad_(False) for other in parts}
+    setting.frozen = {other: build_fake(recipe, other).requires_grad_(False) for other in frozen_parts(recipe, part)}
     modules = [network, *setting.frozen.values()]
     counter = _Counter(modules)
     setting.flops = lambda: counter.flops
