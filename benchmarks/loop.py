@@ -30,7 +30,7 @@ from kartina.training import exchange
 from kartina.training import run as runs
 from kartina.training.__main__ import source_of
 from kartina.training.loop import train_stage
-from kartina.training.optim import EMA, build_optimizers, fast_bf16
+from kartina.training.optim import EMA, build_optimizers, fast_bf16, rate
 from kartina.training.stages import STAGES
 from kartina.training.stopping import Stop
 from kartina.training.stream import prefetch, rank_positions
@@ -76,6 +76,8 @@ def bare(name, accelerator):
     config, times = training.stages[name], []
     network = stage.networks[name]
     stage.forward[name] = accelerator.prepare_model(network)
+    if stage.restart_step == 0:  # else it would compute with other numbers, which take another time
+        stage.restart()
     optimizers, ema = build_optimizers(network, config.optimizer), EMA(network, config.ema)
     batch_size = config.global_batch
     positions = chain.from_iterable(rank_positions(at, batch_size, 0, 1, batch_size) for at in count())
@@ -86,6 +88,8 @@ def bare(name, accelerator):
         (loss / total).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip)
         for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate(step, STEPS, config.optimizer)
             optimizer.step()
         ema.update()
         network.zero_grad(set_to_none=True)

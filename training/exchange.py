@@ -42,18 +42,20 @@ def advance(generators: list[Iterator[Update]], networks: Collection[Any], accel
     return updates
 
 
-def divide(network: torch.nn.Module, updates: list[Update], accelerator: Accelerator) -> tuple[float, float]:
-    """Turns gradients of sums, averaged over ranks by DDP, into that of the global mean. Returns (loss, count)."""
+def divide(network: torch.nn.Module, updates: list[Update], accelerator: Accelerator) -> Tensor:
+    """Turns gradients of sums, averaged over ranks by DDP, into that of the global mean, which no count of 0 has.
+
+    Returns the loss and the count, (2,), on the device: the host does not wait for them here.
+    """
     sums = [
         torch.stack([torch.as_tensor(x, device=accelerator.device, dtype=torch.float32) for x in u[1]]) for u in updates
     ]
-    loss, count = accelerator.reduce(torch.stack(sums).sum(0).detach(), reduction="sum").tolist()
-    if count > 0:
-        scale = accelerator.num_processes / count
-        for parameter in network.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
-    return loss, count
+    total = accelerator.reduce(torch.stack(sums).sum(0).detach(), reduction="sum")
+    scale = accelerator.num_processes / total[1]
+    for parameter in network.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(scale)
+    return total
 
 
 def mean_scalars(updates: list[Update], accelerator: Accelerator) -> dict[str, float]:

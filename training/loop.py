@@ -210,9 +210,10 @@ class _Run:
         while updates := exchange.advance(generators, self.stage.forward.values(), self.accelerator):
             name = updates[0][0]
             network, clip = run.networks[name], self.config.optimizer_of(name).clip
-            loss, count = exchange.divide(network, updates, self.accelerator)
-            norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(network.parameters(), clip)))
+            total = exchange.divide(network, updates, self.accelerator)
+            norm = parallel.whole(torch.nn.utils.clip_grad_norm_(network.parameters(), clip))
             # After the exchange the three are the same on every rank, and so is the choice.
+            loss, count, norm = torch.stack([*total, norm.to(total)]).tolist()
             finite = count > 0 and math.isfinite(loss) and math.isfinite(norm)
             if finite:
                 for optimizer in run.optimizers[name]:
