@@ -1,4 +1,4 @@
-"""Avatars: labels are what was drawn, held-out cells stay out, equal arguments give equal shards, captions say it all."""
+"""Avatars: labels are what was drawn, held-out cells stay out, equal arguments give equal shards, captions say all."""
 
 import importlib.util
 import json
