@@ -53,7 +53,7 @@ class Captions(Section):
 
 
 class Sampling(Section):
-    """The knobs that a system paints with where none are given, see `kartina.priors.samplers.sample_codes`.
+    """The knobs that a system paints with where none are given, see `kartina.priors.code_samplers.sample_codes`.
 
     Strict, since the facts of a picture are read by it too, and a picture comes from anyone.
     """
