@@ -51,14 +51,13 @@ class Denoiser:
     """A raw network as a denoiser.
 
     network: (x_t, t, condition) -> (B, C, h, w), or (B, 2 C, h, w) where variances are learned. prediction: what it
-    predicts, "eps", "x_0" or "v". dtype: of what the network is given, by default that of x_t. Raises ValueError for
-    another prediction, and for "eps" where the schedule ends without signal: there x_t says nothing of x_0 but eps.
+    predicts, "eps", "x_0" or "v". Raises ValueError for another prediction, and for "eps" where the schedule ends
+    without signal: there eps is x_t, whatever x_0 is.
     """
 
     network: Callable[[Tensor, Tensor, Any], Tensor]
     schedule: Schedule
     prediction: str = "eps"
-    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
@@ -71,7 +70,7 @@ class Denoiser:
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Denoised:
         """See `Denoise`. Raises ValueError where the network gives another shape."""
-        out = self.network(x_t if self.dtype is None else x_t.to(self.dtype), t, condition)
+        out = self.network(x_t, t, condition)
         batch, channels, *place = x_t.shape
         if out.shape not in ((batch, channels, *place), (batch, 2 * channels, *place)):
             raise ValueError(

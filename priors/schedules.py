@@ -96,23 +96,29 @@ class Schedule:
         alpha_bar = torch.cat([torch.ones_like(self.betas[:1]), self.alpha_bar])
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
+    @cached_property
+    def _posterior(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What x_0 and x_t are multiplied with in the posterior's mean, and its variance, float64 (T,) each."""
+        alpha, sigma = self._tables
+        kept = (sigma[:-1] / sigma[1:]).square()
+        return alpha[:-1] * self.betas / sigma[1:].square(), (1 - self.betas).sqrt() * kept, self.betas * kept
+
     def at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma of the timesteps t (B,), in [-1, T - 1], to be multiplied with `like` (B, ...).
 
         t: int64, or floating where it may lie between two. Both are (B, 1, ...) in the full precision of `like`.
         """
-        precision = full(like[:0]).dtype
-        alphas, sigmas = (table.to(precision).to(like.device) for table in self._tables)
         below = t.floor().long() + 1
-        alpha, sigma = alphas[below], sigmas[below]
-        if t.is_floating_point():
-            share, above = (t - t.floor()).to(precision), (below + 1).clamp(max=self.num_timesteps)
-            ratio = (1 - share) * sigma / alpha + share * sigmas[above] / alphas[above]
-            between = share > 0
-            alpha = torch.where(between, (1 + ratio.square()).rsqrt(), alpha)
-            sigma = torch.where(between, (1 + ratio.pow(-2)).rsqrt(), sigma)
-        shape = (-1, *[1] * (like.dim() - 1))
-        return alpha.view(shape), sigma.view(shape)
+        alpha, sigma = (_pick(table, below, like) for table in self._tables)
+        if not t.is_floating_point():
+            return alpha, sigma
+        above = (below + 1).clamp(max=self.num_timesteps)
+        share = (t - t.floor()).to(alpha.dtype).view(alpha.shape)
+        next_alpha, next_sigma = (_pick(table, above, like) for table in self._tables)
+        ratio = (1 - share) * sigma / alpha + share * next_sigma / next_alpha
+        between = share > 0
+        alpha = torch.where(between, (1 + ratio.square()).rsqrt(), alpha)
+        return alpha, torch.where(between, (1 + ratio.pow(-2)).rsqrt(), sigma)
 
     def diffuse(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """A draw of q(x_t | x_0) for x_0 and eps (B, ...) and t (B,) (Ho 2020, equation 4)."""
@@ -124,20 +130,21 @@ class Schedule:
 
         The variance is beta_t, so eps is multiplied by sqrt(beta_t).
         """
-        beta = self.betas.to(full(x[:0]).dtype).to(x.device)[t].view(-1, *[1] * (x.dim() - 1))
-        return (1 - beta).sqrt() * full(x) + beta.sqrt() * full(eps)
+        keep, add = (_pick(table.sqrt(), t, x) for table in (1 - self.betas, self.betas))
+        return keep * full(x) + add * full(eps)
+
+    def posterior_terms(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """a, b and the variance of q(x_{t-1} | x_t, x_0), whose mean is a x_0 + b x_t (Ho 2020, equations 6 and 7).
+
+        t: int64 (B,). Each is (B, 1, ...). At t = 0 they are 1, 0 and 0.
+        """
+        a, b, variance = (_pick(table, t, like) for table in self._posterior)
+        return a, b, variance
 
     def posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (B, ...) and variance (B, 1, ...) of q(x_{t-1} | x_t, x_0) (Ho 2020, equations 6 and 7).
-
-        At t = 0 the mean is x_0 and the variance 0.
-        """
-        alpha, sigma = self.at(t, x_t)
-        alpha_before, sigma_before = self.at(t - 1, x_t)
-        step = alpha / alpha_before
-        beta = 1 - step.square()
-        mean = (alpha_before * beta * full(x_0) + step * sigma_before.square() * full(x_t)) / sigma.square()
-        return mean, beta * (sigma_before / sigma).square()
+        """Mean (B, ...) and variance (B, 1, ...) of q(x_{t-1} | x_t, x_0); see `posterior_terms`."""
+        a, b, variance = self.posterior_terms(t, x_t)
+        return a * full(x_0) + b * full(x_t), variance
 
     def log_variance(self, t: Tensor, share: Tensor | float, like: Tensor) -> Tensor:
         """ln of a variance of p(x_{t-1} | x_t), (B, 1, ...) or the shape of `share`: share ln beta + (1 - share) ln
@@ -145,12 +152,9 @@ class Schedule:
 
         t: int64 (B,). beta_tilde of t = 0, which is 0, counts as that of t = 1.
         """
-        alpha_bar = self.alpha_bar
-        beta_tilde = self.betas[1:] * (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:])
-        tables = self.betas.log(), torch.cat([beta_tilde[:1], beta_tilde]).log()
-        shape = (-1, *[1] * (like.dim() - 1))
-        most, least = (table.to(full(like[:0]).dtype).to(like.device)[t].view(shape) for table in tables)
-        return share * most + (1 - share) * least
+        beta_tilde = self._posterior[2]
+        most, least = self.betas.log(), torch.cat([beta_tilde[1:2], beta_tilde[1:]]).log()
+        return share * _pick(most, t, like) + (1 - share) * _pick(least, t, like)
 
     def level(self, t: float) -> Level:
         """One timestep in [-1, T - 1] as numbers."""
@@ -198,6 +202,12 @@ class Schedule:
         low, high = ratio[0] ** (1 / _RHO), ratio[-1] ** (1 / _RHO)
         wanted = np.linspace(high, low, num_steps) ** _RHO
         return np.interp(wanted, ratio, np.arange(len(ratio)))
+
+
+def _pick(table: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    """table (N,) at index (B,), as (B, 1, ...) beside `like` (B, ...), in its full precision and on its device."""
+    values = table.to(full(like[:0]).dtype).to(like.device)
+    return values[index].view(-1, *[1] * (like.dim() - 1))
 
 
 def new_schedule(

@@ -40,7 +40,7 @@ def test_pure_noise_has_a_prediction(prediction):
 def test_conversion_is_in_full_precision():
     schedule, x_t = new_schedule(), normal(4, 3, 2, 2, dtype=torch.float32)
     network = torch.nn.Conv2d(3, 6, 1).bfloat16()
-    denoise = Denoiser(lambda x, t, c: network(x), schedule, "v", dtype=torch.bfloat16)
+    denoise = Denoiser(lambda x, t, c: network(x.bfloat16()), schedule, "v")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = denoise(x_t, T, None)
     assert {found.x_0.dtype, found.eps.dtype, found.variance_share.dtype} == {torch.float32}
