@@ -41,8 +41,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, num_heads: int, qk_norm: bool = False) -> None:
         super().__init__()
-        if width % num_heads:
-            raise ValueError(f"attention: num_heads must divide the width, got width {width} and {num_heads} heads")
+        check_heads(num_heads, width)
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = nn.RMSNorm(width // num_heads, eps=1e-6) if qk_norm else nn.Identity()
@@ -88,15 +87,31 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(batch, length, width))
 
 
-class SpatialAttention(nn.Module):
-    """x + out(attention(norm(x))) over all positions, one head, 1x1 convolutions: (B, C, H, W) -> the same.
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, piece: int | None = None) -> Tensor:
+    """Attention of all queries to all keys: q (B, H, L, E), k and v (B, H, S, E) -> (B, H, L, E).
 
-    As in VQ-GAN (Esser 2021, arXiv:2012.09841, table 7), with the names of its published checkpoints.
+    mask: bool (B, 1, 1, S), True where a key may be looked at. piece: so many queries at a time, which where a device
+    has no attention kernel keeps B * H * piece * S scores instead of B * H * L * S.
+    """
+    if piece is None or piece >= q.shape[2]:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    parts = [F.scaled_dot_product_attention(part, k, v, attn_mask=mask) for part in q.split(piece, dim=2)]
+    return torch.cat(parts, dim=2)
+
+
+class SpatialAttention(nn.Module):
+    """x + out(attention(norm(x))) over all positions, 1x1 convolutions: (B, C, H, W) -> the same.
+
+    With one head as in VQ-GAN (Esser 2021, arXiv:2012.09841, table 7), with the names of its published checkpoints.
+    piece: see `attend`. Raises ValueError unless `num_heads` divides the channels.
     """
 
-    def __init__(self, channels: int, norm_groups: int = 32) -> None:
+    def __init__(self, channels: int, norm_groups: int = 32, num_heads: int = 1, eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm = group_norm(channels, norm_groups)
+        check_heads(num_heads, channels)
+        self.num_heads = num_heads
+        self.piece: int | None = None
+        self.norm = group_norm(channels, norm_groups, eps)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -104,9 +119,17 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
-        q, k, v = (f(normed).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))  # each (B, 1, H*W, C)
-        y = F.scaled_dot_product_attention(q, k, v)[:, 0].mT  # (B, C, H*W)
+        heads = (f(normed).flatten(2).unflatten(1, (self.num_heads, -1)).mT for f in (self.q, self.k, self.v))
+        q, k, v = heads  # each (B, heads, H*W, E)
+        y = attend(q, k, v, piece=self.piece).mT  # (B, heads, E, H*W)
         return x + self.proj_out(y.reshape(x.shape))
+
+
+def check_heads(num_heads: int, width: int) -> None:
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(
+            f"attention: num_heads must divide the width, got width {width} and {num_heads} heads; change one of them"
+        )
 
 
 class TransformerBlock(nn.Module):

@@ -4,13 +4,13 @@ normalisation, and the halving and doubling of H and W, of VQ-GAN and latent dif
 appendix B; Rombach 2022, arXiv:2112.10752; as in Ho 2020, arXiv:2006.11239). The latter keep the names that the tensors
 have in the published checkpoints.
 
-B images, C channels, H x W pixels.
+B images, C channels, H x W pixels, M the width of an embedding that modulates a block.
 
 It does not know which model the blocks stand in or at which resolution.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +79,8 @@ class BottleneckBlock(nn.Module):
         return torch.add(skip, y, alpha=self.gain)
 
 
-def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    """GroupNorm (Wu 2018, arXiv:1803.08494) with the eps of the published autoencoders.
+def group_norm(channels: int, groups: int, eps: float = 1e-6) -> nn.GroupNorm:
+    """GroupNorm (Wu 2018, arXiv:1803.08494), by default with the eps of the published autoencoders.
 
     Raises ValueError unless `groups` divides `channels`.
     """
@@ -89,39 +89,70 @@ def group_norm(channels: int, groups: int) -> nn.GroupNorm:
             f"GroupNorm needs groups that divide the channels, got {channels} channels and {groups} groups; "
             "change width, channel_mult or norm_groups"
         )
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return nn.GroupNorm(groups, channels, eps=eps)
 
 
 class ResBlock(nn.Module):
     """x + conv(swish(norm(conv(swish(norm(x)))))), both convolutions 3x3: (B, n_in, H, W) -> (B, n_out, H, W).
 
-    The skip is the identity, or a 1x1 convolution when the channels change. It has no dropout: the published
-    autoencoders set it to 0.
+    The skip is the identity, or a 1x1 convolution when the channels change. modulation: M, of an embedding (B, M), of
+    which a projection is added before the second norm; scale_shift: instead, two of them scale and shift what that norm
+    gives (Dhariwal 2021, arXiv:2105.05233, equation 6: AdaGN). Without M the block is that of the autoencoders.
     """
 
-    def __init__(self, n_in: int, n_out: int, norm_groups: int = 32) -> None:
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        norm_groups: int = 32,
+        modulation: int | None = None,
+        scale_shift: bool = False,
+        eps: float = 1e-6,
+    ) -> None:
         super().__init__()
-        self.norm1 = group_norm(n_in, norm_groups)
+        self.norm1 = group_norm(n_in, norm_groups, eps)
         self.conv1 = nn.Conv2d(n_in, n_out, 3, padding=1)
-        self.norm2 = group_norm(n_out, norm_groups)
+        self.scale_shift = scale_shift
+        self.temb_proj = None if modulation is None else nn.Linear(modulation, n_out * (1 + scale_shift))
+        self.norm2 = group_norm(n_out, norm_groups, eps)
         self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, embedding: Tensor | None = None, dropout: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """x: (B, n_in, H, W); embedding: (B, M), after its nonlinearity. dropout: applied before the last convolution.
+
+        Returns (B, n_out, H, W).
+        """
         y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return self.nin_shortcut(x) + y
+        if self.temb_proj is None:
+            y = self.norm2(y)
+        else:
+            assert embedding is not None, "a modulated block needs the embedding"
+            change = self.temb_proj(embedding)[:, :, None, None]  # (B, n_out or 2 n_out, 1, 1)
+            if self.scale_shift:
+                scale, shift = change.chunk(2, dim=1)
+                y = torch.addcmul(shift, self.norm2(y), 1 + scale)
+            else:
+                y = self.norm2(y + change)
+        y = F.silu(y)
+        return self.nin_shortcut(x) + self.conv2(y if dropout is None else dropout(y))
 
 
 class Down(nn.Module):
-    """3x3 convolution with stride 2: (B, C, H, W) -> (B, C, H/2, W/2), for even H and W."""
+    """3x3 convolution with stride 2: (B, C, H, W) -> (B, C, H/2, W/2), for even H and W.
 
-    def __init__(self, channels: int) -> None:
+    symmetric: zeros on all four sides, as in Dhariwal 2021 and the U-Net of latent diffusion; else to the right and
+    below only, as in Ho 2020 and the autoencoders.
+    """
+
+    def __init__(self, channels: int, symmetric: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=int(symmetric))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # zeros to the right and below only, as published
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
 
 
 class Up(nn.Module):

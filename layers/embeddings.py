@@ -6,10 +6,15 @@ Ho 2019, arXiv 1912.12180), so h + w vectors serve h * w cells.
 Rotary: queries and keys are turned by angles that grow with their coordinates, so that their product depends on how far
 apart two tokens lie, not on where (Su 2021, arXiv 2104.09864); with two coordinates each turns half of the pairs.
 
-h x w the grid, D the width of an embedding, L tokens, E the width of a head.
+Timesteps: sines and cosines of the step at many frequencies, as of a position (Vaswani 2017, arXiv 1706.03762, section
+3.5; of timesteps Ho 2020, arXiv 2006.11239).
+
+h x w the grid, B samples, D the width of an embedding, L tokens, E the width of a head.
 
 It does not know what stands in the cells.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -61,3 +66,18 @@ def rotate(x: Tensor, by: Rotation) -> Tensor:
     """x: (..., L, E), channel i paired with channel i + E / 2. Returns the same shape and dtype."""
     first, second = x.chunk(2, dim=-1)
     return (x * by[0] + torch.cat([-second, first], dim=-1) * by[1]).to(x.dtype)
+
+
+def timestep_embedding(t: Tensor, width: int, last: int = 0, cosine_first: bool = True) -> Tensor:
+    """t: (B,), whole or not. Returns (B, D) in fp32: cosines and sines of t * 10000 ** (-j / (D / 2 - last)).
+
+    j counts from 0 to D / 2 - 1. last=1 ends at the frequency 1 / 10000, as Ho 2020, who has the sines first. Raises
+    ValueError unless D is even.
+    """
+    if width % 2:
+        raise ValueError(f"a timestep embedding needs an even width, got {width}; change the width")
+    half = width // 2
+    exponent = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - last)
+    angles = t[:, None].float() * exponent.exp()  # (B, D / 2)
+    waves = (angles.cos(), angles.sin()) if cosine_first else (angles.sin(), angles.cos())
+    return torch.cat(waves, dim=1)

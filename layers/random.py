@@ -12,6 +12,7 @@ It does not know what the numbers are used for: `stream` names the use, so that 
 
 import math
 import zlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,3 +72,17 @@ def integers(seed: int | Tensor, step: int, samples: Tensor, shape: tuple[int, .
     if high < 1:
         raise ValueError(f"integers: the upper bound must be at least 1, got {high}")
     return _shift(_bits(seed, step, samples, shape, stream), 1) % high
+
+
+class Draws(NamedTuple):
+    """What the masks of a forward pass are a function of; see `uniform`."""
+
+    seed: int | Tensor
+    step: int
+    samples: Tensor
+
+
+def dropout(x: Tensor, rate: float, draws: Draws, stream: str) -> Tensor:
+    """x (B, ...) with each value 0 at probability `rate`, else divided by 1 - rate (Srivastava 2014, JMLR 15)."""
+    kept = uniform(*draws, tuple(x.shape[1:]), stream) >= rate
+    return x * (kept / (1 - rate)).to(x.dtype)

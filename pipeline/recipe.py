@@ -27,7 +27,11 @@ PARTS: dict[str, dict[str, tuple[str, str]]] = {
         "autoencoder_kl": ("tokenizers.autoencoder_kl", "AutoencoderKL"),
     },
     "discriminator": {"patch": ("layers.discriminator", "PatchDiscriminator")},
-    "prior": {"dalle": ("priors.dalle", "DALLE")},
+    "prior": {"dalle": ("priors.dalle", "DALLE"), "unet": ("priors.unet", "UNet")},
+    "text": {
+        "caption_encoder": ("priors.caption_encoder", "CaptionEncoder"),
+        "clip_text": ("priors.caption_encoder", "CLIPText"),
+    },
     "clip": {"clip": ("tokenizers.clip_towers", "CLIP")},
 }
 

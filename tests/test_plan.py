@@ -29,13 +29,19 @@ RECONSTRUCTING = {
     "vqgan": f"{_LAYOUT}, num_codes: 64, code_dim: 8, latent_channels: 8",
     "vqvae": "image_size: 32, width: 16, residual_width: 16, num_codes: 64, code_dim: 8",
 }
+LATENT = [
+    f"parts.tokenizer={{kind: autoencoder_kl, {_LAYOUT}}}",
+    "captions.context_length=9",
+    "parts.text={kind: clip_text, text_length: 9, text_vocab: 100, width: 16, depth: 1, num_heads: 2}",
+    "parts.prior={kind: unet, width: 16, channel_mult: [1, 2], attn_levels: [1], context_dim: 16, norm_groups: 4}",
+]
 KINDS = pytest.mark.parametrize(
     ("overrides", "part"),
     [
-        *[([], "tokenizer"), (SMALL, "prior"), (SMALL, "clip"), ([DVAE], "tokenizer")],
+        *[([], "tokenizer"), (SMALL, "prior"), (SMALL, "clip"), ([DVAE], "tokenizer"), (LATENT, "prior")],
         *[([f"parts.tokenizer={{kind: {kind}, {sizes}}}"], "tokenizer") for kind, sizes in RECONSTRUCTING.items()],
     ],
-    ids=["patch_dvae", "dalle", "clip", "dvae", *RECONSTRUCTING],
+    ids=["patch_dvae", "dalle", "clip", "dvae", "unet", *RECONSTRUCTING],
 )
 
 
@@ -64,7 +70,7 @@ def real(recipe, part: str, bf16: bool = False, hold: bool = True) -> footprint.
             outputs.append(convert_to_fp32(network(*inputs)))
         return outputs[-1] if hold else outputs.pop()
 
-    frozen = {other: build(recipe, other) for other in footprint.PASSES[recipe.parts[part]["kind"]][0]}
+    frozen = {other: build(recipe, other) for other in footprint.frozen_parts(recipe, part)}
     return footprint.Setting(recipe, network, forward, {}, 1, frozen)
 
 
@@ -85,7 +91,9 @@ def profiled(work, tmp_path) -> tuple[float, list[int], object]:
 
 
 def test_every_kind_of_part_can_be_planned():
-    trained = {part: kinds for part, kinds in PARTS.items() if part != "discriminator"}  # in its tokenizer's stage
+    trained = {
+        part: kinds for part, kinds in PARTS.items() if part not in ("discriminator", "text")
+    }  # in others' stages
     assert {kind for kinds in trained.values() for kind in kinds} == set(footprint.PASSES)
 
 
@@ -140,7 +148,7 @@ def test_activations_and_peak_against_the_allocator(overrides, part, bf16, tmp_p
     setting = real(recipe, part, bf16)
     _, alive, _ = profiled(lambda: loss_of(setting, BATCH).backward(), tmp_path)
     # A CPU's convolutions in bfloat16 have a workspace of their own.
-    workspace = bf16 and recipe.parts[part]["kind"] in RECONSTRUCTING
+    workspace = bf16 and recipe.parts[part]["kind"] in (*RECONSTRUCTING, "unet")
     assert found.alive == pytest.approx(max(alive), rel=0.1 if workspace else 0.02)
     assert found.working <= found.alive
 
@@ -217,6 +225,22 @@ def test_a_recipe_without_training_has_no_days(tmp_path):
     found = planned(str(tmp_path / "bare.yaml"), stage="tokenizer")
     assert found["stages"]["tokenizer"]["days"] is None and found["stages"]["tokenizer"]["parameters"] == 97_616_006
     assert "states no training" in plan.report(found)
+
+
+def test_flops_of_the_unet_against_the_profiler(tmp_path):
+    """Backward takes twice the forward pass, but for the first convolution, and attention of 64 places."""
+    recipe, _ = runs.load("shapes/dalle", LATENT)
+    forward, _, _ = profiled(lambda: footprint.PASSES["unet"][1](real(recipe, "prior"), BATCH), tmp_path)
+    found = counted(recipe, "prior")
+    assert found.flops == pytest.approx(3 * (forward - found.frozen_flops), rel=0.1)
+
+
+def test_a_published_diffusion_model_is_planned_by_the_parts_that_have_a_stage():
+    found = planned("paper/ddpm-cifar10")
+    assert list(found["stages"]) == ["prior"] and found["stages"]["prior"]["parameters"] == 35_746_307
+    found = planned("shapes/dalle", *LATENT, "training={}")
+    assert "text" in found["parameters"] and "text" not in found["stages"]
+    assert found["stages"]["prior"]["flops_per_sample"]["frozen"] > 0
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,21 @@ def test_sizes_of_the_published_tokenizers(name, tokenizer, discriminator):
     assert (counts["tokenizer"], counts.get("discriminator")) == (tokenizer, discriminator)
 
 
+@pytest.mark.parametrize(
+    ("name", "prior", "text"),
+    [
+        ("ddpm-cifar10", 35_746_307, None),
+        ("ddpm-256", 113_673_219, None),
+        ("sd-1.5", 859_520_964, 123_060_480),
+        ("sd-2.1", 865_910_724, 340_387_840),
+        ("ldm-t2i-1.4b", 872_300_484, 668_848_640),  # the text transformer is ours, see the recipe
+    ],
+)
+def test_sizes_of_the_published_diffusion_models(name, prior, text):
+    counts = recipes.count_parameters(runs.load(f"paper/{name}", [])[0])
+    assert (counts["prior"], counts.get("text")) == (prior, text)
+
+
 def test_overrides_reach_the_stage():
     _, training = runs.load("shapes/dalle", ["stages.tokenizer.steps=24"])
     assert training.stages["tokenizer"].steps == 24

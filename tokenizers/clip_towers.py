@@ -10,43 +10,12 @@ Weights trained with CLIP's quick GELU have the same names but another activatio
 """
 
 import math
-from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-class _Block(nn.Module):
-    """Pre-norm residual block: attention, then a perceptron of four times the width."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
-        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.ln_2 = nn.LayerNorm(width)
-        perceptron = [
-            ("c_fc", nn.Linear(width, 4 * width)),
-            ("gelu", nn.GELU()),
-            ("c_proj", nn.Linear(4 * width, width)),
-        ]
-        self.mlp = nn.Sequential(OrderedDict(perceptron))
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        y = self.ln_1(x)
-        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
-        return x + self.mlp(self.ln_2(x))
-
-
-class _Transformer(nn.Module):
-    def __init__(self, width: int, depth: int, heads: int) -> None:
-        super().__init__()
-        self.resblocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        for block in self.resblocks:
-            x = block(x, mask)
-        return x
+from ..layers.clip_transformer import CLIPTransformer
 
 
 class _VisionTower(nn.Module):
@@ -61,7 +30,7 @@ class _VisionTower(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn((image_size // patch_size) ** 2 + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = _Transformer(width, depth, heads)
+        self.transformer = CLIPTransformer(width, depth, heads)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
@@ -102,24 +71,14 @@ class CLIP(nn.Module):
         _divides("text_width", text_width, "text_heads", text_heads)
         self.image_size, self.text_vocab, self.text_length = image_size, text_vocab, text_length
         self.visual = _VisionTower(embed_dim, image_size, patch_size, vision_width, vision_depth, vision_heads)
-        self.transformer = _Transformer(text_width, text_depth, text_heads)
+        self.transformer = CLIPTransformer(text_width, text_depth, text_heads)
         self.token_embedding = nn.Embedding(text_vocab, text_width)
         self.positional_embedding = nn.Parameter(torch.empty(text_length, text_width))
         self.ln_final = nn.LayerNorm(text_width)
         self.text_projection = nn.Parameter(torch.empty(text_width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self._start_text(text_width, text_depth)
-
-    def _start_text(self, width: int, depth: int) -> None:
-        """The text tower's starting weights, as published with the paper."""
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
-        for block in self.transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
-        nn.init.normal_(self.text_projection, std=width**-0.5)
+        self.transformer.start_as_text(self.token_embedding, self.positional_embedding)
+        nn.init.normal_(self.text_projection, std=text_width**-0.5)
 
     def with_end(self, text: Tensor, lengths: Tensor) -> Tensor:
         """Put the end token, id text_vocab - 1, behind each caption and zeros behind the end token.
@@ -168,8 +127,7 @@ class CLIP(nn.Module):
             raise ValueError(f"text must be (B, T) with 1 <= T <= {self.text_length}, got {tuple(text.shape)}; cut it")
         places = text.shape[1]
         x = self.token_embedding(text) + self.positional_embedding[:places]  # (B, T, W)
-        mask = torch.full((places, places), -math.inf, device=x.device, dtype=x.dtype).triu(1)
-        x = self.transformer(x, mask)
+        x = self.transformer.read(x)
         pooled = x[torch.arange(len(text), device=x.device), text.argmax(dim=1)]  # (B, W)
         features = self.ln_final(pooled) @ self.text_projection
         return F.normalize(features, dim=-1) if normalize else features

@@ -82,7 +82,7 @@ def check_image(image: Tensor, image_size: int, owner: str, values: bool = True)
             f"{owner} needs floating images of shape (B, 3, {image_size}, {image_size}), got {image.dtype} of shape "
             f"{tuple(image.shape)}; convert and resize them, or build the model with their image_size"
         )
-    if not values or image.device.type == "meta" or not image.numel():
+    if not values or image.device.type == "meta" or type(image) is not Tensor or not image.numel():
         return
     peak = float(image.detach().abs().amax())
     if math.isnan(peak) or peak > _LOUD:

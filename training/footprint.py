@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from ..pipeline.recipe import Recipe, RecipeError, build
+from ..priors.condition import Condition
 from .objectives import autoencoder as autoencoder_objective
 from .objectives import autoencoder_kl as kl_objective
 from .objectives import clip as clip_objective
@@ -158,11 +159,31 @@ def _autoencoder_kl(setting: Setting, batch: int) -> Tensor:
     return kl_objective.autoencoder_kl(out["reconstruction"], image, *posterior, weight)[0][0]
 
 
+def _unet(setting: Setting, batch: int) -> Tensor:
+    """The squared error of a prediction. Latents and tokens are made in the step, where the recipe has what makes them,
+    both frozen: a text encoder that is trained too takes more.
+    """
+    network, recipe, whole = setting.network, setting.recipe, torch.zeros(batch, dtype=torch.int64)
+    x_t, image = torch.zeros(batch, network.in_channels, recipe.image_size, recipe.image_size), None
+    if "tokenizer" in setting.frozen:
+        size = setting.frozen["tokenizer"].image_size
+        x_t = setting.run_frozen("tokenizer", "encode", torch.zeros(batch, 3, size, size))  # (B, C, h, w)
+    if network.in_channels > x_t.shape[1]:
+        image = torch.zeros(batch, network.in_channels - x_t.shape[1], *x_t.shape[2:])
+    text = torch.zeros(batch, recipe.captions.context_length, dtype=torch.int64)
+    tokens = torch.zeros(*text.shape, network.context_dim) if network.context_dim else None
+    tokens, mask = setting.run_frozen("text", "forward", text) if "text" in setting.frozen else (tokens, None)
+    labels = None if network.num_classes is None else whole
+    embedding = torch.zeros(batch, network.embedding_dim) if network.embedding_dim else None
+    return setting.forward(x_t, whole, Condition(labels, tokens, mask, embedding, image)).square().mean()
+
+
 # By kind: the frozen parts that the stage reads, and the loss of one micro-batch as the stage computes it.
 PASSES: dict[str, tuple[tuple[str, ...], Callable[[Setting, int], Tensor]]] = {
     "dvae": ((), _dvae),
     "patch_dvae": ((), _dvae),
     "dalle": (("tokenizer",), _dalle),
+    "unet": ((), _unet),
     "clip": ((), _clip),
     "autoencoder": ((), _autoencoder),
     "vae": ((), _vae),
@@ -170,6 +191,14 @@ PASSES: dict[str, tuple[tuple[str, ...], Callable[[Setting, int], Tensor]]] = {
     "vqgan": ((), _vqgan),
     "autoencoder_kl": ((), _autoencoder_kl),
 }
+# By kind: the frozen parts that the stage reads too, where the recipe has them.
+_IF_THERE: dict[str, tuple[str, ...]] = {"unet": ("tokenizer", "text")}
+
+
+def frozen_parts(recipe: Recipe, part: str) -> tuple[str, ...]:
+    """The parts of the recipe that the stage of a part reads, frozen."""
+    kind = recipe.parts[part]["kind"]
+    return PASSES[kind][0] + tuple(other for other in _IF_THERE.get(kind, ()) if other in recipe.parts)
 
 
 @dataclass(frozen=True)
@@ -269,8 +298,7 @@ def measure(
             f"parts.{part}: what a pass of the kind {kind!r} costs is not known, expected one of {', '.join(PASSES)}; "
             "add it to PASSES in training/footprint.py"
         )
-    parts, loss_of = PASSES[kind]
-
+    loss_of = PASSES[kind][1]
     outputs: list[Any] = []
 
     def forward(*inputs: Any) -> Any:  # as Accelerate wraps it: outputs come back in float32
@@ -279,7 +307,7 @@ def measure(
         return outputs[-1]
 
     setting = Setting(recipe, network, forward, knobs or {}, world)
-    setting.frozen = {other: build_fake(recipe, other).requires_grad_(False) for other in parts}
+    setting.frozen = {other: build_fake(recipe, other).requires_grad_(False) for other in frozen_parts(recipe, part)}
     modules = [network, *setting.frozen.values()]
     counter = _Counter(modules)
     setting.flops = lambda: counter.flops

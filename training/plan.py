@@ -68,7 +68,8 @@ def plan(
 ) -> dict[str, Any]:
     """The plan as plain values, under "stages" by stage. stage: plan only this one.
 
-    Bytes and seconds. Without a training section: every part by itself, one sample a device, AdamW; no steps, no days.
+    Bytes and seconds. Without a training section: every part that is trained by itself, so neither a discriminator nor
+    a text encoder, one sample a device, AdamW; no steps, no days.
     Raises RecipeError for an unknown device or stage, a utilisation that is none, and as `run.division`.
     """
     if device not in DEVICES:
@@ -77,7 +78,7 @@ def plan(
         raise RecipeError(
             f"a plan needs at least one device and a utilisation above 0 and at most 1, got {devices} and {utilisation}"
         )
-    stages = training.stages if training else {part: _unstated(devices) for part in recipe.parts}
+    stages = training.stages if training else {part: _unstated(devices) for part in _trained_alone(recipe)}
     if stage is not None and stage not in stages:
         raise RecipeError(f"no stage {stage!r}; {nearest(stage, list(stages))}")
     card = DEVICES[device]
@@ -100,6 +101,12 @@ def plan(
             if stage in (None, name)
         },
     }
+
+
+def _trained_alone(recipe: Recipe) -> list[str]:
+    from .footprint import PASSES
+
+    return [part for part, arguments in recipe.parts.items() if arguments["kind"] in PASSES]
 
 
 def _unstated(devices: int) -> runs.Stage:
