@@ -312,7 +312,7 @@ def test_the_trainer_refuses_a_cache_of_another_encoder_or_caption_tokenizer(sha
         said = capsys.readouterr().err
         assert f"does not fit the stage prior: it differs in parts.{name}; make it with `kartina data encode" in said
     drawn = ["shapes/dalle", f"training.data.cache={encoded}", "--run", str(tmp_path / "drawn")]
-    assert trainer.main(drawn) == 2 and "is drawn anew and has no cache" in capsys.readouterr().err
+    assert trainer.main(drawn) == 2 and "'shapes' has none" in capsys.readouterr().err
 
 
 def test_other_shards_preprocessing_or_contents_are_refused_with_the_key(shards, run, encoded, tmp_path, monkeypatch):

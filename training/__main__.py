@@ -21,6 +21,7 @@ from ..pipeline import checkpoint
 from ..pipeline.recipe import Recipe, RecipeError, dump, nearest
 from . import cache
 from . import run as runs
+from .sources import source_of, validation_of
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -40,39 +41,6 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--processes", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="the number of processes asked for"
     )
     return parser.parse_intermixed_args(argv)
-
-
-def source_of(recipe: Recipe, data: runs.Data) -> Any:
-    """The source of pictures and captions that a recipe names. Raises RecipeError for `shards` without a folder."""
-    cache.check_data(data)
-    if data.kind == "shapes":
-        from .data.shapes import ShapesSource
-
-        return ShapesSource(size=recipe.image_size, seed=data.seed, levels=data.levels, jitter=data.jitter)
-    from .stream import ShardSource
-
-    if data.shards is None:
-        raise RecipeError(f"{recipe.name}: training.data.shards is not set; pass training.data.shards=FOLDER")
-    if data.validation is not None or not data.validation_share:
-        return ShardSource(data.shards, size=recipe.image_size, seed=data.seed)
-    return ShardSource(data.shards, recipe.image_size, data.seed, part="train", share=data.validation_share)
-
-
-def validation_of(recipe: Recipe, data: runs.Data) -> Any:
-    """Where the headline metrics are measured, or None: `shapes` has meanings that training never shows."""
-    if data.kind == "shapes":
-        from .data.shapes import ShapesSource
-
-        return ShapesSource(size=recipe.image_size, seed=data.seed, split="S2none", jitter=data.jitter)
-    from .stream import ShardSource
-
-    if data.validation is not None:
-        return ShardSource(data.validation, size=recipe.image_size, seed=data.seed)
-    if data.shards is None or not data.validation_share:
-        return None
-    share = data.validation_share
-    held_out = ShardSource(data.shards, recipe.image_size, data.seed, part="validation", share=share)
-    return held_out if held_out.size else None
 
 
 def _reads_captions(recipe: Recipe, training: runs.Training) -> bool:
@@ -120,7 +88,11 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _carry_notices(data: runs.Data, model: Path) -> None:
-    """Copies the licence notices that lie beside shards into the model folder: what is trained on them carries them."""
+    """Puts the licence notices of the data into the model folder: what is trained on them carries them."""
+    if data.kind == "digits":
+        from .data.digits import write_notice
+
+        write_notice(model)
     notices = Path(data.shards or "") / "LICENSES"
     if data.kind == "shards" and notices.is_dir():
         shutil.copytree(notices, model / "LICENSES", dirs_exist_ok=True)
@@ -190,7 +162,7 @@ def _check_knob(where: str, key: str, value: float | str, knob: Any, data: str) 
         raise RecipeError(f"{where}.{key} must be one of {', '.join(knob.choices)}, got {value}")
     if not knob.choices and (isinstance(value, str) or not knob.low <= value <= knob.high):
         raise RecipeError(f"{where}.{key} must lie between {knob.low:g} and {knob.high:g}, got {value}")
-    if knob.grammar and value and data != "shapes":
+    if knob.grammar and value and data == "shards":
         raise RecipeError(f"{where}.{key} needs captions of a known grammar, which shards have not; set {where}={{}}")
 
 

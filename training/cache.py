@@ -172,6 +172,6 @@ def check_data(data: Data) -> None:
     """Raises RecipeError for a cache of data that has none: drawn scenes have no shards to mirror."""
     if data.cache is not None and data.kind != "shards":
         raise RecipeError(
-            f"training.data.cache: data of the kind {data.kind!r} is drawn anew and has no cache; leave it out, or set "
-            "training.data.kind=shards"
+            f"training.data.cache: only shards have one, and data of the kind {data.kind!r} has none; leave it out, "
+            "or set training.data.kind=shards"
         )

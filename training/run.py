@@ -18,14 +18,14 @@ _CADENCE = (
 
 
 class Data(Section):
-    """Where pictures and captions come from: drawn (`shapes`) or packed (`shards`)."""
+    """Where pictures and captions come from: drawn (`shapes`), packed (`shards`) or in a package (`digits`)."""
 
-    kind: Literal["shapes", "shards"]
+    kind: Literal["shapes", "shards", "digits"]
     levels: tuple[str, ...] = Field(("S1", "S2"), description="of `shapes`; one that is named twice counts twice")
     jitter: float = Field(0.02, ge=0, description="of `shapes`: deviation of the shift of each colour")
     shards: str | None = None
     validation: str | None = Field(None, description="a folder of shards on which the headline metric is measured")
-    validation_share: float = Field(0.02, ge=0, lt=1, description="of `shards` without that: held out to measure on")
+    validation_share: float = Field(0.02, ge=0, lt=1, description="of `digits`, or `shards` without that: held out")
     cache: str | None = Field(None, description="what `kartina data encode` made of `shards`, read in their place")
     bad_limit: float = Field(0.05, ge=0, le=1, description="share of a pass that may be unreadable")
     workers: int = Field(0, ge=0, description="processes per device that read; 0 is a thread of the trainer")

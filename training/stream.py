@@ -40,7 +40,8 @@ class Batch:
     """image float32 (B, 3, S, S) in [-1, 1]; captions, keys; samples int64 (B,), the positions; weight float32 (B,).
 
     A weight is 1, or 0 for a sample that could not be read; problems says why, by key. encoded: what a cache holds in
-    the picture's place, by name (see `samples.ARRAYS`), integers as int64; the image is then (B, 3, 0, 0).
+    the picture's place, by name (see `samples.ARRAYS`), integers as int64; the image is then (B, 3, 0, 0). labels:
+    int64 (B,), the class of each, or None where the source knows no classes.
     """
 
     image: Tensor
@@ -50,6 +51,7 @@ class Batch:
     weight: Tensor
     problems: dict[str, str] = field(default_factory=dict)
     encoded: dict[str, Tensor] = field(default_factory=dict)
+    labels: Tensor | None = None
 
 
 class Source(Protocol):

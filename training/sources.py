@@ -1,0 +1,52 @@
+"""The sources that the `data` section of a recipe names: what is trained on, and what is measured on.
+
+It does not know stages. Nothing heavy is imported before a source is asked for.
+"""
+
+from typing import Any
+
+from ..pipeline.recipe import Recipe, RecipeError
+from .cache import check_data
+from .run import Data
+
+
+def source_of(recipe: Recipe, data: Data) -> Any:
+    """The source of pictures and captions that a recipe names. Raises RecipeError for `shards` without a folder."""
+    check_data(data)
+    if data.kind == "shapes":
+        from .data.shapes import ShapesSource
+
+        return ShapesSource(size=recipe.image_size, seed=data.seed, levels=data.levels, jitter=data.jitter)
+    if data.kind == "digits":
+        from .data.digits import DigitsSource
+
+        return DigitsSource(recipe.image_size, data.seed, part="train", share=data.validation_share)
+    from .stream import ShardSource
+
+    if data.shards is None:
+        raise RecipeError(f"{recipe.name}: training.data.shards is not set; pass training.data.shards=FOLDER")
+    if data.validation is not None or not data.validation_share:
+        return ShardSource(data.shards, size=recipe.image_size, seed=data.seed)
+    return ShardSource(data.shards, recipe.image_size, data.seed, part="train", share=data.validation_share)
+
+
+def validation_of(recipe: Recipe, data: Data) -> Any:
+    """Where the headline metrics are measured, or None: `shapes` has meanings that training never shows."""
+    if data.kind == "shapes":
+        from .data.shapes import ShapesSource
+
+        return ShapesSource(size=recipe.image_size, seed=data.seed, split="S2none", jitter=data.jitter)
+    from .data.digits import DigitsSource
+    from .stream import ShardSource
+
+    held_out: Any
+    if data.kind == "digits":
+        held_out = DigitsSource(recipe.image_size, data.seed, part="validation", share=data.validation_share)
+    elif data.validation is not None:
+        return ShardSource(data.validation, size=recipe.image_size, seed=data.seed)
+    elif data.shards is None or not data.validation_share:
+        return None
+    else:
+        share = data.validation_share
+        held_out = ShardSource(data.shards, recipe.image_size, data.seed, part="validation", share=share)
+    return held_out if held_out.size else None
