@@ -10,8 +10,8 @@ import time
 
 import torch
 
+from kartina.priors.code_samplers import sample_codes
 from kartina.priors.dalle import DALLE
-from kartina.priors.samplers import sample_codes
 
 
 def seconds(prior: DALLE, text: torch.Tensor, use_cache: bool, repeats: int) -> tuple[float, torch.Tensor]:

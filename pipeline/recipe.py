@@ -69,7 +69,7 @@ class Sampling(Section):
 
 
 class CodeSampling(Sampling):
-    """Of a prior over codes, see `kartina.priors.samplers.sample_codes`."""
+    """Of a prior over codes, see `kartina.priors.code_samplers.sample_codes`."""
 
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=1, lt=2**31)

@@ -26,7 +26,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from ..priors.samplers import sample_codes
+from ..priors.code_samplers import sample_codes
 from ..tokenizers.captions import CaptionTokenizer
 from . import checkpoint
 from .images import to_pil
@@ -154,8 +154,8 @@ class TextToImage:
 
         seed: of candidate 0 of every prompt, or one for each prompt. progress: called with the sampling steps done and
         in all. micro_batch: pictures painted at once, 1 to 4096, taken from all prompts; halved, with a warning, where
-        memory does not suffice. knobs: temperature, top_k,
-        top_p, guidance_scale (see `kartina.priors.samplers.sample_codes`), by default the recipe's `sampling`. Raises
+        memory does not suffice. knobs: temperature, top_k, top_p, guidance_scale (see
+        `kartina.priors.code_samplers.sample_codes`), by default the recipe's `sampling`. Raises
         ValueError for an empty prompt, a number or knob out of range, candidates < keep, or candidates to choose from
         with no CLIP to rank them.
         """

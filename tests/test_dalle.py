@@ -5,8 +5,8 @@ import torch
 
 from kartina.layers.attention import shift_tokens
 from kartina.layers.random import gumbel
+from kartina.priors.code_samplers import draw, sample_codes, truncate
 from kartina.priors.dalle import DALLE, layer_masks
-from kartina.priors.samplers import draw, sample_codes, truncate
 from kartina.training.objectives.dalle import dalle
 
 V, T, K, GRID = 20, 5, 13, (3, 4)

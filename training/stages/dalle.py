@@ -75,7 +75,7 @@ class DALLEStage(TrainingStage):
     @torch.no_grad()
     def preview(self, batch: Batch) -> Image | None:
         """What is painted for the captions."""
-        from ...priors.samplers import sample_codes
+        from ...priors.code_samplers import sample_codes
 
         captions = batch.captions[:8]
         text = self.captions.encode(captions)[0].to(batch.image.device)
