@@ -77,7 +77,26 @@ class CodeSampling(Sampling):
     guidance_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
 
 
-SAMPLING: dict[str, type[Sampling]] = {"dalle": CodeSampling}  # by the kind of the prior
+class DiffusionSampling(Sampling):
+    """Of a diffusion prior, see `kartina.priors.diffusion_samplers` and `Guided`.
+
+    sampler: one of SAMPLERS, or the class of a scheduler of diffusers. spacing: None is the sampler's own. eta: of ddim
+    alone. negative: a caption that guidance leads away from, in place of the empty one. guidance_low, guidance_high:
+    the interval of sigma / alpha in which it guides; None, without end.
+    """
+
+    sampler: str = Field("dpmpp_2m", min_length=1, max_length=60)
+    num_steps: int = Field(20, ge=1, le=100_000)
+    spacing: str | None = Field(None, max_length=60)
+    eta: float | None = Field(None, ge=0, le=1)
+    guidance_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
+    guidance_rescale: float = Field(0.0, ge=0, le=1)
+    guidance_low: float = Field(0.0, ge=0, allow_inf_nan=False)
+    guidance_high: float | None = Field(None, gt=0, allow_inf_nan=False)
+    negative: str = Field("", max_length=10_000)
+
+
+SAMPLING: dict[str, type[Sampling]] = {"dalle": CodeSampling, "unet": DiffusionSampling}  # by the kind of the prior
 
 
 class Recipe(Section):

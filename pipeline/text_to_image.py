@@ -1,12 +1,12 @@
 """Caption -> picture: the one sampling path that users, previews and evaluation run.
 
-    captions -> text tokens -> sampler(prior) -> codes -> tokenizer.decode -> CLIP rerank -> Paintings
+    captions -> drawing (text tokens -> sampler(prior) -> codes or latents) -> tokenizer.decode -> CLIP rerank -> Paintings
 
 Candidate k of a prompt has seed `seed + k` and the same noise at any batch size. The candidates of all prompts are
 painted in micro-batches whose rows do not see each other; only the size of a batch decides how its matrix products
 round. So a painting remembers that size and its row, and `repaint` gives the same bits on the same machine.
 
-B pictures of a micro-batch, T text tokens, h x w grid of codes, H x W picture.
+B pictures of a micro-batch, T text tokens, H x W picture.
 
 It does not know how any part was trained.
 """
@@ -26,9 +26,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from ..priors.code_samplers import sample_codes
 from ..tokenizers.captions import CaptionTokenizer
 from . import checkpoint
+from .drawing import DRAWINGS, Progress
 from .images import to_pil
 from .recipe import Recipe, nearest, sampling_knobs
 from .rerank import clip_scores, rank
@@ -36,8 +36,6 @@ from .rerank import clip_scores, rank
 SHIPPED = Path(__file__).parent / "models"
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 MAX_MICRO_BATCH = 4096
-
-Progress = Callable[[int, int], None]
 
 
 class Scorer(Protocol):
@@ -104,6 +102,7 @@ class TextToImage:
         reranker: Scorer | None = None,
     ) -> None:
         self.recipe, self.parts, self.captions, self.model_hash = recipe, parts, captions, model_hash
+        self.draw = DRAWINGS[recipe.parts["prior"]["kind"]](recipe, parts, captions.encode)
         self.scorer = reranker
         if reranker is None and "clip" in parts:
             self.scorer = _OwnCLIP(parts["clip"], captions)
@@ -135,10 +134,16 @@ class TextToImage:
                     raise checkpoint.ModelError(f"{folder}: {part} was trained against another {other}; train it again")
         for part in checkpoint.built_otherwise(card, recipe):
             raise checkpoint.ModelError(f"{folder}: recipe.yaml builds another {part} than was trained; copy again")
-        needed = ["tokenizer", "prior"] + (["clip"] if "clip" in card["parts"] and reranker is None else [])
+        needed = [part for part in ("tokenizer", "text", "prior") if part in recipe.parts]
+        needed += ["clip"] if "clip" in card["parts"] and reranker is None else []
         parts = {part: checkpoint.load_part(folder, recipe, part, device, dtype) for part in needed}
-        _check_fit(folder, recipe, parts)
-        return cls(recipe, parts, CaptionTokenizer.load(folder / "captions.json"), model_hash(card), reranker)
+        system = cls(recipe, parts, CaptionTokenizer.load(folder / "captions.json"), model_hash(card), reranker)
+        seen = parts["clip"].image_size if "clip" in parts else recipe.image_size
+        if seen != recipe.image_size:
+            raise checkpoint.ModelError(f"{folder}: the clip reads {seen} px, the recipe paints {recipe.image_size}")
+        if system.draw.problem:
+            raise checkpoint.ModelError(f"{folder}: {system.draw.problem}")
+        return system
 
     def __call__(
         self,
@@ -208,9 +213,10 @@ class TextToImage:
         """One micro-batch: a painting for each row (prompt, seed, candidate)."""
         prompts, seeds, _ = (list(column) for column in zip(*rows, strict=True))
         weight = next(self.parts["prior"].parameters())
-        text = self.captions.encode(prompts)[0].to(weight.device)  # (B, T)
-        codes = sample_codes(self.parts["prior"], text, seeds, progress=progress, **knobs)  # (B, h, w)
-        pictures = to_pil(self.parts["tokenizer"].decode(codes).float())  # from (B, 3, H, W)
+        image = self.draw(prompts, seeds, knobs, progress)
+        if "tokenizer" in self.parts:
+            image = self.parts["tokenizer"].decode(image)
+        pictures = to_pil(image.float())  # from (B, 3, H, W)
         scores: list[float | None] = [None] * len(rows)
         if self.scorer is not None:
             scores = self.scorer.score(pictures, prompts).tolist()
@@ -231,17 +237,6 @@ class TextToImage:
         if self.scorer is None:
             return list(range(keep))
         return rank(torch.tensor([[painting.clip_score for painting in group]]), keep)[0].tolist()
-
-
-def _check_fit(folder: Path, recipe: Recipe, parts: dict[str, Any]) -> None:
-    """Raises ModelError where the parts are whole but not of one system."""
-    spec, prior = parts["tokenizer"].spec, parts["prior"]
-    drawn, read = (tuple(prior.grid), prior.num_codes), (tuple(spec.shape), spec.vocabulary)
-    if drawn != read:
-        raise checkpoint.ModelError(f"{folder}: the prior draws (grid, codes) {drawn}, the tokenizer reads {read}")
-    seen = parts["clip"].image_size if "clip" in parts else recipe.image_size
-    if seen != recipe.image_size:
-        raise checkpoint.ModelError(f"{folder}: the clip reads {seen} px, the recipe paints {recipe.image_size}")
 
 
 class _OwnCLIP:

@@ -2,17 +2,20 @@
 Rombach 2022, arXiv:2112.10752, section 4.3.1), and the text tower of CLIP (Radford 2021, arXiv:2103.00020), which
 Stable Diffusion takes as trained.
 
-Both: encoder(text) -> (tokens, mask or None), the fields of those names of a `Condition`, and encoder.null_text(batch),
-the null caption. B captions, T text tokens, D width.
+Both: encoder(text) -> (tokens, mask or None), the fields of those names of a `Condition`; encoder.frame(text, lengths),
+what it reads of the ids of captions; and encoder.null_text(batch), the null caption. B captions, T text tokens, D width.
 
 They do not know what reads their output, nor how captions become numbers.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..layers.attention import TransformerBlock
 from ..layers.clip_transformer import CLIPTransformer
+from ..layers.random import Draws
+from .condition import Condition
 
 PAD = 0
 
@@ -25,6 +28,7 @@ class CaptionEncoder(nn.Module):
     """
 
     outer = ("start", "positions")
+    framing = 0  # ids that `frame` adds
 
     def __init__(
         self, text_vocab: int = 16384, text_length: int = 77, width: int = 512, depth: int = 6, num_heads: int = 8
@@ -39,6 +43,10 @@ class CaptionEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         for weight in (self.start, self.token_embedding.weight, self.positions):
             nn.init.normal_(weight, std=0.02)
+
+    def frame(self, text: Tensor, lengths: Tensor) -> Tensor:
+        """Ids padded with 0, (B, T), as they are."""
+        return text
 
     def null_text(self, batch: int) -> Tensor:
         """The null caption, int64 (batch, T): pads alone."""
@@ -67,6 +75,7 @@ class CLIPText(nn.Module):
     """
 
     outer = ("positional_embedding",)
+    framing = 2
 
     def __init__(
         self,
@@ -94,12 +103,19 @@ class CLIPText(nn.Module):
         """All blocks in the order in which they compute."""
         return list(self.transformer.resblocks)
 
+    def frame(self, text: Tensor, lengths: Tensor) -> Tensor:
+        """Ids below text_vocab - 2, int64 (B, T - 2), of which lengths (B,) count -> int64 (B, T): start, the caption,
+        end, pads. The start is text_vocab - 2, the end text_vocab - 1.
+        """
+        place, length = torch.arange(text.shape[1] + 2, device=text.device), lengths.to(text.device)[:, None]
+        text = F.pad(text, (1, 1)).masked_fill(place > length, self.pad)
+        text = text.masked_fill(place == length + 1, self.text_vocab - 1)
+        return text.masked_fill(place == 0, self.text_vocab - 2)
+
     def null_text(self, batch: int) -> Tensor:
-        """The null caption, int64 (batch, T): start, end, pads, as CLIP's own tokenizer encodes an empty string."""
-        device = self.positional_embedding.device
-        text = torch.full((batch, self.text_length), self.pad, dtype=torch.int64, device=device)
-        text[:, 0], text[:, 1] = self.text_vocab - 2, self.text_vocab - 1
-        return text
+        """The null caption, int64 (batch, T): framed, as CLIP's own tokenizer encodes an empty string."""
+        nothing = torch.zeros(batch, self.text_length - 2, dtype=torch.int64, device=self.positional_embedding.device)
+        return self.frame(nothing, nothing.new_zeros(batch))
 
     def forward(self, text: Tensor) -> tuple[Tensor, None]:
         """text: int64 (B, t) in [0, text_vocab), t <= T. Returns tokens (B, t, D), and no mask: pads are looked at.
@@ -114,3 +130,21 @@ class CLIPText(nn.Module):
 def _check(text: Tensor, length: int, who: str) -> None:
     if text.dim() != 2 or not 1 <= text.shape[1] <= length:
         raise ValueError(f"{who}: text must be (B, t) with 1 <= t <= {length}, got {tuple(text.shape)}; cut it")
+
+
+class Captioned(nn.Module):
+    """A prior and the encoder of the captions that it looks at, trained as one network."""
+
+    def __init__(self, prior: nn.Module, text: nn.Module) -> None:
+        super().__init__()
+        self.prior, self.text = prior, text
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Those of both, in the order in which they compute."""
+        return [*self.text.blocks, *self.prior.blocks]
+
+    def forward(self, x_t: Tensor, t: Tensor, text: Tensor, draws: Draws | None = None) -> Tensor:
+        """text: int64 (B, T), framed. The rest as the prior has it."""
+        tokens, mask = self.text(text)
+        return self.prior(x_t, t, Condition(tokens=tokens, mask=mask), draws)

@@ -232,12 +232,15 @@ def _train(
         run = (identity, stage, training, source, validation, folder, accelerator, stop, name in extended)
         ema = train_stage(*run)
         ema.copy_to_network()
-        checkpoint.round_weights(stage.networks[name])
+        for network in stage.exported().values():
+            checkpoint.round_weights(network)
         stage.finish()
-        weights = checkpoint.export(stage.networks[name], keep=accelerator.is_main_process)
-        if accelerator.is_main_process:
-            facts = {"trained_against": against, "identity": identity, "computed_in": precision}
-            checkpoint.save_part(model, recipe, name, weights, **facts)
+        for part, network in stage.exported().items():
+            weights = checkpoint.export(network, keep=accelerator.is_main_process)
+            if accelerator.is_main_process:
+                own = identity | {"part": recipe.parts[part]}
+                facts = {"trained_against": dict(against), "identity": own, "computed_in": precision}
+                against[part] = checkpoint.save_part(model, recipe, part, weights, **facts)
         accelerator.wait_for_everyone()
         del stage, run, ema  # and what Accelerate keeps of them, before the next one is built
         accelerator.free_memory()

@@ -42,8 +42,8 @@ class Knob:
 class TrainingStage(ABC):
     """What is trained, against what, and with which losses. What a stage has no need for, it inherits as empty.
 
-    part: the part of the recipe that it trains. beside: other parts that are trained along where the recipe has them,
-    and left behind at the end (a discriminator). networks: all of these, by the name that `updates` yields. forward:
+    part: the part of the recipe that it trains. beside: other parts that are trained along where the recipe has them;
+    what is not among `exported` is left behind at the end (a discriminator). networks: all of these, by the name that `updates` yields. forward:
     their wrapped forms, set by the loop, through which all that trains must go. depends: what must be trained before.
     knobs: the keys of its objective. metrics: names of what validation tells, from `measure` or `summary`, the headline
     first; higher_is_better: of the headline. restart_step: None, or the step at which `restart` changes the weights and
@@ -99,6 +99,10 @@ class TrainingStage(ABC):
 
     def restart(self) -> None:  # noqa: B027 (most stages have nothing to do here)
         """See restart_step."""
+
+    def exported(self) -> dict[str, nn.Module]:
+        """What the model folder gets, by the name of the part, the stage's own last."""
+        return {self.part: self.network}
 
     def finish(self) -> None:  # noqa: B027
         """Measures what belongs to the part, and takes out of it what only training needs.
