@@ -11,7 +11,7 @@ import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -99,6 +99,20 @@ class DiffusionSampling(Sampling):
 SAMPLING: dict[str, type[Sampling]] = {"dalle": CodeSampling, "unet": DiffusionSampling}  # by the kind of the prior
 
 
+class Diffusion(Section):
+    """A diffusion prior's noise and what it predicts, see `kartina.priors.schedules` and `kartina.priors.denoiser`.
+
+    The ends of beta are by default those of the schedule's paper; "cosine" has none.
+    """
+
+    schedule: Literal["linear", "scaled_linear", "cosine"] = "linear"
+    num_timesteps: int = Field(1000, ge=2, le=100_000)
+    beta_start: float | None = Field(None, gt=0, lt=1)
+    beta_end: float | None = Field(None, gt=0, lt=1)
+    zero_terminal: bool = False
+    prediction: Literal["eps", "x_0", "v"] = "eps"
+
+
 class Recipe(Section):
     """One system. `parts` maps a part's name to its kind and constructor arguments.
 
@@ -112,6 +126,7 @@ class Recipe(Section):
     parts: dict[str, dict[str, Any]]
     licence: str = "Apache-2.0"
     sampling: dict[str, Any] = {}
+    diffusion: Diffusion = Diffusion()
     training: dict[str, Any] = {}
 
 

@@ -53,6 +53,10 @@ def _tokenizer(part, objective, *more):
     return "tokenizer", [*own, *_GENTLE, *more]
 
 
+_UNET = """parts={prior: {kind: unet, in_channels: 3, out_channels: 6, width: 8, channel_mult: [1, 2],
+    blocks_per_level: 1, attn_levels: [1], num_heads: 2, context_dim: null, dropout: 0.1, norm_groups: 4}}"""
+_DENOISING = "diffusion={schedule: cosine, num_timesteps: 50, prediction: v, zero_terminal: true}"
+
 # kind of the part, and what is special of it -> (stage, arguments of the trainer): a new stage is trusted only with an
 # entry here.
 _TINY = {
@@ -80,6 +84,7 @@ _TINY = {
     "dvae": ("tokenizer", [_DVAE, "stages.tokenizer.objective.autoencoder=0.25"]),
     "patch_dvae": ("tokenizer", []),
     "dalle": ("prior", []),
+    "unet": ("prior", [_UNET, _DENOISING, *[key.replace("tokenizer", "prior") for key in _GENTLE]]),
     "clip": ("clip", []),
 }
 

@@ -220,7 +220,7 @@ def _train(
     accelerator.wait_for_everyone()
     for name in names:
         kind, config = _stage(recipe, name), training.stages[name]
-        against = _against(model, kind.depends)
+        against = _against(model, kind.needs(recipe))
         source = sources[training.data_of(name)]
         identity = runs.identity(recipe, training, name, source.fingerprint, against, kind.beside)
         if _finished(model, name, identity, name in extended):

@@ -166,4 +166,5 @@ def identity(
     shared = {"image_size": recipe.image_size, "seed": training.seed}
     run = {"precision": training.precision, "data": data, "against": against}
     along = {"beside": {part: recipe.parts[part] for part in beside if part in recipe.parts}} if beside else {}
+    along |= {"diffusion": recipe.diffusion.model_dump()} if recipe.parts[name]["kind"] == "unet" else {}
     return {"stage": name, "part": recipe.parts[name], **along, **shared, **run, **config}

@@ -10,6 +10,7 @@ from .autoencoder_kl import AutoencoderKLStage
 from .clip import CLIPStage
 from .contract import Knob, TrainingStage, Update
 from .dalle import DALLEStage
+from .diffusion import DiffusionStage
 from .dvae import DVAEStage
 from .vae import VAEStage
 from .vqgan import VQGANStage
@@ -24,6 +25,7 @@ STAGES: dict[str, Any] = {
     "dvae": DVAEStage,
     "patch_dvae": DVAEStage,
     "dalle": DALLEStage,
+    "unet": DiffusionStage,
     "clip": CLIPStage,
 }
 

@@ -77,6 +77,11 @@ class TrainingStage(ABC):
         """
         return ""
 
+    @classmethod
+    def needs(cls, recipe: Recipe) -> tuple[str, ...]:
+        """What of `depends` this recipe must have trained before."""
+        return cls.depends
+
     @abstractmethod
     def updates(self, batch: Batch, step: int) -> Updates:
         """Yields (network, (loss_sum, count), scalars); the loop steps that network's optimizer and resumes.

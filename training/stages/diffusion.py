@@ -1,0 +1,174 @@
+"""The stage of a diffusion prior: of pixels where the recipe has no tokenizer, else of a frozen tokenizer's latents.
+
+B images, C channels on h x w positions: 3 of pixels, or those of the latents.
+"""
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from ...layers import random
+from ...pipeline import checkpoint
+from ...pipeline.denoising import denoiser_of
+from ...pipeline.recipe import Recipe, RecipeError, build
+from ...priors.condition import Condition
+from ...priors.denoiser import Clipped, Denoise
+from ...priors.diffusion_samplers import ddim
+from ..objectives import diffusion as objective
+from ..run import Stage
+from ..stream import Batch, Source
+from .contract import Knob, Loss, TrainingStage, Updates, contact_sheet
+
+_LOOKS = 4  # timesteps that each sample is validated at
+_PREVIEW_STEPS = 50
+
+
+class DiffusionStage(TrainingStage):
+    """Fits a network that denoises (arXiv:2006.11239, algorithm 1), with classes dropped for guidance.
+
+    target: in which terms the error is taken, by default what the network predicts. weighting, gamma: see
+    `objectives.diffusion.snr_weight`. bound_weight: of the variational bound in bits per dimension, where variances are
+    learned. condition_drop: the share of samples that are shown the null condition.
+    """
+
+    part = "prior"
+    higher_is_better = False
+    depends: tuple[str, ...] = ("tokenizer",)
+    cached: tuple[str, ...] = ("latents",)
+    knobs: ClassVar = {
+        "target": Knob(choices=("eps", "x_0", "v")),
+        "weighting": Knob(choices=objective.WEIGHTINGS),
+        "gamma": Knob(),
+        "bound_weight": Knob(),
+        "condition_drop": Knob(high=1),
+    }
+
+    def __init__(
+        self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
+    ) -> None:
+        self.tokenizer = checkpoint.load_part(model, recipe, "tokenizer", device) if self.needs(recipe) else None
+        _check_latents(recipe, self.tokenizer)
+        self.hold(build(recipe, self.part))
+        if self.network.context_dim is not None or self.network.embedding_dim is not None:
+            raise RecipeError(
+                f"{recipe.name}: this stage trains on pictures and classes only; set parts.prior.context_dim=null, and "
+                "no embedding_dim"
+            )
+        self.recipe, self.config, self.seed = recipe, config, seed
+        self.schedule = self._denoiser().schedule
+        self.metrics = ("error",) if self.tokenizer else ("error", "bits_per_dim")
+
+    @classmethod
+    def needs(cls, recipe: Recipe) -> tuple[str, ...]:
+        """A tokenizer where the recipe has one."""
+        return tuple(part for part in cls.depends if part in recipe.parts)
+
+    def _denoiser(self, draws: random.Draws | None = None) -> Denoise:
+        """The network that trains, dropping out by `draws`; without them the network as it is."""
+        if draws is None:
+            return denoiser_of(self.recipe, self.network)
+        return denoiser_of(self.recipe, lambda x_t, t, condition: self.forward[self.part](x_t, t, condition, draws))
+
+    def updates(self, batch: Batch, step: int) -> Updates:
+        yield self.part, *self._loss(batch, step)
+
+    def _loss(self, batch: Batch, step: int) -> Loss:
+        x_0, config, total = self._read(batch), self.config, self.schedule.num_timesteps
+        draws = random.Draws(self.seed, step, batch.samples)
+        t = random.integers(*draws, (), "timestep", total)
+        eps = random.normal(*draws, tuple(x_0.shape[1:]), "noise")
+        drop = random.uniform(*draws, (), "condition drop") < config.number("condition_drop", 0.1)
+        condition = self._condition(batch).dropped(drop, self.network.null_condition(len(x_0)))
+        x_t = self.schedule.diffuse(x_0, t, eps)
+        found = self._denoiser(draws)(x_t, t, condition)
+        share = found.variance_share
+        bound = None if share is None else total * self._bits(x_0, found.x_0.detach(), share, t)
+        gamma = config.number("gamma", 0) if "gamma" in config.objective else None
+        return objective.diffusion(
+            found, x_0, eps, *self.schedule.at(t, x_0), batch.weight,
+            target=config.word("target", self.recipe.diffusion.prediction), weighting=config.word("weighting", "none"),
+            gamma=gamma, bound=bound, bound_weight=config.number("bound_weight", 0.001),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _read(self, batch: Batch) -> Tensor:
+        """Pixels or latents, (B, C, h, w)."""
+        if batch.encoded:
+            return batch.encoded["latents"]
+        return batch.image if self.tokenizer is None else self.tokenizer.encode(batch.image)
+
+    def _condition(self, batch: Batch) -> Condition:
+        if self.network.num_classes is None:
+            return Condition()
+        if batch.labels is None:
+            raise ValueError("a prior with num_classes needs data with labels, such as digits; set num_classes=null")
+        return Condition(labels=batch.labels)
+
+    def _bits(self, x_0: Tensor, guess: Tensor, share: Tensor | None, t: Tensor) -> Tensor:
+        """The term of the bound at t, in bits per dimension, (B,); variances that are not learned are beta_tilde."""
+        log_variance = self.schedule.log_variance(t, 0.0 if share is None else share, x_0)
+        coefficient, _, variance = self.schedule.posterior_terms(t, x_0)
+        nats = objective.step_nats(x_0, guess, log_variance, coefficient, variance)
+        return objective.bits_per_dim(nats, x_0)
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """`error`: the squared error of eps, at timesteps spread over all; a sample has the same ones each time.
+
+        `bits_per_dim`, of pixels: the variational bound, from these timesteps, the first one and the prior's term, with
+        x_0 clipped.
+        """
+        x_0, total, denoise = self._read(batch), self.schedule.num_timesteps, self._denoiser()
+        condition, shape = self._condition(batch), tuple(x_0.shape[1:])
+
+        def look(t: Tensor, number: int) -> tuple[Tensor, Tensor]:
+            eps = random.normal(self.seed, number, batch.samples, shape, "validation noise")
+            found = denoise(self.schedule.diffuse(x_0, t, eps), t, condition)
+            bits = self._bits(x_0, found.x_0.clamp(-1, 1), found.variance_share, t)
+            return (found.eps - eps).square().flatten(1).mean(dim=1), bits
+
+        place = random.uniform(self.seed, 0, batch.samples, (_LOOKS,), "validation timestep")
+        place = (place + torch.arange(_LOOKS, device=place.device)) / _LOOKS  # one in each part, (B, _LOOKS)
+        times = 1 + (place * (total - 1)).long().clamp(max=total - 2)
+        errors, bits = zip(*(look(times[:, i], i) for i in range(_LOOKS)), strict=True)
+        found = {"error": torch.stack(errors).mean(dim=0)}
+        if self.tokenizer is None:
+            _, first = look(torch.zeros_like(times[:, 0]), _LOOKS)
+            end = objective.prior_nats(x_0, *self.schedule.at(torch.full_like(times[:, 0], total - 1), x_0))
+            between = (total - 1) * torch.stack(bits).mean(dim=0)
+            found["bits_per_dim"] = first + between + objective.bits_per_dim(end, x_0)
+        return found
+
+    @torch.no_grad()
+    def preview(self, batch: Batch) -> Image | None:
+        """Sixteen samples, of the batch's classes where there are some."""
+        x_0, condition = self._read(batch)[:16], self._condition(batch)
+        condition = Condition(*(None if each is None else each[:16] for each in condition))
+        denoise = self._denoiser() if self.tokenizer else Clipped(self._denoiser())
+        was_training = self.network.training
+        self.network.eval()
+        seeds = torch.arange(len(x_0), device=x_0.device)
+        steps = min(_PREVIEW_STEPS, self.schedule.num_timesteps)
+        z = ddim(denoise, condition, tuple(x_0.shape[1:]), seeds, num_steps=steps)
+        self.network.train(was_training)
+        return contact_sheet(z if self.tokenizer is None else self.tokenizer.decode(z).float())
+
+
+def _check_latents(recipe: Recipe, tokenizer: object) -> None:
+    """Raises RecipeError for a tokenizer whose output cannot be noised as it is."""
+    if tokenizer is None:
+        return
+    spec = tokenizer.spec  # type: ignore[attr-defined]
+    if spec.kind != "latents" or len(spec.shape) != 3:
+        raise RecipeError(
+            f"{recipe.name}: diffusion needs latents (C, h, w), and the tokenizer gives {spec.kind} of shape "
+            f"{spec.shape}; take an autoencoder_kl, or leave the tokenizer out to learn pixels"
+        )
+    if not tokenizer.scale.measured:  # type: ignore[attr-defined]
+        raise RecipeError(
+            f"{recipe.name}: the scale of the tokenizer's latents was not measured, and noise is for latents of "
+            "deviation 1; train the tokenizer's stage to its end"
+        )
