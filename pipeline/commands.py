@@ -1,4 +1,4 @@
-"""The commands that paint with a trained model and look after models: `kartina paint | reproduce | models | demo`.
+"""The commands that use and look after trained models: `kartina paint | reproduce | resynthesise | models | demo`.
 
 Nothing heavy is imported before a command runs.
 """
@@ -78,6 +78,26 @@ def reproduce(
     typer.echo("same pixels: yes" if likeness == float("inf") else f"same pixels: no, PSNR {likeness:.1f} dB")
     if likeness < gallery.SAME:
         raise typer.Exit(1)
+
+
+@app.command()
+def resynthesise(
+    pictures: Annotated[list[Path], typer.Argument(help="PNG pictures")],
+    model: Annotated[str, typer.Option(help="a model's name or folder")],
+    attribute: Annotated[list[str], typer.Option(help="NAME=+1 or NAME=-1, as in glasses=+1")],
+    strength: Annotated[float, typer.Option(help="1: as far as pictures that have it lie")] = 1.0,
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = Path("out"),
+) -> None:
+    """Move pictures along attributes of a model's latents: before and after at growing strengths, as one grid."""
+    from . import gallery, resynthesis
+    from .images import read_picture, save_png
+
+    moves, shown = resynthesis.moves_of(attribute), [read_picture(path) for path in pictures]
+    path = gallery.targets(out, 1, grid=True)[0]
+    system = resynthesis.Resynthesis.load(model, device_named(device))
+    save_png(resynthesis.sheet(system, shown, moves, strength), path, {"moves": moves, "strength": strength})
+    typer.echo(str(path))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""From tensors to pictures: 8-bit conversion, labelled grids, and PNG files that remember how they were made.
+"""From tensors to pictures and back: 8-bit conversion, labelled grids, and PNG files that remember how they were made.
 
 B pictures, H height, W width.
 
@@ -47,6 +47,16 @@ def to_uint8(image: Tensor) -> Tensor:
 def to_pil(image: Tensor) -> list[Image.Image]:
     """image (B, 3, H, W), nominally in [-1, 1] -> B RGB pictures. Raises like `to_uint8`."""
     return [Image.fromarray(picture.numpy()) for picture in to_uint8(image)]
+
+
+def fit(picture: Image.Image, size: int) -> Tensor:
+    """The centre square of an RGB picture, float32 (3, S, S) in [-1, 1]: BOX to about twice S, then BICUBIC."""
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    picture = picture.crop((left, top, left + side, top + side))  # first, or the resize looks past the crop's edge
+    picture = picture.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    pixels = torch.from_numpy(np.array(picture))  # (S, S, 3) uint8
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1  # (3, S, S)
 
 
 def psnr(first: Image.Image, second: Image.Image) -> float:

@@ -1,4 +1,4 @@
-"""The commands that train and judge: `kartina train | plan | evaluate | reconstruct | doctor | compare`.
+"""The commands that train and judge: `kartina train | plan | evaluate | reconstruct | directions | doctor | compare`.
 
 Nothing heavy is imported before a command runs.
 """
@@ -75,7 +75,9 @@ def plan(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="a model's name or folder")],
-    data: Annotated[Path | None, typer.Option(help="judge on emoji, those of `kartina data emoji FOLDER`")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="what `kartina data emoji`, or `avatars`, wrote: judge on it")
+    ] = None,
     tests: Annotated[list[str] | None, typer.Option(help="of shapes: S1, S2a ..., or of emoji: E1 ...")] = None,
     per_test: Annotated[int | None, typer.Option(min=1, help="the first captions of each test only")] = None,
     candidates: Annotated[int, typer.Option(min=1, help="also judge the best of so many, by the model's CLIP")] = 1,
@@ -89,8 +91,11 @@ def evaluate(
     from ..pipeline.checkpoint import save_measured
     from ..pipeline.terminal import progress_bar
     from ..pipeline.text_to_image import find_model
+    from .data.labelled import read_fields
     from .evaluation import emoji_suite, shapes_suite
 
+    if data is not None and read_fields(data):
+        return _evaluate_attributes(model, data, per_test, device, save, as_json)
     if save and per_test is not None:
         raise ValueError("--save writes figures over whole tests to the card; leave --per-test out, or --save")
     suite: Any = shapes_suite if data is None else emoji_suite
@@ -117,6 +122,38 @@ def evaluate(
         counts = {test: columns["one_sample"]["n"] for test, columns in result["tests"].items()}
         facts = {"device": result["device"], "dtype": result["dtype"], "captions": counts}
         save_measured(folder, shlex.join(words), suite.headline(result), **facts)
+
+
+def _evaluate_attributes(model: str, data: Path, per_move: int | None, device: str, save: bool, as_json: bool) -> None:
+    from ..pipeline.checkpoint import save_measured
+    from ..pipeline.resynthesis import Resynthesis
+    from ..pipeline.terminal import progress_bar
+    from ..pipeline.text_to_image import find_model
+    from .evaluation import attributes_suite as suite
+
+    place = device_named(device)
+    with progress_bar("resynthesising") as progress:
+        result = suite.evaluate(Resynthesis.load(model, place), data, per_move or suite.PER_MOVE, progress=progress)
+    typer.echo(json.dumps(result) if as_json else suite.report(result), nl=as_json)
+    if save:
+        words = ["kartina", "evaluate", model, f"--data={data}", *([f"--per-test={per_move}"] if per_move else [])]
+        save_measured(find_model(model), shlex.join([*words, "--save"]), suite.headline(result), device=place)
+
+
+@app.command()
+def directions(
+    data: Annotated[Path, typer.Argument(help="what `kartina data avatars` wrote")],
+    model: Annotated[str, typer.Option(help="a model's name or folder")],
+    pictures: Annotated[int, typer.Option(min=2, help="so many of the data, the first ones")] = 5000,
+    device: Device = "auto",
+) -> None:
+    """Find the directions of attributes in a model's latents, for `kartina resynthesise`, and keep them beside it."""
+    from ..pipeline.text_to_image import find_model
+    from .directions import find_directions
+
+    folder = find_model(model)
+    system = find_directions(folder, data, pictures, device_named(device))
+    typer.echo(f"{folder}: {len(system.names)} attributes: {', '.join(system.names)}")
 
 
 @app.command()

@@ -24,9 +24,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ..pipeline.images import fit as fit
 from .samples import BadSample, Index, find_shards, load_index, read_caption, read_sample
 
 _log = logging.getLogger(__name__)
@@ -88,16 +88,6 @@ def permutation(seed: int, pass_: int, use: int, part: int, count: int) -> np.nd
     """A permutation of range(count), int64 (count,): a pure function of its arguments, in every numpy version."""
     philox = np.random.Philox(key=[seed & _WORD, pass_], counter=[0, 0, use, part])
     return np.argsort(philox.random_raw(count), kind="stable")
-
-
-def fit(picture: Image.Image, size: int) -> Tensor:
-    """The centre square of an RGB picture, float32 (3, S, S) in [-1, 1]: BOX to about twice S, then BICUBIC."""
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    picture = picture.crop((left, top, left + side, top + side))  # first, or the resize looks past the crop's edge
-    picture = picture.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    pixels = torch.from_numpy(np.array(picture))  # (S, S, 3) uint8
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1  # (3, S, S)
 
 
 class ShardSource:

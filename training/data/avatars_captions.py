@@ -1,7 +1,9 @@
 """What an avatar may look like: fields, the values of each, what DiceBear draws for a value, and how captions say it.
 
-Only variants whose value can be seen are listed: a hat leaves some of any hair uncovered, and a beard, faint in this
-style, is never drawn. It does not know how pictures are drawn, nor which cells are held out.
+Only variants whose value can be told apart are listed; a beard, faint in this style, is never drawn. Under some hats
+short hair does not show, so that its colour is known by the label alone.
+
+It does not know how pictures are drawn, nor which cells are held out.
 """
 
 from collections.abc import Mapping

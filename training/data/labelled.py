@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...pipeline.images import to_uint8
+from ...pipeline.images import fit, to_uint8
 from ...pipeline.terminal import progress_bar
 from ..samples import BadSample, decode, find_shards, load_index, read_member, read_sample
-from ..stream import fit
 
 NONE = "none"  # the value of a field for what is not there
 

@@ -3,8 +3,12 @@
 It does not know what was judged.
 """
 
+import io
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 Result = dict[str, Any]
 
@@ -22,6 +26,13 @@ def columns_of(result: Result) -> dict[str, str]:
     """The columns of a suite's result, in words: one sample, and best of N where there are candidates."""
     words = {"one_sample": "one sample", "best_of_n": f"best of {result['candidates']}"}
     return words if result["candidates"] > 1 else {"one_sample": words["one_sample"]}
+
+
+def table_text(table: Table) -> str:
+    """A table as text, 120 characters wide."""
+    text = io.StringIO()
+    Console(file=text, width=120, markup=False, highlight=False).print(table)
+    return text.getvalue()
 
 
 def percent(entry: Result) -> str:
