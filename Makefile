@@ -34,7 +34,11 @@ lint: .venv/.installed
 	  -m kartina -m kartina.cli $(ROOMS:%=-p kartina.%)
 
 bench: .venv/.installed
-	set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	set -e; for file in benchmarks/[a-z]*.py; do \
+	  echo "== $$file"; peers=build/bench/$$(basename $$file .py); list=$${file%.py}.txt; \
+	  test ! -f $$list || test -d $$peers || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --target $$peers -r $$list; \
+	  PYTHONPATH=$$peers $(BIN)/python $$file; done
 
 # Peers whose pins conflict with ours: installed one folder each, their small outputs recorded for `make test`.
 parity: .venv/.installed

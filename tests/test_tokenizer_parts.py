@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from kartina.layers.conv import Up
 from kartina.pipeline import checkpoint
 from kartina.pipeline.recipe import Recipe, build
 
@@ -57,3 +59,17 @@ def test_a_hostile_size_is_refused(wrong, tmp_path):
     checkpoint.save_part(tmp_path, recipe, "tokenizer", checkpoint.export(build(recipe, "tokenizer")))
     with pytest.raises(checkpoint.ModelError, match="asks for more|cannot be built|does not fit"):
         checkpoint.load_part(tmp_path, system(PARTS["kl"] | wrong), "tokenizer")
+
+
+def test_up_is_nearest_upsampling_and_a_convolution():
+    torch.manual_seed(0)
+    up, image = Up(5).double(), torch.randn(2, 5, 6, 7, dtype=torch.float64)
+    found = []
+    for way in (up, lambda x: up.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))):
+        x = image.clone().requires_grad_()
+        y = way(x)
+        y.square().sum().backward()
+        found.append((y.detach(), x.grad, up.conv.weight.grad.clone(), up.conv.bias.grad.clone()))
+        up.zero_grad()
+    assert found[0][0].shape == (2, 5, 12, 14)
+    assert all((ours - theirs).abs().max() <= 1e-10 for ours, theirs in zip(*found, strict=True))

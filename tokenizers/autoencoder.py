@@ -129,6 +129,7 @@ class Encoder(nn.Module):
         self.mid = layout.middle()
         self.norm_out = group_norm(widths[-1], layout.norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], n_out, 3, padding=1)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on CPU
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.conv_in(image.to(self.conv_in.weight.dtype))
@@ -154,6 +155,7 @@ class Decoder(nn.Module):
         )
         self.norm_out = group_norm(widths[0], layout.norm_groups)
         self.conv_out = nn.Conv2d(widths[0], n_out, 3, padding=1)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on CPU
 
     def forward(self, features: Tensor) -> Tensor:
         x = self.mid(self.conv_in(features.to(self.conv_in.weight.dtype)))

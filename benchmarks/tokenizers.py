@@ -1,0 +1,254 @@
+"""Tokenizers against their peers: a training step of the discrete VAE, a step of the quantizer, encoding and decoding.
+
+    pip install --no-deps --target build/bench/tokenizers -r benchmarks/tokenizers.txt      (`make bench` does it)
+    PYTHONPATH=build/bench/tokenizers python benchmarks/tokenizers.py [--device cuda] [--threads N] [--json]
+
+- dvae: forward, backward and Adam of `DiscreteVAE` and dalle-pytorch's, noise included. The networks differ, so that
+  weights and FLOPs of both are told.
+- quantizer: latents that require gradients to nearest codes, straight through, commitment, backward, and the moving
+  averages; vector-quantize-pytorch without its rotation of gradients, which is another method.
+- encode, decode: `AutoencoderKL` and diffusers' with the same weights; outputs must be equal. In float32, and in
+  bfloat16 where the device is fast in it.
+
+Sizes: sizes.yaml. Both sides take turns, the peer in both layouts, of which the faster counts; of each side the best
+round. `limit` is the share of what a large matrix product of the same dtype reaches, by FLOPs of products and
+convolutions that the framework counts. Without other work on the machine only. It does not know trained weights: they
+do not change the time.
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kartina.layers import random
+from kartina.pipeline.convert import to_diffusers
+from kartina.tokenizers.autoencoder_kl import AutoencoderKL
+from kartina.tokenizers.dvae import DiscreteVAE
+from kartina.tokenizers.quantize import VectorQuantizer
+from kartina.training.objectives.dvae import dvae as dvae_objective
+from kartina.training.objectives.vqvae import quantization
+from kartina.training.optim import fast_bf16
+
+SIZES = yaml.safe_load((Path(__file__).parent / "sizes.yaml").read_text())["tokenizers"]
+Work = Callable[[], Any]
+
+
+def seconds(work: Work, device: torch.device) -> float:
+    """Of one call."""
+    begin = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def flops(work: Work) -> int:
+    """Of products and convolutions, of one call."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def limit(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of a product of square matrices, the best of five."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
+
+
+def compare(name: str, ours: Work, peers: dict[str, Work], device: torch.device, top: float, **facts: Any) -> dict:
+    """The best of rounds that take turns; of the peer, in the setting that is best for it."""
+    works = {"ours": ours, **peers}
+    counted = {side: flops(work) for side, work in works.items()}  # and warms up
+    times: dict[str, list[float]] = {side: [] for side in works}
+    for _ in range(SIZES["rounds"]):
+        for side, work in works.items():
+            times[side].append(seconds(work, device))
+    best = {side: min(each) for side, each in times.items()}
+    setting = min(peers, key=best.__getitem__)
+    return {
+        "what": name,
+        "ratio": round(best[setting] / best["ours"], 2),
+        "ours_ms": round(1000 * best["ours"], 1),
+        "peer_ms": round(1000 * best[setting], 1),
+        "peer": setting,
+        "ours_gflop": round(counted["ours"] / 1e9, 2),
+        "peer_gflop": round(counted[setting] / 1e9, 2),
+        "ours_limit": round(counted["ours"] / best["ours"] / top, 3),
+        "peer_limit": round(counted[setting] / best[setting] / top, 3),
+        **facts,
+    }
+
+
+def layouts(network: nn.Module, work: Callable[[nn.Module, torch.memory_format], Work], label: str) -> dict[str, Work]:
+    """The work of a network in both layouts of its weights, as two copies."""
+    formats = {"": torch.contiguous_format, ", channels last": torch.channels_last}
+    return {f"{label}{n}": work(copy.deepcopy(network).to(memory_format=f), f) for n, f in formats.items()}
+
+
+def discrete_vae(device: torch.device, top: float) -> dict:
+    """Training steps in float32."""
+    sizes = SIZES["dvae"]
+    count, side = sizes["batch"], sizes["ours"]["image_size"]
+    image = torch.rand(count, 3, side, side, device=device)  # theirs in [0, 1], ours in [-1, 1]
+    samples, weight = torch.arange(count, device=device), torch.ones(count, device=device)
+
+    def step(network: nn.Module, loss: Callable[[], Tensor]) -> Work:
+        optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+
+        def work() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            loss().backward()
+            optimizer.step()
+
+        return work
+
+    network = DiscreteVAE(**sizes["ours"]).to(device)
+
+    def our_loss() -> Tensor:
+        noise = random.gumbel(0, 0, samples, (*network.spec.shape, network.spec.vocabulary), "dvae gumbel")
+        out = network(2 * image - 1, noise.permute(0, 3, 1, 2), 0.9)
+        (total, number), _ = dvae_objective(out["parameters"], out["logits"], 2 * image - 1, 0.0, weight)
+        return total / number
+
+    def theirs(peer: nn.Module, layout: torch.memory_format) -> Work:
+        laid = image.contiguous(memory_format=layout)
+        return step(peer, lambda: peer(laid, return_loss=True))
+
+    peer = peer_vae()(**sizes["peer"], temperature=0.9).to(device)
+    weights = [sum(w.numel() for w in each.parameters()) for each in (network, peer)]
+    if weights[0] < weights[1]:
+        raise SystemExit(f"ours must have no fewer weights than the peer, got {weights}; correct sizes.yaml")
+    facts = {"ours_weights": weights[0], "peer_weights": weights[1]}
+    peers = layouts(peer, theirs, "dalle-pytorch")
+    return compare("dVAE, training step, float32", step(network, our_loss), peers, device, top, **facts)
+
+
+def peer_vae() -> type[nn.Module]:
+    """dalle-pytorch's class. Its package imports what downloads published weights, which is left out here."""
+    spec = importlib.util.find_spec("dalle_pytorch")
+    assert spec is not None and spec.submodule_search_locations
+    package, published = types.ModuleType("dalle_pytorch"), types.ModuleType("dalle_pytorch.vae")
+    package.__path__ = list(spec.submodule_search_locations)
+    published.OpenAIDiscreteVAE = published.VQGanVAE = object  # type: ignore[attr-defined]
+    sys.modules |= {"dalle_pytorch": package, "dalle_pytorch.vae": published}
+    from dalle_pytorch.dalle_pytorch import DiscreteVAE as Peer
+
+    return Peer
+
+
+def quantizer(device: torch.device, top: float) -> dict:
+    """Training steps in float32."""
+    from vector_quantize_pytorch import VectorQuantize
+
+    sizes = SIZES["quantizer"]
+    vectors, codes, width = sizes["vectors"], sizes["num_codes"], sizes["code_dim"]
+    latents = torch.randn(1, width, 1, vectors, device=device)
+    ours = VectorQuantizer(codes, width, ema_decay=sizes["decay"]).to(device)
+    peer = VectorQuantize(
+        dim=width, codebook_size=codes, decay=sizes["decay"], commitment_weight=0.25, rotation_trick=False
+    ).to(device)
+    codebook = torch.randn(codes, width, device=device)
+    ours.embedding.weight.copy_(codebook)
+    peer.codebook = codebook
+    rows = latents[0, :, 0].T[None].contiguous()  # (1, N, D), what the peer reads without a copy
+    found = ours.encode(latents).flatten()
+    if not torch.equal(found, peer.eval()(rows)[1].flatten()):
+        raise SystemExit("the quantizers find other codes")
+    peer.train()
+    latents = rows.mT[:, :, None]  # (1, D, 1, N) of the same memory, as a network with channels last gives it
+
+    def our_step() -> None:
+        x = latents.detach().requires_grad_()
+        out = ours(x)
+        loss = 0.25 * quantization(out["latents"], out["codewords"])[1].mean()
+        (out["quantized"].square().mean() + loss).backward()
+        ours.update(*ours.statistics(out["latents"].detach(), out["codes"], torch.ones(1, device=device)))
+
+    def peer_step() -> None:
+        x = rows.detach().requires_grad_()
+        quantized, _, loss = peer(x)
+        (quantized.square().mean() + loss.sum()).backward()
+
+    peers = {"vector-quantize-pytorch": peer_step}
+    return compare("quantizer, training step, float32", our_step, peers, device, top)
+
+
+@torch.inference_mode()
+def autoencoder(device: torch.device, dtype: torch.dtype, top: float) -> list[dict]:
+    """Encoding and decoding."""
+    from diffusers import AutoencoderKL as Peer
+
+    sizes = dict(SIZES["autoencoder"])
+    batch, levels = sizes.pop("batch"), len(sizes["channel_mult"])
+    ours = AutoencoderKL(**sizes).eval()
+    peer = Peer(
+        block_out_channels=[sizes["width"] * mult for mult in sizes["channel_mult"]],
+        layers_per_block=sizes["blocks_per_level"], sample_size=sizes["image_size"], latent_channels=4,
+        down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
+    ).eval()  # fmt: skip
+    peer.load_state_dict(to_diffusers(ours.state_dict()), strict=True)
+    ours, peer = ours.to(device, dtype), peer.to(device, dtype)
+    image = (torch.rand(batch, 3, sizes["image_size"], sizes["image_size"], device=device) * 2 - 1).to(dtype)
+    latents = torch.randn(batch, *ours.spec.shape, device=device, dtype=dtype)
+    error = (ours.decode(latents) - peer.decode(latents).sample).abs().max()
+    error = max(error, (ours.encode(image) - peer.encode(image).latent_dist.mode()).abs().max())
+    if error > (1e-4 if dtype == torch.float32 else 0.1):
+        raise SystemExit(f"the autoencoders differ by {error:.2g}")
+    word = str(dtype).removeprefix("torch.")
+    rows = []
+    for name, x, own, other in (
+        ("encode", image, ours.encode, lambda net, x: net.encode(x).latent_dist.mode()),
+        ("decode", latents, ours.decode, lambda net, x: net.decode(x).sample),
+    ):
+        ways = layouts(
+            peer, lambda net, layout, x=x, f=other: lambda: f(net, x.contiguous(memory_format=layout)), "diffusers"
+        )
+        rows.append(compare(f"{name}, {word}", lambda f=own, x=x: f(x), ways, device, top))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON line")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    missing = [name for name in ("dalle_pytorch", "vector_quantize_pytorch") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(f"the peers {', '.join(missing)} are not installed; see the first lines of {__file__}")
+    torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    dtypes = [torch.float32, *([torch.bfloat16] if fast_bf16(device) else [])]
+    tops = {dtype: limit(device, dtype, 2048 if device.type == "cpu" else 8192) for dtype in dtypes}
+    full = tops[torch.float32]
+    rows = [discrete_vae(device, full), quantizer(device, full)]
+    rows += [row for dtype, top in tops.items() for row in autoencoder(device, dtype, top)]
+    if options.json:
+        limits = {str(dtype): round(top / 1e9, 1) for dtype, top in tops.items()}
+        print(json.dumps({"device": str(device), "threads": options.threads, "gflops": limits, "rows": rows}))
+        return
+    for dtype, top in tops.items():
+        print(f"a large product in {dtype}: {top / 1e9:.1f} GFLOP/s, {options.threads} threads, {device}")
+    for row in rows:
+        print(
+            "{what}: {ratio} times as fast as {peer}: {ours_ms} ms and {peer_ms} ms; {ours_gflop} and {peer_gflop} "
+            "GFLOP, {ours_limit:.0%} and {peer_limit:.0%} of the limit".format(**row)
+        )
+
+
+if __name__ == "__main__":
+    main()
