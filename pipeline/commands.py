@@ -27,6 +27,10 @@ def paint(
     top_k: Annotated[int | None, typer.Option(help=f"from the likeliest K codes only; {OWN}")] = None,
     top_p: Annotated[float | None, typer.Option(help=f"from the likeliest codes that make up P; {OWN}")] = None,
     guidance: Annotated[float | None, typer.Option(help=f"above 1: closer to the caption; {OWN}")] = None,
+    steps: Annotated[int | None, typer.Option(help=f"of diffusion: from noise to picture; {OWN}")] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"of diffusion: ddim, dpmpp_2m, unipc ...; {OWN}")] = None,
+    eta: Annotated[float | None, typer.Option(help="of ddim: 0 draws no noise on the way, 1 as much as ddpm")] = None,
+    negative: Annotated[str | None, typer.Option(help="of diffusion: what guidance leads away from")] = None,
     reranker: Annotated[str | None, typer.Option(help="an open_clip model that ranks: a name or a folder")] = None,
     reranker_pretrained: Annotated[str | None, typer.Option(help="its weights: a published tag or a file")] = None,
     device: Device = "auto",
@@ -45,8 +49,9 @@ def paint(
         raise ValueError(f"--keep must be at most --candidates, got {keep} of {candidates}; paint more candidates")
     paths = gallery.targets(out, len(texts) * keep, grid)
     system = load(model, device, dtype, reranker, reranker_pretrained)
-    knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance}
-    knobs = {name: value for name, value in knobs.items() if value is not None}
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance}
+    given |= {"num_steps": steps, "sampler": sampler, "eta": eta, "negative": negative}
+    knobs = {name: value for name, value in given.items() if value is not None}
     with progress_bar("painting") as progress:
         paintings = system(texts, seed=seed, candidates=candidates, keep=keep, progress=progress, **knobs)
     for path, entry in gallery.save_grid(paintings, paths[0]) if grid else gallery.save(paintings, paths):

@@ -1,6 +1,6 @@
 """Caption -> picture: the one sampling path that users, previews and evaluation run.
 
-    captions -> drawing (text tokens -> sampler(prior) -> codes or latents) -> tokenizer.decode -> CLIP rerank -> Paintings
+    captions -> text tokens -> sampler(prior) -> codes or latents -> tokenizer.decode -> CLIP rerank -> Paintings
 
 Candidate k of a prompt has seed `seed + k` and the same noise at any batch size. The candidates of all prompts are
 painted in micro-batches whose rows do not see each other; only the size of a batch decides how its matrix products
@@ -134,7 +134,7 @@ class TextToImage:
                     raise checkpoint.ModelError(f"{folder}: {part} was trained against another {other}; train it again")
         for part in checkpoint.built_otherwise(card, recipe):
             raise checkpoint.ModelError(f"{folder}: recipe.yaml builds another {part} than was trained; copy again")
-        needed = [part for part in ("tokenizer", "text", "prior") if part in recipe.parts]
+        needed = [str(part) for part in ("tokenizer", "text", "prior") if part in recipe.parts]
         needed += ["clip"] if "clip" in card["parts"] and reranker is None else []
         parts = {part: checkpoint.load_part(folder, recipe, part, device, dtype) for part in needed}
         system = cls(recipe, parts, CaptionTokenizer.load(folder / "captions.json"), model_hash(card), reranker)

@@ -3,7 +3,9 @@ Rombach 2022, arXiv:2112.10752, section 4.3.1), and the text tower of CLIP (Radf
 Stable Diffusion takes as trained.
 
 Both: encoder(text) -> (tokens, mask or None), the fields of those names of a `Condition`; encoder.frame(text, lengths),
-what it reads of the ids of captions; and encoder.null_text(batch), the null caption. B captions, T text tokens, D width.
+what it reads of the ids of captions; and encoder.null_text(batch), the null caption.
+
+B captions, T text tokens, D width.
 
 They do not know what reads their output, nor how captions become numbers.
 """

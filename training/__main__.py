@@ -48,7 +48,7 @@ def _reads_captions(recipe: Recipe, training: runs.Training) -> bool:
     from .stages import STAGES
 
     kinds = [recipe.parts[name]["kind"] for name in training.stages if name in recipe.parts]
-    return any("captions" in STAGES[kind].depends for kind in kinds if kind in STAGES)
+    return any("captions" in STAGES[kind].needs(recipe) for kind in kinds if kind in STAGES)
 
 
 def _prepare_captions(recipe: Recipe, source: Any, model: Path) -> None:

@@ -43,12 +43,12 @@ class TrainingStage(ABC):
     """What is trained, against what, and with which losses. What a stage has no need for, it inherits as empty.
 
     part: the part of the recipe that it trains. beside: other parts that are trained along where the recipe has them;
-    what is not among `exported` is left behind at the end (a discriminator). networks: all of these, by the name that `updates` yields. forward:
-    their wrapped forms, set by the loop, through which all that trains must go. depends: what must be trained before.
-    knobs: the keys of its objective. metrics: names of what validation tells, from `measure` or `summary`, the headline
-    first; higher_is_better: of the headline. restart_step: None, or the step at which `restart` changes the weights and
-    the optimizers begin anew. cached: what it reads of a cache in place of pictures, all of it (see `training.cache`);
-    empty where it needs pictures.
+    what is not among `exported` is left behind at the end (a discriminator). networks: all of these, by the name that
+    `updates` yields. forward: their wrapped forms, set by the loop, through which all that trains must go. depends:
+    what must be trained before. knobs: the keys of its objective. metrics: names of what validation tells, from
+    `measure` or `summary`, the headline first; higher_is_better: of the headline. restart_step: None, or the step at
+    which `restart` changes the weights and the optimizers begin anew. cached: what it reads of a cache in place of
+    pictures, all of it (see `training.cache`); empty where it needs pictures.
 
     Every draw comes from `kartina.layers.random`, keyed by the run's seed, the step and the sample's global position;
     what is annealed is a function of the step, and what else must outlive a stop is a buffer of a network.

@@ -4,19 +4,21 @@ B images, C channels on h x w positions: 3 of pixels, or those of the latents.
 """
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...layers import random
 from ...pipeline import checkpoint
 from ...pipeline.denoising import denoiser_of
 from ...pipeline.recipe import Recipe, RecipeError, build
+from ...priors.caption_encoder import Captioned
 from ...priors.condition import Condition
 from ...priors.denoiser import Clipped, Denoise
 from ...priors.diffusion_samplers import ddim
+from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import diffusion as objective
 from ..run import Stage
 from ..stream import Batch, Source
@@ -27,7 +29,9 @@ _PREVIEW_STEPS = 50
 
 
 class DiffusionStage(TrainingStage):
-    """Fits a network that denoises (arXiv:2006.11239, algorithm 1), with classes dropped for guidance.
+    """Fits a network that denoises (arXiv:2006.11239, algorithm 1), with conditions dropped for guidance.
+
+    A recipe's text encoder trains along, as one network with it (arXiv:2112.10752, section 4.3.1).
 
     target: in which terms the error is taken, by default what the network predicts. weighting, gamma: see
     `objectives.diffusion.snr_weight`. bound_weight: of the variational bound in bits per dimension, where variances are
@@ -36,7 +40,8 @@ class DiffusionStage(TrainingStage):
 
     part = "prior"
     higher_is_better = False
-    depends: tuple[str, ...] = ("tokenizer",)
+    depends: tuple[str, ...] = ("tokenizer", "captions")
+    beside: tuple[str, ...] = ("text",)
     cached: tuple[str, ...] = ("latents",)
     knobs: ClassVar = {
         "target": Knob(choices=("eps", "x_0", "v")),
@@ -49,22 +54,33 @@ class DiffusionStage(TrainingStage):
     def __init__(
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
     ) -> None:
-        self.tokenizer = checkpoint.load_part(model, recipe, "tokenizer", device) if self.needs(recipe) else None
+        encodes = "tokenizer" in recipe.parts
+        self.tokenizer = checkpoint.load_part(model, recipe, "tokenizer", device) if encodes else None
         _check_latents(recipe, self.tokenizer)
-        self.hold(build(recipe, self.part))
-        if self.network.context_dim is not None or self.network.embedding_dim is not None:
+        self.prior, self.text, self.captions = build(recipe, self.part), None, None
+        if self.prior.embedding_dim is not None:
+            raise RecipeError(f"{recipe.name}: this stage has no image embeddings; leave parts.prior.embedding_dim out")
+        if "text" in recipe.parts:
+            self.captions = CaptionTokenizer.load(model / "captions.json")
+            self.text = build(recipe, "text")
+        if getattr(self.text, "width", None) != self.prior.context_dim:
             raise RecipeError(
-                f"{recipe.name}: this stage trains on pictures and classes only; set parts.prior.context_dim=null, and "
-                "no embedding_dim"
+                f"{recipe.name}: parts.prior.context_dim must be the width of parts.text, or null where there is none, "
+                f"got {self.prior.context_dim} and {getattr(self.text, 'width', None)}"
             )
+        self.hold(self.prior if self.text is None else Captioned(self.prior, self.text))
         self.recipe, self.config, self.seed = recipe, config, seed
         self.schedule = self._denoiser().schedule
         self.metrics = ("error",) if self.tokenizer else ("error", "bits_per_dim")
 
     @classmethod
     def needs(cls, recipe: Recipe) -> tuple[str, ...]:
-        """A tokenizer where the recipe has one."""
-        return tuple(part for part in cls.depends if part in recipe.parts)
+        """A tokenizer where the recipe has one, and captions where it reads them."""
+        return tuple(name for name, part in (("tokenizer", "tokenizer"), ("captions", "text")) if part in recipe.parts)
+
+    def exported(self) -> dict[str, nn.Module]:
+        """The text encoder too."""
+        return ({} if self.text is None else {"text": self.text}) | {self.part: self.prior}
 
     def _denoiser(self, draws: random.Draws | None = None) -> Denoise:
         """The network that trains, dropping out by `draws`; without them the network as it is."""
@@ -81,7 +97,7 @@ class DiffusionStage(TrainingStage):
         t = random.integers(*draws, (), "timestep", total)
         eps = random.normal(*draws, tuple(x_0.shape[1:]), "noise")
         drop = random.uniform(*draws, (), "condition drop") < config.number("condition_drop", 0.1)
-        condition = self._condition(batch).dropped(drop, self.network.null_condition(len(x_0)))
+        condition = self._dropped(self._condition(batch), drop)
         x_t = self.schedule.diffuse(x_0, t, eps)
         found = self._denoiser(draws)(x_t, t, condition)
         share = found.variance_share
@@ -100,12 +116,22 @@ class DiffusionStage(TrainingStage):
             return batch.encoded["latents"]
         return batch.image if self.tokenizer is None else self.tokenizer.encode(batch.image)
 
-    def _condition(self, batch: Batch) -> Condition:
-        if self.network.num_classes is None:
+    def _condition(self, batch: Batch) -> Any:
+        """What the network is conditioned on: framed captions, int64 (B, T), or classes, or nothing."""
+        if self.text is not None:
+            assert self.captions is not None
+            return self.text.frame(*self.captions.encode(batch.captions)).to(batch.image.device)
+        if self.prior.num_classes is None:
             return Condition()
         if batch.labels is None:
             raise ValueError("a prior with num_classes needs data with labels, such as digits; set num_classes=null")
         return Condition(labels=batch.labels)
+
+    def _dropped(self, condition: Any, drop: Tensor) -> Any:
+        """The same with the null one in the place of samples where `drop`, bool (B,)."""
+        if self.text is not None:
+            return torch.where(drop[:, None], self.text.null_text(len(drop)), condition)
+        return condition.dropped(drop, self.prior.null_condition(len(drop)))
 
     def _bits(self, x_0: Tensor, guess: Tensor, share: Tensor | None, t: Tensor) -> Tensor:
         """The term of the bound at t, in bits per dimension, (B,); variances that are not learned are beta_tilde."""
@@ -144,9 +170,12 @@ class DiffusionStage(TrainingStage):
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Image | None:
-        """Sixteen samples, of the batch's classes where there are some."""
+        """Sixteen samples, of the batch's captions or classes where the network reads them."""
         x_0, condition = self._read(batch)[:16], self._condition(batch)
-        condition = Condition(*(None if each is None else each[:16] for each in condition))
+        if isinstance(condition, Condition):
+            condition = Condition(*(None if each is None else each[:16] for each in condition))
+        else:
+            condition = condition[:16]
         denoise = self._denoiser() if self.tokenizer else Clipped(self._denoiser())
         was_training = self.network.training
         self.network.eval()
@@ -154,7 +183,8 @@ class DiffusionStage(TrainingStage):
         steps = min(_PREVIEW_STEPS, self.schedule.num_timesteps)
         z = ddim(denoise, condition, tuple(x_0.shape[1:]), seeds, num_steps=steps)
         self.network.train(was_training)
-        return contact_sheet(z if self.tokenizer is None else self.tokenizer.decode(z).float())
+        images = z if self.tokenizer is None else self.tokenizer.decode(z).float()
+        return contact_sheet(images, batch.captions[:16] if self.text is not None else None)
 
 
 def _check_latents(recipe: Recipe, tokenizer: object) -> None:
