@@ -1,4 +1,5 @@
-"""The commands that use and look after trained models: `kartina paint | reproduce | resynthesise | models | demo`.
+"""The commands that use and look after trained models: `kartina paint | reproduce | resynthesise | models | demo`, and
+`kartina convert | export` for published weights.
 
 Nothing heavy is imported before a command runs.
 """
@@ -139,6 +140,59 @@ def demo(out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = P
         typer.echo(f"{painting.clip_score:.3f}  {painting.prompt}")
     gallery.save_grid(paintings, path)
     typer.echo(str(path))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="a file, a folder, or a hub repository as OWNER/NAME")],
+    out: Annotated[Path, typer.Argument(help="the model folder to make")],
+    name: Annotated[str, typer.Option(help="what the model is called, as word/word")] = "imported/tokenizer",
+    image_size: Annotated[int | None, typer.Option(min=8, help="pixels a side; 256, or what config.json says")] = None,
+    licence: Annotated[str, typer.Option(help="of the weights, as their authors state it")] = "not stated",
+) -> None:
+    """Make a model folder of a published tokenizer: OpenAI's discrete VAE, VQ-GAN, a KL autoencoder."""
+    from . import published
+    from .checkpoint import save_part
+
+    _check_new(out)
+    path = Path(source)
+    if not path.exists() and source.count("/") == 1:
+        from huggingface_hub import snapshot_download
+
+        wanted = [
+            f"{folder}{file}" for folder in ("", "vae/", "vqvae/") for file in ("config.json", "*_model.safetensors")
+        ]
+        path = Path(snapshot_download(source, allow_patterns=wanted))
+    section, weights = published.load(path, image_size)
+    recipe = published.recipe_of(name, section, licence)
+    digest = save_part(out, recipe, "tokenizer", weights, source=Path(source).name)
+    typer.echo(f"{section['kind']}, {sum(value.numel() for value in weights.values()):,d} numbers, hash {digest[:12]}")
+    typer.echo(str(out))
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="a model folder")],
+    out: Annotated[Path, typer.Argument(help="the folder to make")],
+    to: Annotated[str, typer.Option(help="whose format: diffusers")] = "diffusers",
+) -> None:
+    """Write a model's tokenizer (vqgan or autoencoder_kl) as a folder that diffusers loads."""
+    from . import published
+    from .checkpoint import load_recipe, load_weights
+
+    if to != "diffusers":
+        raise ValueError(f"--to {to!r} is unknown; valid: diffusers")
+    _check_new(out)
+    recipe = load_recipe(model)
+    if "tokenizer" not in recipe.parts:
+        raise ValueError(f"{model} has no tokenizer, only {', '.join(recipe.parts)}; export another model")
+    published.save_diffusers(out, recipe.parts["tokenizer"], load_weights(model, "tokenizer"))
+    typer.echo(str(out))
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise ValueError(f"{out} is there already; give the name of a folder to make")
 
 
 def load(model: str | Path, device: str, dtype: str, reranker: str | None = None, weights: str | None = None) -> Any:

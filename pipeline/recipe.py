@@ -239,6 +239,12 @@ def build(recipe: Recipe, part: str) -> Any:
     return _constructor(part, kind)(**arguments)
 
 
+def defaults(part: str, kind: str) -> dict[str, Any]:
+    """The constructor arguments of a kind that have defaults, with them."""
+    parameters = inspect.signature(_constructor(part, kind)).parameters.values()
+    return {each.name: each.default for each in parameters if each.default is not each.empty}
+
+
 def count_parameters(recipe: Recipe) -> dict[str, int]:
     """The number of parameters of each part, counted on the meta device: no memory is taken."""
     import torch

@@ -33,6 +33,7 @@ def test_published_size_of_dalle():
         ("kl-f8", 83_653_863, 2_765_633),
         ("gumbelvq-f8", 68_995_971, 663_361),  # counted here, not published
         ("vqvae-cifar10", 4_942_915, None),  # likewise
+        ("openai-dvae", 53_786_240 + 43_829_766, None),
     ],
 )
 def test_sizes_of_the_published_tokenizers(name, tokenizer, discriminator):

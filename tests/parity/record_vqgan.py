@@ -1,0 +1,106 @@
+"""Record taming's VQ-GAN and its Gumbel form at a tiny size, outputs and gradients, into tests/data/parity/vqgan.npz
+(Esser 2021, arXiv:2012.09841).
+
+Run by `make parity`, which installs what record_vqgan.txt names, without dependencies, into a folder of its own. The
+package imports parts of Lightning and omegaconf that a network does not use: `published` puts empty ones in their
+place.
+
+The weights are not recorded, only their names, shapes and the seed: `weights` makes them again from numpy's frozen
+legacy generator. It does not know of kartina.
+"""
+
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SIZES = {"ch": 32, "out_ch": 3, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": [8], "in_channels": 3}
+SIZES |= {"resolution": 16, "z_channels": 6, "double_z": False, "dropout": 0.0}
+CODES = {"n_embed": 20, "embed_dim": 6}
+SEED = 20201217
+KINDS = ("vector", "gumbel")
+
+
+def weights(names: list[str], shapes: list[tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
+    """Normal weights of variance 1 / fan-in, gains near 1, biases of deviation 0.1, in the order of the names."""
+    random = np.random.RandomState(seed)
+    state = {}
+    for name, shape in zip(names, shapes, strict=True):
+        value = random.standard_normal(shape) * (0.1 if len(shape) == 1 else np.prod(shape[1:]) ** -0.5)
+        value += 1 if len(shape) == 1 and name.endswith("weight") else 0
+        state[name] = torch.from_numpy(value.astype(np.float32))
+    return state
+
+
+def image(seed: int) -> torch.Tensor:
+    """(2, 3, 16, 16) in [-1, 1]."""
+    return torch.from_numpy(np.random.RandomState(seed + 1).uniform(-1, 1, (2, 3, 16, 16)).astype(np.float32))
+
+
+def sample(gradient: torch.Tensor) -> np.ndarray:
+    """Some 32 values of a gradient, evenly spread: the whole would be too much to keep."""
+    return gradient.flatten()[:: max(1, gradient.numel() // 32)].numpy()
+
+
+def published(kind: str) -> torch.nn.Module:
+    """The published model at the tiny size with the weights of SEED."""
+    parts = {
+        "pytorch_lightning": {
+            "LightningModule": torch.nn.Module,
+            "LightningDataModule": object,
+            "seed_everything": None,
+        },
+        "pytorch_lightning.trainer": {"Trainer": object},
+        "pytorch_lightning.callbacks": dict.fromkeys(("ModelCheckpoint", "Callback", "LearningRateMonitor"), object),
+        "pytorch_lightning.utilities": {"rank_zero_only": lambda function: function},
+        "pytorch_lightning.utilities.distributed": {"rank_zero_only": lambda function: function},
+        "omegaconf": {"OmegaConf": object},
+        "torch._six": {"string_classes": (str, bytes)},
+    }
+    for name, contents in parts.items():
+        module = types.ModuleType(name)
+        vars(module).update(contents)
+        sys.modules.setdefault(name, module)
+    from taming.models.vqgan import GumbelVQ, VQModel
+
+    lossless = {"target": "torch.nn.Identity"}
+    if kind == "vector":
+        model = VQModel(SIZES, lossless, **CODES)
+    else:
+        model = GumbelVQ(SIZES, lossless, **CODES, temperature_scheduler_config=lossless)
+    state = model.state_dict()
+    model.load_state_dict(weights(list(state), [tuple(t.shape) for t in state.values()], SEED))
+    return model
+
+
+def record(path: Path) -> None:
+    tables: dict[str, np.ndarray] = {}
+    for kind in KINDS:
+        model, pixels = published(kind), image(SEED)
+        state = model.state_dict()
+        tables[f"{kind}_names"] = np.array(list(state))
+        tables[f"{kind}_shapes"] = np.array([",".join(map(str, t.shape)) for t in state.values()])
+        latents = model.quant_conv(model.encoder(pixels))
+        if kind == "vector":
+            _, _, (_, _, codes) = model.quantize(latents)
+            codes = codes.view(2, 8, 8)
+            # The published forward, without a straight-through sum of its own: the decoder is what is compared.
+            decoded = model(pixels)[0]
+        else:
+            # Its noise comes from torch's generator: the decoder gets the likeliest codes, and the logits are compared.
+            codes = model.quantize.proj(latents).argmax(dim=1)
+            entry = model.quantize.get_codebook_entry(codes.flatten(), (2, 8, 8, 6))
+            decoded = model.decode(entry)
+            (model.quantize.proj(latents).square().mean()).backward(retain_graph=True)
+        decoded.square().mean().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        tables |= {f"{kind}_latents": latents.detach().numpy(), f"{kind}_decoded": decoded.detach().numpy()}
+        tables[f"{kind}_codes"] = codes.numpy()
+        tables |= {f"{kind}_gradient/{name}": sample(gradient) for name, gradient in gradients.items()}
+    np.savez_compressed(path, seed=SEED, **tables)
+
+
+if __name__ == "__main__":
+    record(Path(__file__).parent.parent / "data" / "parity" / "vqgan.npz")
