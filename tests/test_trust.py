@@ -28,10 +28,10 @@ def is_separable(tiny, kind):
     return not STAGES[kind.partition(",")[0]].coupled(recipe, training.stages[stage])
 
 
-def prepared(folder, trained_tokenizer, stage):
+def prepared(folder, trained_tokenizer, kind, stage):
     """A new run folder, which holds a tokenizer where the stage needs one."""
     folder.mkdir()
-    if stage != "tokenizer":
+    if stage != "tokenizer" and kind != "unet":  # that one is tried on pixels
         shutil.copytree(trained_tokenizer / "model", folder / "model")
         shutil.copy(trained_tokenizer / "captions.origin.json", folder)
     return folder
@@ -51,7 +51,7 @@ def trainings(tiny, trained_tokenizer, tmp_path_factory, work):
             if processes == 1 and is_separable(tiny, kind):
                 plans["passes"] = [None]
             for plan, stops in plans.items():
-                folder = prepared(home / f"{kind}-{plan}-{processes}", trained_tokenizer, stage)
+                folder = prepared(home / f"{kind}-{plan}-{processes}", trained_tokenizer, kind, stage)
                 own = [*argv, "--run", str(folder)] + ([f"stages.{stage}.micro_batch=4"] if plan == "passes" else [])
                 names = [f"{kind}-{plan}-{i}" for i in range(len(stops))]
                 jobs += [{"name": n, "argv": own, "stop_at": s} for n, s in zip(names, stops, strict=True)]

@@ -1,0 +1,93 @@
+"""The stage of diffusion priors: what it refuses, that it learns, and that its draws are a sample's own."""
+
+import pytest
+import torch
+
+from kartina.pipeline.denoising import denoiser_of, schedule_of
+from kartina.pipeline.recipe import RecipeError
+from kartina.tokenizers.autoencoder_kl import AutoencoderKL
+from kartina.tokenizers.patch_dvae import PatchDVAE
+from kartina.training import run as runs
+from kartina.training.sources import source_of
+from kartina.training.stages.diffusion import DiffusionStage, _check_latents
+
+SMALL = """parts={prior: {kind: unet, in_channels: 3, width: 16, channel_mult: [1, 2], blocks_per_level: 1,
+    attn_levels: [], mid_attention: false, context_dim: null, num_classes: NONE, norm_groups: 4}}"""
+
+
+def stage_of(tmp_path, *overrides: str, name: str = "shapes/ddpm", classes: str = "null"):
+    overrides = (SMALL.replace("NONE", classes), *overrides)
+    recipe, training = runs.load(name, list(overrides))
+    source = source_of(recipe, training.data)
+    stage = DiffusionStage(recipe, training.stages["prior"], source, tmp_path, 0, torch.device("cpu"))
+    return stage, source
+
+
+def test_it_learns(tmp_path):
+    torch.manual_seed(0)
+    stage, source = stage_of(tmp_path, "stages.prior.objective={weighting: none}", name="digits/ddpm", classes="10")
+    held_out = source.read(range(1000, 1016))
+    before = stage.measure(held_out)
+    optimizer = torch.optim.Adam(stage.network.parameters(), lr=3e-3)
+    for step in range(40):
+        for _, (total, count), _ in stage.updates(source.read(range(8 * step, 8 * step + 8)), step):
+            optimizer.zero_grad()
+            (total / count).backward()
+            optimizer.step()
+    after = stage.measure(held_out)
+    assert set(before) == set(stage.metrics) and before["error"].shape == (16,)
+    assert after["error"].mean() < 0.8 * before["error"].mean()
+    assert 0 < after["bits_per_dim"].mean() < before["bits_per_dim"].mean()
+    assert torch.equal(after["error"], stage.measure(held_out)["error"])
+    assert stage.preview(held_out).width >= 128
+
+
+def test_a_samples_draws_are_its_own(tmp_path):
+    torch.manual_seed(0)
+    stage, source = stage_of(tmp_path)
+    torch.nn.init.normal_(stage.network.conv_out.weight, std=0.1)
+
+    def losses(positions) -> torch.Tensor:
+        ((_, (total, _), _),) = stage.updates(source.read(positions), 3)
+        return total.detach()
+
+    torch.testing.assert_close(losses([5, 6, 7]), losses([5]) + losses([6]) + losses([7]))
+
+
+def test_classes_are_dropped_for_the_null_one(tmp_path):
+    torch.manual_seed(0)
+    stage, source = stage_of(tmp_path, "stages.prior.objective={condition_drop: 0.5}", name="digits/ddpm", classes="10")
+    seen = []
+    stage.forward["prior"] = lambda x_t, t, condition, draws: seen.append(condition.labels) or torch.zeros_like(x_t)
+    batch = source.read(range(64))
+    list(stage.updates(batch, 0))
+    null = seen[0] == 10
+    assert 16 < null.sum() < 48 and torch.equal(seen[0][~null], batch.labels[~null])
+    without, shapes = stage_of(tmp_path, classes="10")
+    with pytest.raises(ValueError, match="needs data with labels"):
+        list(without.updates(shapes.read([0, 1]), 0))
+
+
+def test_latents_must_have_a_measured_scale():
+    recipe, _ = runs.load("shapes/ddpm", [])
+    small = {"image_size": 16, "width": 8, "channel_mult": (1, 1), "blocks_per_level": 1, "norm_groups": 2}
+    kl = AutoencoderKL(latent_channels=2, **small)
+    with pytest.raises(RecipeError, match="scale of the tokenizer's latents was not measured"):
+        _check_latents(recipe, kl)
+    kl.scale.std.fill_(2.0)
+    _check_latents(recipe, kl)
+    with pytest.raises(RecipeError, match="take an autoencoder_kl"):
+        _check_latents(recipe, PatchDVAE(image_size=32, num_codes=32, width=8))
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    recipe, _ = runs.load("shapes/ddpm", ["diffusion={prediction: eps, zero_terminal: true}"])
+    with pytest.raises(RecipeError, match="let the network predict v or x_0"):
+        denoiser_of(recipe, lambda x, t, c: x)
+    recipe, _ = runs.load("shapes/ddpm", ["diffusion={schedule: cosine, beta_end: 0.1}"])
+    with pytest.raises(RecipeError, match="cosine schedule has no beta_end"):
+        schedule_of(recipe)
+    recipe, _ = runs.load("shapes/ddpm", ["diffusion={schedule: scaled_linear, beta_end: 0.1}"])
+    assert schedule_of(recipe).betas[-1].item() == pytest.approx(0.1)
+    with pytest.raises(RecipeError, match="context_dim=null"):
+        stage_of(tmp_path, "parts.prior.context_dim=8")
