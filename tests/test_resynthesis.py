@@ -121,7 +121,7 @@ def call(*words, code=0) -> str:
         return str(error.value)
     done = CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    return done.output
+    return done.stdout  # not the bar
 
 
 @pytest.mark.skipif(importlib.util.find_spec("dicebear") is None, reason='no DiceBear: pip install "kartina[data]"')
