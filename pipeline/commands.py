@@ -50,7 +50,7 @@ def paint(
         raise ValueError(f"--keep must be at most --candidates, got {keep} of {candidates}; paint more candidates")
     paths = gallery.targets(out, len(texts) * keep, grid)
     system = load(model, device, dtype, reranker, reranker_pretrained)
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance}
+    given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance}
     given |= {"num_steps": steps, "sampler": sampler, "eta": eta, "negative": negative}
     knobs = {name: value for name, value in given.items() if value is not None}
     with progress_bar("painting") as progress:

@@ -89,7 +89,7 @@ def run(file: Any) -> Any:
     """
     stack: list[Any] = []
     marks: list[int] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
 
     def pop_mark() -> list[Any]:
         start = marks.pop()
@@ -132,11 +132,11 @@ def run(file: Any) -> Any:
                 taken = [stack.pop(), stack.pop()][::-1] if opcode.name == "SETITEM" else pop_mark()
                 _set(stack[-1], taken)
             case "BINPUT" | "LONG_BINPUT" | "PUT":
-                memo[int(argument)] = stack[-1]
+                memo[argument] = stack[-1]
             case "MEMOIZE":
                 memo[len(memo)] = stack[-1]
             case "BINGET" | "LONG_BINGET" | "GET":
-                stack.append(memo[int(argument)])
+                stack.append(memo[argument])
             case "GLOBAL":
                 stack.append(Global(str(argument).replace(" ", ".", 1)))
             case "STACK_GLOBAL":
