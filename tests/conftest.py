@@ -48,6 +48,9 @@ _VQGAN = f"kind: vqgan, {_CONVOLUTIONS}, num_codes: 32, code_dim: 4, latent_chan
 _GENTLE = [f"stages.tokenizer.{key}" for key in ("optimizer.muon=0.002", "optimizer.lr=0.0005", "validate_every=20")]
 
 
+_GENTLE_PRIOR = [key.replace("tokenizer", "prior") for key in _GENTLE]
+
+
 def _tokenizer(part, objective, *more):
     own = [f"parts.tokenizer={{{part}}}", f"stages.tokenizer.objective={{{objective}}}"]
     return "tokenizer", [*own, *_GENTLE, *more]
@@ -55,6 +58,9 @@ def _tokenizer(part, objective, *more):
 
 _UNET = """parts={prior: {kind: unet, in_channels: 3, out_channels: 6, width: 8, channel_mult: [1, 2],
     blocks_per_level: 1, attn_levels: [1], num_heads: 2, context_dim: null, dropout: 0.1, norm_groups: 4}}"""
+_CAPTIONED = """parts={prior: {kind: unet, in_channels: 3, out_channels: 6, width: 8, channel_mult: [1, 2],
+    blocks_per_level: 1, attn_levels: [1], num_heads: 2, context_dim: 16, norm_groups: 4},
+    text: {kind: clip_text, text_vocab: 302, text_length: 24, width: 16, depth: 1, num_heads: 2}}"""
 _DENOISING = "diffusion={schedule: cosine, num_timesteps: 50, prediction: v, zero_terminal: true}"
 
 # kind of the part, and what is special of it -> (stage, arguments of the trainer): a new stage is trusted only with an
@@ -84,7 +90,8 @@ _TINY = {
     "dvae": ("tokenizer", [_DVAE, "stages.tokenizer.objective.autoencoder=0.25"]),
     "patch_dvae": ("tokenizer", []),
     "dalle": ("prior", []),
-    "unet": ("prior", [_UNET, _DENOISING, *[key.replace("tokenizer", "prior") for key in _GENTLE]]),
+    "unet": ("prior", [_UNET, _DENOISING, "sampling={}", "stages.prior.objective={}", *_GENTLE_PRIOR]),
+    "unet, captioned": ("prior", [_CAPTIONED, _DENOISING, "sampling={}", "stages.prior.objective={}", *_GENTLE_PRIOR]),
     "clip": ("clip", []),
 }
 

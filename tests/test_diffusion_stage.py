@@ -89,5 +89,5 @@ def test_what_cannot_be_is_refused(tmp_path):
         schedule_of(recipe)
     recipe, _ = runs.load("shapes/ddpm", ["diffusion={schedule: scaled_linear, beta_end: 0.1}"])
     assert schedule_of(recipe).betas[-1].item() == pytest.approx(0.1)
-    with pytest.raises(RecipeError, match="context_dim=null"):
+    with pytest.raises(RecipeError, match="null where there is none, got 8 and None"):
         stage_of(tmp_path, "parts.prior.context_dim=8")

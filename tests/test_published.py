@@ -47,7 +47,7 @@ def stand_in(name: str, path: Path, prefix: str = "", **extra: torch.Tensor) -> 
     made = model(name)
     weights = {prefix + n: value for n, value in made.state_dict().items() if not n.startswith("scale.")} | extra
     if path.suffix == ".safetensors":
-        save_file(weights, path)
+        save_file({name: value.contiguous() for name, value in weights.items()}, path)
     else:
         torch.save({"state_dict": weights, "epoch": 1, "callbacks": {nn.Identity: {"best": 1.0}}}, path)
     return made
@@ -148,6 +148,7 @@ def load_section(folder: Path) -> dict:
 
 def half(name: str, weights: dict[str, torch.Tensor]) -> nn.Module:
     """A module of a class of the `dall_e` package, as its encoder.pkl holds it."""
+    sys.modules.setdefault("dall_e", types.ModuleType("dall_e"))
     package = types.ModuleType(f"dall_e.{name.lower()}")
     sys.modules[package.__name__] = package
     setattr(package, name, type(name, (nn.Module,), {"__module__": package.__name__, "__qualname__": name}))
@@ -190,6 +191,7 @@ def test_openais_discrete_vae_becomes_a_model_folder(tmp_path):
     for side, weights in halves.items():
         torch.save(half(side.capitalize(), weights), tmp_path / "dalle" / f"{side}.pkl")
         del sys.modules[f"dall_e.{side}"]
+    del sys.modules["dall_e"]
     run("convert", tmp_path / "dalle", tmp_path / "m", "--image-size", 16)
     again = loaded(tmp_path / "m")
     same(again.state_dict(), made.state_dict())

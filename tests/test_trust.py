@@ -31,7 +31,7 @@ def is_separable(tiny, kind):
 def prepared(folder, trained_tokenizer, kind, stage):
     """A new run folder, which holds a tokenizer where the stage needs one."""
     folder.mkdir()
-    if stage != "tokenizer" and kind != "unet":  # that one is tried on pixels
+    if stage != "tokenizer" and kind.partition(",")[0] != "unet":  # that one is tried on pixels
         shutil.copytree(trained_tokenizer / "model", folder / "model")
         shutil.copy(trained_tokenizer / "captions.origin.json", folder)
     return folder
