@@ -5,7 +5,9 @@
 - loop: the time of a step in `train_stage` against the same forward pass, backward pass, clipping, optimizers and
   moving average in a bare `for`; both read the same stream. Rounds of both alternate; medians of the steps.
 - wait: the share of the time that the log calls waiting, with two processes that read.
-- two processes: samples a second of two with one thread each, against one with one thread.
+- two processes: samples a second of two with one thread each, against one with one thread: of steps as the recipe has
+  them, and of steps twice as large, in which each of the two computes as much as the one. What a step costs at any
+  batch, the optimizers most of all, both pay in full.
 
 On an idle machine; steps are those of shapes/dalle as shipped, and for the last of half its batch or more.
 """
@@ -101,8 +103,8 @@ def steps_of(times):
     return [b - a for a, b in zip(times[4:], times[5:], strict=False)]  # the first few warm up
 
 
-def samples_a_second(name, processes):
-    """Of `kartina train` with one thread a process."""
+def samples_a_second(name, processes, larger=1):
+    """Of `kartina train` with one thread a process, in steps that are so many times larger than the recipe's."""
     steps = 2 * STEPS
     with tempfile.TemporaryDirectory() as home:
         model = Path(home) / "model"
@@ -111,7 +113,9 @@ def samples_a_second(name, processes):
         if name == "prior":
             recipe = checkpoint.load_recipe(MODEL)
             checkpoint.save_part(model, recipe, "tokenizer", checkpoint.load_weights(MODEL, "tokenizer"))
-        words = [f"stages.{name}.{word}" for word in (*QUIET, f"steps={steps}", f"log_every={STEPS}")]
+        batch = larger * runs.load("shapes/dalle", [])[1].stages[name].global_batch
+        words = (*QUIET, f"steps={steps}", f"log_every={STEPS}", f"global_batch={batch}")
+        words = [f"stages.{name}.{word}" for word in words]
         command = [sys.executable, "-m", "kartina.cli", "train", "shapes/dalle", "--stage", name, "--run", home, *words]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         command.append(f"--processes={processes}")
@@ -130,8 +134,9 @@ def main() -> None:
         wait = in_the_loop(name, accelerator, workers=2)[1]
         print(f"{name}: a step {1000 * looped:.0f} ms in the loop, {1000 * alone:.0f} ms bare: {looped / alone:.3f}")
         print(f"{name}: waiting for data with two workers {100 * wait:.2f} % of the time")
-        one, two = samples_a_second(name, 1), samples_a_second(name, 2)
-        print(f"{name}: {one:.1f} samples/s on one process, {two:.1f} on two: {two / one / 2:.2f} of twice")
+        one, two, large = samples_a_second(name, 1), samples_a_second(name, 2), samples_a_second(name, 2, 2)
+        print(f"{name}: {one:.1f} samples/s on one process, {two:.1f} on two: {two / one / 2:.2f} of twice;", end=" ")
+        print(f"{large:.1f} in steps of twice the batch: {large / one / 2:.2f}")
 
 
 if __name__ == "__main__":
