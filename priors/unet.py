@@ -67,6 +67,8 @@ class UNet(nn.Module):
     not fit each other.
     """
 
+    outer = ("conv_in", "conv_out", "embedding_in", "tokens_in")
+
     def __init__(
         self,
         in_channels: int = 4,

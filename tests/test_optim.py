@@ -19,6 +19,10 @@ ADAMW = {
     "dvae": "encoder.stem encoder.head decoder.stem decoder.head",
     "patch_dvae": "encoder.head decoder.patch_embedding decoder.stem decoder.head",
     "patch": "main.0 main.11",
+    "latent": "main.0 main.4",
+    "unet": "conv_in conv_out label_embedding embedding_in tokens_in",
+    "caption_encoder": "token_embedding positions",
+    "clip_text": "token_embedding positional_embedding",
     "dalle": """text_embedding text_position code_embedding code_position.rows code_position.columns text_head
         image_head""",
     "clip": """token_embedding positional_embedding text_projection visual.conv1 visual.positional_embedding
@@ -27,6 +31,9 @@ ADAMW = {
 SIZES = {
     "autoencoder": {"latent_dim": 8},
     "vqgan": {"quantizer": "gumbel"},
+    "latent": {"latent_dim": 8},
+    "unet": {"width": 32, "channel_mult": (1, 2), "attn_levels": (1,), "context_dim": 16, "num_classes": 10,
+             "embedding_dim": 24, "embedding_tokens": 2},
     "dalle": {"text_vocab": 300, "text_length": 22, "num_codes": 32, "grid": (4, 4), "width": 32, "depth": 1,
               "num_heads": 2},
     "clip": {"embed_dim": 16, "image_size": 32, "patch_size": 4, "vision_width": 32, "vision_depth": 1,
