@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .unpickle import Record, Storage, StoredTensor, WeightsError, run
 
-_PICKLE_LIMIT = 2**26  # bytes; names and shapes of the largest published systems take less than 1 MiB
+_PICKLE_LIMIT = 2**23  # bytes; names and shapes of the largest published systems take less than 1 MiB
 _DEPTH, _MOST = 32, 100_000  # of modules in modules, and of their number
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the format before torch 1.6
 _DAMAGE = (ValueError, LookupError, TypeError, EOFError, AttributeError, OverflowError, RuntimeError, struct.error)
@@ -50,7 +50,13 @@ def module_tensors(module: Any) -> dict[str, StoredTensor]:
         if not waiting:
             return found
         prefix, record, depth = waiting.pop()
-        if count == _MOST or depth > _DEPTH or not isinstance(record, Record) or not isinstance(record.state, dict):
+        if (
+            count == _MOST
+            or depth > _DEPTH
+            or len(found) > _MOST
+            or not isinstance(record, Record)
+            or not isinstance(record.state, dict)
+        ):
             break
         for table in ("_parameters", "_buffers"):
             tensors = record.state.get(table) or {}
@@ -94,7 +100,10 @@ def _from_legacy(file: BinaryIO, select: Callable[[Any], dict[str, StoredTensor]
             raise WeightsError("it is a pickle, but not of torch.save; save the state dict with torch.save")
         if run(data).get("little_endian") is not True:
             raise WeightsError("its numbers are not little-endian; save it again on another machine")
+        start = data.tell()
         content, keys = run(data), run(data)
+        if data.tell() - start > _PICKLE_LIMIT:
+            raise WeightsError(f"its pickle has more than {_PICKLE_LIMIT} bytes; save the state dict alone")
         widths = {storage.key: storage.dtype.itemsize for storage in _storages(content)}
         places = {}
         for key in keys:
@@ -134,8 +143,10 @@ def _tensors(wanted: dict[str, StoredTensor], numbers: Callable[[Storage], Tenso
     for name, tensor in wanted.items():
         if not isinstance(tensor, StoredTensor):
             raise WeightsError(f"{name!r:.60} is no tensor; expected a state dict")
-    held = {tensor.storage: tensor.storage.numel for tensor in wanted.values()}
-    if sum(math.prod(tensor.shape) for tensor in wanted.values()) > 4 * sum(held.values()):
+    storages = {tensor.storage for tensor in wanted.values()}
+    if len({storage.key for storage in storages}) < len(storages):
+        raise WeightsError("one of its storages is read as two kinds of numbers; download it again")
+    if sum(math.prod(tensor.shape) for tensor in wanted.values()) > 4 * sum(storage.numel for storage in storages):
         raise WeightsError("its tensors are many views of few numbers; save them as copies")
     return {name: tensor.of(numbers(tensor.storage)) for name, tensor in wanted.items()}
 

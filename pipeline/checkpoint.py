@@ -151,8 +151,14 @@ def built_otherwise(card: dict[str, Any], recipe: Recipe) -> list[str]:
 
     Not every change shows in the shapes of the weights: another number of heads changes what they mean.
     """
-    sections = {part: entry.get("identity", {}).get("part") for part, entry in card["parts"].items()}
-    return [part for part, section in sections.items() if section is not None and section != recipe.parts.get(part)]
+    known = {part: entry.get("identity", {}) for part, entry in card["parts"].items()}
+    noise = recipe.diffusion.model_dump()
+    return [
+        part
+        for part, identity in known.items()
+        if identity.get("part", recipe.parts.get(part)) != recipe.parts.get(part)
+        or identity.get("diffusion", noise) != noise
+    ]
 
 
 def save_measured(folder: Path, command: str, figures: dict[str, float], **facts: Any) -> None:
@@ -209,7 +215,7 @@ def load_part(folder: Path, recipe: Recipe, part: str, device: Any = "cpu", dtyp
     _check_shapes(folder, recipe, part, weights)
     module = build(recipe, part)
     if hasattr(module, "text_vocab"):
-        _check_captions(folder, recipe, part, module)
+        check_captions(folder, recipe, part, module)
     module.load_state_dict(weights, strict=True)
     return module.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
@@ -255,7 +261,7 @@ def _check_shapes(folder: Path, recipe: Recipe, part: str, weights: dict[str, Te
         )
 
 
-def _check_captions(folder: Path, recipe: Recipe, part: str, module: Any) -> None:
+def check_captions(folder: Path, recipe: Recipe, part: str, module: Any) -> None:
     """Raises ModelError unless captions.json, the recipe and a part that reads text agree on their sizes."""
     path, given = folder / "captions.json", recipe.captions
     try:

@@ -19,11 +19,11 @@ from ..priors.code_samplers import sample_codes
 from ..priors.condition import Condition
 from ..priors.denoiser import Clipped, Denoise, Guided
 from ..priors.diffusers_schedulers import find_sampler
+from ..tokenizers.captions import CaptionTokenizer
 from .denoising import denoiser_of
 from .recipe import Recipe, RecipeError
 
 Progress = Callable[[int, int], None]
-Encode = Callable[[Sequence[str]], tuple[Tensor, Any]]
 
 
 class Drawing(Protocol):
@@ -44,8 +44,9 @@ class Drawing(Protocol):
 class CodeDrawing:
     """DALL-E's: codes int64 (B, h, w)."""
 
-    def __init__(self, recipe: Recipe, parts: dict[str, Any], encode: Encode) -> None:
-        self.prior, self.encode = parts["prior"], encode
+    def __init__(self, recipe: Recipe, parts: dict[str, Any], captions: CaptionTokenizer | None) -> None:
+        assert captions is not None
+        self.prior, self.encode = parts["prior"], captions.encode
         spec = parts["tokenizer"].spec
         drawn, read = (
             (tuple(self.prior.grid), self.prior.num_codes),
@@ -64,11 +65,11 @@ class CodeDrawing:
 class DiffusionDrawing:
     """A diffusion prior's: latents (B, C, h, w), or pixels where the recipe has no tokenizer.
 
-    Where the prior reads no captions, they are left aside. A negative prompt takes the place of the null caption.
+    A prior that reads no captions draws anything, whatever they say. A negative prompt takes the null caption's place.
     """
 
-    def __init__(self, recipe: Recipe, parts: dict[str, Any], encode: Encode) -> None:
-        self.recipe, self.prior, self.encode = recipe, parts["prior"], encode
+    def __init__(self, recipe: Recipe, parts: dict[str, Any], captions: CaptionTokenizer | None) -> None:
+        self.recipe, self.prior, self.captions = recipe, parts["prior"], captions
         self.text, self.tokenizer = parts.get("text"), parts.get("tokenizer")
         side, channels = recipe.image_size, self.prior.in_channels
         self.shape = (channels, side, side) if self.tokenizer is None else tuple(self.tokenizer.spec.shape)
@@ -97,6 +98,10 @@ class DiffusionDrawing:
                     f"eta belongs to the sampler ddim, got {knobs['sampler']}; leave it out, or take ddim"
                 )
             walk["eta"] = eta
+        if scale == 1 and (negative or rescale or low or high is not None):
+            raise RecipeError("a negative prompt and the other knobs of guidance need a guidance_scale other than 1")
+        if scale != 1 and self.text is None:
+            raise RecipeError(f"{self.recipe.name} reads no captions to be guided by; leave guidance_scale at 1")
         weight = next(self.prior.parameters())
         denoise: Denoise = denoiser_of(self.recipe, self.prior)
         if self.tokenizer is None:
@@ -110,9 +115,9 @@ class DiffusionDrawing:
 
     def condition(self, captions: Sequence[str]) -> Condition:
         """What the prior reads of captions."""
-        if self.text is None:
+        if self.text is None or self.captions is None:
             return self.prior.null_condition(len(captions))
-        text = self.text.frame(*self.encode(captions)).to(next(self.text.parameters()).device)  # (B, T)
+        text = self.text.frame(*self.captions.encode(captions)).to(next(self.text.parameters()).device)  # (B, T)
         tokens, mask = self.text(text)
         return Condition(tokens=tokens, mask=mask)
 
@@ -121,7 +126,7 @@ class DiffusionDrawing:
         return self.prior.null_condition(batch, *(self.text(self.text.null_text(batch)) if self.text else ()))
 
 
-DRAWINGS: dict[str, Callable[[Recipe, dict[str, Any], Encode], Drawing]] = {
+DRAWINGS: dict[str, Callable[[Recipe, dict[str, Any], CaptionTokenizer | None], Drawing]] = {
     "dalle": CodeDrawing,
     "unet": DiffusionDrawing,
 }

@@ -46,6 +46,14 @@ def load(path: Path, image_size: int | None = None) -> tuple[dict[str, Any], dic
     one with config.json and weights of diffusers, or with that as its vae/ or vqvae/. image_size: H = W of the model,
     by default 256, or what config.json says. Raises WeightsError for anything else, naming what it is.
     """
+    try:
+        return _load(path, image_size)
+    except (KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise WeightsError(f"{path} is no whole tokenizer ({reason:.80}); expected {_EXPECTED}") from None
+
+
+def _load(path: Path, image_size: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.exists():
         raise WeightsError(f"{path} is not there; give a file, a folder, or the name of a hub repository as OWNER/NAME")
     homes = [path, path / "vae", path / "vqvae"] if path.is_dir() else []
@@ -156,7 +164,11 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _count(weights: dict[str, Tensor], pattern: str) -> int:
-    return 1 + max((int(match[1]) for name in weights if (match := re.match(rf"{pattern}\.", name))), default=-1)
+    """How many there are of what a pattern numbers. Raises WeightsError where a number is left out."""
+    numbers = {int(match[1]) for name in weights if (match := re.match(rf"{pattern}\.", name))}
+    if numbers and max(numbers) >= len(numbers):
+        raise WeightsError(f"its names count {pattern!r} up to {max(numbers)}, but there are {len(numbers)}")
+    return len(numbers)
 
 
 def _sizes(path: Path, weights: dict[str, Tensor], image_size: int) -> dict[str, Any]:
@@ -173,7 +185,7 @@ def _sizes(path: Path, weights: dict[str, Tensor], image_size: int) -> dict[str,
             "blocks_per_level": _count(weights, r"encoder\.down\.0\.block\.(\d+)"),
             "attn_resolutions": [image_size >> level for level in attends],
         }
-    except (KeyError, IndexError) as error:
+    except (KeyError, IndexError, ZeroDivisionError) as error:
         raise WeightsError(f"{path}: an autoencoder without {error}; expected {_EXPECTED}") from None
     head = {"image_size": image_size, "latent_channels": latent_channels}
     for name, quantizer in (("embedding", "vector"), ("embed", "gumbel")):

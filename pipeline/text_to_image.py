@@ -97,14 +97,15 @@ class TextToImage:
         self,
         recipe: Recipe,
         parts: dict[str, Any],
-        captions: CaptionTokenizer,
+        captions: CaptionTokenizer | None,
         model_hash: str,
         reranker: Scorer | None = None,
     ) -> None:
         self.recipe, self.parts, self.captions, self.model_hash = recipe, parts, captions, model_hash
-        self.draw = DRAWINGS[recipe.parts["prior"]["kind"]](recipe, parts, captions.encode)
+        self.draw = DRAWINGS[recipe.parts["prior"]["kind"]](recipe, parts, captions)
         self.scorer = reranker
         if reranker is None and "clip" in parts:
+            assert captions is not None
             self.scorer = _OwnCLIP(parts["clip"], captions)
 
     @classmethod
@@ -127,7 +128,9 @@ class TextToImage:
         if "prior" not in recipe.parts:
             raise checkpoint.ModelError(f"{folder}: its recipe has no prior, so it paints nothing; name another model")
         hashes = {part: entry["hash"] for part, entry in card["parts"].items()}
-        hashes["captions"] = checkpoint.file_hash(folder / "captions.json")
+        reads = recipe.parts["prior"]["kind"] == "dalle" or not {"text", "clip"}.isdisjoint(recipe.parts)
+        if reads:
+            hashes["captions"] = checkpoint.file_hash(folder / "captions.json")
         for part, entry in card["parts"].items():
             for other, digest in entry.get("trained_against", {}).items():
                 if hashes.get(other) != digest:
@@ -137,7 +140,8 @@ class TextToImage:
         needed = [str(part) for part in ("tokenizer", "text", "prior") if part in recipe.parts]
         needed += ["clip"] if "clip" in card["parts"] and reranker is None else []
         parts = {part: checkpoint.load_part(folder, recipe, part, device, dtype) for part in needed}
-        system = cls(recipe, parts, CaptionTokenizer.load(folder / "captions.json"), model_hash(card), reranker)
+        captions = CaptionTokenizer.load(folder / "captions.json") if reads else None
+        system = cls(recipe, parts, captions, model_hash(card), reranker)
         seen = parts["clip"].image_size if "clip" in parts else recipe.image_size
         if seen != recipe.image_size:
             raise checkpoint.ModelError(f"{folder}: the clip reads {seen} px, the recipe paints {recipe.image_size}")
@@ -159,8 +163,8 @@ class TextToImage:
 
         seed: of candidate 0 of every prompt, or one for each prompt. progress: called with the sampling steps done and
         in all. micro_batch: pictures painted at once, 1 to 4096, taken from all prompts; halved, with a warning, where
-        memory does not suffice. knobs: temperature, top_k, top_p, guidance_scale (see
-        `kartina.priors.code_samplers.sample_codes`), by default the recipe's `sampling`. Raises
+        memory does not suffice. knobs: those of the prior's kind in `kartina.pipeline.recipe.SAMPLING`, by default the
+        recipe's `sampling`. Raises
         ValueError for an empty prompt, a number or knob out of range, candidates < keep, or candidates to choose from
         with no CLIP to rank them.
         """

@@ -28,6 +28,7 @@ _DTYPES = {
     "Bool": torch.bool,
 }
 _STORAGES = {f"torch.{name}Storage": dtype for name, dtype in _DTYPES.items()}
+_NAME_LIMIT = 256  # letters
 _TUPLES = ("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 _LITERALS = {
     *("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT"),
@@ -141,6 +142,8 @@ def run(file: Any) -> Any:
                 stack.append(Global(str(argument).replace(" ", ".", 1)))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
+                if len(name) + len(module) > _NAME_LIMIT:  # a memo could repeat it without end
+                    raise WeightsError(f"it names a class in {len(name) + len(module)} letters; download it again")
                 stack.append(Global(f"{module:s}.{name:s}"))
             case "REDUCE" | "NEWOBJ":
                 arguments, made = stack.pop(), stack.pop()

@@ -238,6 +238,7 @@ def _clip_scores(system: TextToImage, image: Tensor, texts: list[list[str]]) -> 
     """The cosines of each picture of image (B, 3, S, S) with its own captions; a picture is encoded once."""
     clip, flat = system.parts["clip"], [text for row in texts for text in row]
     weight = next(clip.parameters())
+    assert system.captions is not None
     tokens = clip.with_end(*system.captions.encode(flat)).to(weight.device)
     pictures = clip.encode_image(image.to(weight), normalize=True).float()  # (B, D)
     counts = [len(row) for row in texts]

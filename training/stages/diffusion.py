@@ -63,6 +63,7 @@ class DiffusionStage(TrainingStage):
         if "text" in recipe.parts:
             self.captions = CaptionTokenizer.load(model / "captions.json")
             self.text = build(recipe, "text")
+            checkpoint.check_captions(model, recipe, "text", self.text)
         if getattr(self.text, "width", None) != self.prior.context_dim:
             raise RecipeError(
                 f"{recipe.name}: parts.prior.context_dim must be the width of parts.text, or null where there is none, "
