@@ -73,7 +73,8 @@ _TINY = {
     "autoencoder, adversarial": _tokenizer(
         f"kind: autoencoder, {_CONVOLUTIONS}, latent_dim: 2",
         f"prior: mixture, discriminator_weight: 0.1, {_LISTENS}",
-        "parts.discriminator={kind: latent, latent_dim: 2, num_classes: 6, width: 16}",
+        "parts.discriminator={kind: latent, latent_dim: 2, num_classes: 10, width: 16}",
+        "training.data={kind: digits}",
         _DISCRIMINATOR[1],
     ),
     "vae": _tokenizer(

@@ -61,7 +61,7 @@ def test_holes_are_where_no_posterior_is(place, holes, outside):
     found = latents.measure(model, Placed(place), source, range(2000), 0, CPU)
     assert holes[0] <= found.numbers["holes"] <= holes[1] and outside[0] <= found.numbers["outside"] <= outside[1]
     assert found.holes.float().mean().item() == pytest.approx(found.numbers["holes"])
-    assert found.labels[:3].tolist() == [facts.objects[0][2] for facts in source.facts(range(3))]
+    assert found.labels[:3].tolist() == [facts.background for facts in source.facts(range(3))]
     grey = source.read(range(2000)).image.square().mean(dim=(1, 2, 3))
     expected = (-10 * torch.log10(grey / 4)).mean().item()
     assert found.numbers["psnr"] == pytest.approx(expected, abs=1e-3)

@@ -10,6 +10,7 @@ from kartina.pipeline.text_to_image import TextToImage
 from kartina.training import __main__ as trainer
 from kartina.training import run as runs
 from kartina.training import state
+from kartina.training.data.digits import DigitsSource
 from kartina.training.data.shapes import ShapesSource
 from kartina.training.stages import STAGES
 
@@ -20,7 +21,7 @@ def stage_of(tiny, kind, *overrides):
     """The stage of a tiny recipe, and a batch of its data."""
     given = trainer._arguments([*tiny[kind][1], *overrides])
     recipe, training = runs.load(given.recipe, given.overrides)
-    source = ShapesSource(levels=("S1",))
+    source = DigitsSource() if training.data.kind == "digits" else ShapesSource(levels=("S1",))
     torch.manual_seed(0)
     config = training.stages["tokenizer"]
     return STAGES[recipe.parts["tokenizer"]["kind"]](recipe, config, source, None, 0, CPU), source.read(range(8))
@@ -122,9 +123,14 @@ def test_two_networks_step_once_each_in_two_passes(tiny, tmp_path):
         ("vqgan, gumbel", [knob("kmeans", 0)], "kmeans has no meaning for quantizer 'gumbel'"),
         ("autoencoder", [knob("corruption_level", 0)], "corruption goes with a corruption_level"),
         ("autoencoder", [knob("prior", "mixture")], "prior, but the recipe no part 'discriminator'"),
-        ("autoencoder, adversarial", ["parts.discriminator.num_classes=5"], "labels are 6: circle, square,"),
-        ("autoencoder, adversarial", [knob("prior", "standard")], "expected prior mixture or swiss_roll with pieces 6"),
-        ("autoencoder, adversarial", [knob("pieces", 7)], "expected prior mixture or swiss_roll with pieces 6"),
+        ("autoencoder, adversarial", ["parts.discriminator.num_classes=5"], "got 5 and labels up to 9"),
+        ("autoencoder, adversarial", ["training.data.kind=shapes"], "got 10 and none"),
+        (
+            "autoencoder, adversarial",
+            [knob("prior", "standard")],
+            "expected prior mixture or swiss_roll with pieces 10",
+        ),
+        ("autoencoder, adversarial", [knob("pieces", 7)], "expected prior mixture or swiss_roll with pieces 10"),
         ("autoencoder, adversarial", ["parts.tokenizer.latent_dim=3"], "latent_dim for flat latents (3,)"),
         ("autoencoder, adversarial", ["parts.tokenizer.latent_dim=null"], "kind latent"),
         ("vqgan", ["stages.tokenizer.optimizers={critic: {lr: 0.1}}"], "'critic' is not trained there"),
@@ -246,8 +252,7 @@ def test_an_adversary_pulls_the_latents_towards_the_piece_of_their_label(tiny):
     stage, batch = stage_of(tiny, "autoencoder, adversarial")
     (name, (loss, count), scalars), (judge, (own, _), told) = stage.updates(batch, 19)
     assert (name, judge, count) == ("tokenizer", "discriminator", 8)
-    labels = torch.tensor([facts.objects[0][2] for facts in ShapesSource(levels=("S1",)).facts(range(8))])
-    latents = stage.network(batch.image)["latents"]
+    labels, latents = batch.labels, stage.network(batch.image)["latents"]
     logits = stage.networks["discriminator"](latents, labels)
     torch.testing.assert_close(scalars["adversary"], torch.nn.functional.softplus(-logits).mean())
     torch.testing.assert_close(loss / count, scalars["error"] + 0.1 * scalars["adversary"])
@@ -267,7 +272,7 @@ def test_a_discriminator_without_classes_sees_no_labels(tiny):
     )
     first, _ = stage.updates(batch, 3)
     assert "adversary" not in first[2]  # it learns from step 2 on, and is heard from step 4 on
-    del stage.source
+    batch.labels = None
     assert [name for name, *_ in stage.updates(batch, 19)] == ["tokenizer", "discriminator"]
     assert stage.preview(batch).height > 4 * 128  # pairs, and two rows of draws
 

@@ -125,15 +125,6 @@ class ShapesSource:
                 rows[mine, : drawn.shape[1]] = drawn
         return rows
 
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """What `labels` tell apart."""
-        return SHAPES
-
-    def labels(self, positions: Sequence[int]) -> torch.Tensor:
-        """The shape of the first object at each position, int64 (B,)."""
-        return torch.tensor([facts.objects[0][2] for facts in self.facts(positions)], dtype=torch.int64)
-
     def facts(self, positions: Sequence[int]) -> list[Facts]:
         """What the captions at the positions say."""
         return self.scenes(positions).facts()

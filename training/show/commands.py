@@ -17,8 +17,8 @@ app = typer.Typer(help="Draw what latent spaces, codebooks and relaxations look 
 @app.command()
 def latents(
     out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = Path("out/latents.png"),
-    steps: Annotated[int, typer.Option(min=1, help="of training, for each of the five models")] = 400,
-    data: Annotated[str, typer.Option(help="what they learn: shapes")] = "shapes",
+    steps: Annotated[int, typer.Option(min=1, help="of training, for each of the five models")] = 300,
+    data: Annotated[str, typer.Option(help="what they learn: digits, which need kartina[data], or shapes")] = "digits",
     prior: Annotated[str, typer.Option(help="of the adversarial one: standard, mixture, swiss_roll")] = "standard",
     seed: int = 0,
     device: Device = "auto",
@@ -35,12 +35,10 @@ def latents(
 
     path = gallery.targets(out, 1)[0]
     with progress_bar("training five models") as progress:
-        found, classes = comparing.compare(data, steps, seed, prior, torch.device(device_named(device)), progress)
+        found = comparing.compare(data, steps, seed, prior, torch.device(device_named(device)), progress)
     facts = {"data": data, "steps": steps, "seed": seed, "prior": prior}
     facts |= {"models": {one.model.name: one.numbers for one in found}}
-    save_png(
-        picture(found, classes, f"latent spaces: {data}, {steps} steps of {comparing.BATCH} pictures"), path, facts
-    )
+    save_png(picture(found, data, f"latent spaces: {data}, {steps} steps of {comparing.BATCH} pictures"), path, facts)
     typer.echo(json.dumps({"file": str(path), **facts}) if as_json else f"{report(found)}{path}")
 
 

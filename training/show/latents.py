@@ -23,17 +23,18 @@ from ...pipeline.recipe import Recipe, nearest
 from ...priors import gaussian
 from ...tokenizers.vae import reparameterise
 from .. import run as runs
-from ..__main__ import source_of
 from ..exchange import to_device
 from ..objectives.vae import gaussian_kl
 from ..objectives.weighting import weighted
 from ..optim import build_optimizers, rate
+from ..sources import source_of, validation_of
 from ..stages import STAGES
 from ..stages.contract import Loss, psnr
 from ..stages.vae import VAEStage
 from ..stream import Batch
 
 DATA: dict[str, dict[str, Any]] = {
+    "digits": {"kind": "digits", "validation_share": 0.2},
     "shapes": {"kind": "shapes", "levels": ["S1"], "jitter": 0.0},
 }
 _SIZE, BATCH, _POINTS, _SAMPLES = 32, 32, 2000, 256
@@ -70,9 +71,9 @@ class Model:
 class Found:
     """What became of a model. means, draws: of the posteriors of N images, (N, 2), the same where they have no noise.
 
-    labels: of the images, int64 (N,). prior: draws of it, (N, 2); holes: which of them no posterior is near, bool (N,).
-    pairs: images and their reconstructions in turns; between: rows of six from one image to another, along a line
-    between their means; samples: decoded draws; all (B, 3, H, W). numbers: see `measure`.
+    labels: of the images, int64 (N,), digits or backgrounds. prior: draws of it, (N, 2); holes: which of them no
+    posterior is near, bool (N,). pairs: images and their reconstructions in turns; between: rows of six along a line
+    between the means of two images; samples: decoded draws; all (B, 3, H, W). numbers: see `measure`.
     """
 
     model: Model
@@ -100,10 +101,8 @@ def models(prior: str = "standard") -> list[Model]:
     ]
 
 
-def compare(
-    data: str, steps: int, seed: int, prior: str, device: torch.device, report: Report
-) -> tuple[list[Found], tuple[str, ...]]:
-    """Trains the five models on so many batches, the same for all, and looks at each; with the names of the labels.
+def compare(data: str, steps: int, seed: int, prior: str, device: torch.device, report: Report) -> list[Found]:
+    """Trains the five models on so many batches, the same for all, and looks at each over unseen pictures.
 
     Raises ValueError for other data or another prior than there are.
     """
@@ -111,7 +110,8 @@ def compare(
         raise ValueError(f"--data {data!r} is unknown; {nearest(data, list(DATA))}")
     torch.set_flush_denormal(True)  # see `training.__main__`
     recipes = [_recipe(model, data, steps) for model in models(prior)]
-    source = source_of(recipes[0], runs.training_of(recipes[0]).data)
+    config = runs.training_of(recipes[0]).data
+    source = source_of(recipes[0], config)
     trained = [
         _Trained(model, recipe, source, seed, device) for model, recipe in zip(models(prior), recipes, strict=True)
     ]
@@ -120,9 +120,10 @@ def compare(
         for one in trained:
             one.step(batch, step)
         report(step + 1, steps)
-    positions = range(steps * BATCH, steps * BATCH + _POINTS)  # unseen
-    found = [measure(one.model, one.stage.network, source, positions, seed, device) for one in trained]
-    return found, tuple(source.classes)
+    endless = source.size is None
+    held_out, first = (source, steps * BATCH) if endless else (validation_of(recipes[0], config), 0)
+    positions = range(first, first + (_POINTS if endless else min(_POINTS, held_out.size)))
+    return [measure(one.model, one.stage.network, held_out, positions, seed, device) for one in trained]
 
 
 def _recipe(model: Model, data: str, steps: int) -> Recipe:
@@ -193,10 +194,12 @@ def measure(
         "sample_psnr": (-10 * torch.log10(nearest.clamp(min=1e-12) / 4)).mean(),
     }
     ends = means[:8].view(4, 2, 1, 2)
-    share = torch.linspace(0, 1, 6)[:, None]
+    share = torch.linspace(0, 1, 6, device=device)[:, None]
     between = _decode(network, (ends[:, 0] * (1 - share) + ends[:, 1] * share).flatten(0, 1))
     pairs = torch.stack([image[:9], _decode(network, means[:9])], 1).flatten(0, 1)
-    labels = source.labels(list(positions))
+    labels = batch.labels
+    if labels is None:  # of shapes: two latents hardly tell more than the background
+        labels = torch.tensor([facts.background for facts in source.facts(positions)])
     found = {name: float(value) for name, value in numbers.items()}
     assert all(math.isfinite(value) for value in found.values()), found
     return Found(model, means, draws, labels, prior, holes, pairs, between, painted[:24], found)

@@ -13,20 +13,31 @@ from rich.console import Console
 from rich.table import Table
 
 from ...pipeline.images import grid
+from ..data.shapes import COLOURS, PALETTE
 from .latents import Found
 from .panels import CLASSES, WIDTH, Column, Dots, density, page, scatter
 
 _PRIOR, _HOLE = "#D8D8D8", "#D55E00"
+_WHITE = "#A8A8A8"  # of white backgrounds, to be seen on white
 _SHOWN = 800  # draws of the prior below the latents
 
 
-def picture(found: Sequence[Found], classes: Sequence[str], title: str) -> Image.Image:
+def picture(found: Sequence[Found], data: str, title: str) -> Image.Image:
     """A column for each model: its latents, the holes between them, reconstructions, ways between, samples."""
-    legend = [*zip(classes, CLASSES, strict=False), ("draws of the prior", _PRIOR), ("draws in a hole", _HOLE)]
-    return page(title, [_column(one) for one in found], legend)
+    legend = _classes(data)
+    colours = [colour for _, colour in legend]
+    return page(title, [_column(one, colours) for one in found], [*legend, ("draws of the prior", _PRIOR)])
 
 
-def _column(found: Found) -> Column:
+def _classes(data: str) -> list[tuple[str, str]]:
+    """The names and colours of what the labels of a data set tell apart."""
+    if data == "digits":
+        return [(str(digit), CLASSES[digit]) for digit in range(10)]
+    own = ["#" + "".join(f"{round(255 * float(value)):02x}" for value in colour) for colour in PALETTE]
+    return [(name, _WHITE if name == "white" else colour) for name, colour in zip(COLOURS, own, strict=True)]
+
+
+def _column(found: Found, classes: Sequence[str]) -> Column:
     numbers = found.numbers
     lines = [
         f"reconstructions {numbers['psnr']:.1f} dB; samples {numbers['sample_psnr']:.1f} dB from the nearest picture",
@@ -34,13 +45,13 @@ def _column(found: Found) -> Column:
     ]
     shown = torch.cat([found.draws, found.prior[:_SHOWN]]).abs().amax(dim=1)
     span = 1.05 * float(shown.quantile(0.995))
-    colours = [CLASSES[label] for label in found.labels.tolist()]
+    colours = [classes[label] for label in found.labels.tolist()]
     below = Dots(found.prior[:_SHOWN], _PRIOR)
     latents = scatter([below, Dots(found.means, colours)], span)
     holes = scatter([Dots(found.prior[found.holes], _HOLE, 2)], span, density(found.draws, span))
     pictures = [
         ("means of the posteriors, by label", latents),
-        ("draws of all posteriors together, and holes", holes),
+        ("draws of all posteriors; orange: of the prior, in holes", holes),
         ("pictures and what their latents give back", grid(found.pairs, 6, scale=_scale(found))),
         ("along lines between the latents of two pictures", grid(found.between, 6, scale=_scale(found))),
         ("pictures of draws of the prior", grid(found.samples, 6, scale=_scale(found))),

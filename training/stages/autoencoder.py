@@ -83,11 +83,12 @@ class AutoencoderStage(LatentsStage):
                 "the discriminator of an autoencoder judges its latents: expected parts.discriminator of kind latent, "
                 f"and its latent_dim for flat latents {shape}; set latent_dim in both parts"
             )
-        classes = tuple(getattr(self.source, "classes", ()))
-        if judge.num_classes not in (0, len(classes)):
+        labels = self.source.read(range(256)).labels if judge.num_classes else None
+        if judge.num_classes and (labels is None or int(labels.max()) >= judge.num_classes):
+            found = "none" if labels is None else f"labels up to {int(labels.max())}"
             raise ValueError(
-                f"parts.discriminator.num_classes is {judge.num_classes}, but the data's labels are "
-                f"{len(classes)}{': ' if classes else ''}{', '.join(classes)}; set it to their number, or to 0"
+                f"a discriminator with classes needs data with labels below num_classes, such as digits, got "
+                f"{judge.num_classes} and {found}; correct parts.discriminator.num_classes, 0 is for no labels"
             )
         pieces = int(config.number("pieces", judge.num_classes or 10))
         prior = gaussian.distribution(config.word("prior", "standard"), shape[0], pieces)
@@ -121,8 +122,8 @@ class AutoencoderStage(LatentsStage):
         judge: Any = self.adversary.network
         if judge is None or not judge.num_classes:
             return ()
-        source: Any = self.source
-        return (source.labels(batch.samples.tolist()).to(batch.image.device),)
+        assert batch.labels is not None  # refused at the beginning
+        return (batch.labels,)
 
     def _draw(self, step: int, samples: Tensor, *labels: Tensor) -> Tensor:
         """Draws of the prior (B, D)."""

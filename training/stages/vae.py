@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...layers import random
 from ...pipeline.recipe import Recipe, build
+from ...priors import gaussian
 from ..objectives import vae as objective
 from ..objectives.dvae import anneal
 from ..run import Stage
@@ -95,5 +96,6 @@ class VAEStage(TrainingStage):
         """Eight pairs of a picture and what it becomes, then 16 pictures of latents drawn from N(0, 1)."""
         image = batch.image[:8]
         shown = torch.stack([image, reconstruct(self.network, image)], 1).flatten(0, 1)
-        drawn = random.normal(self.seed, 0, torch.arange(16, device=image.device), self.network.spec.shape, "preview")
+        prior = gaussian.Standard(self.network.spec.shape[0])
+        drawn = prior.draw(self.seed, 0, torch.arange(16, device=image.device), "preview")
         return contact_sheet(torch.cat([shown, self.network.decode(drawn).float()]))
