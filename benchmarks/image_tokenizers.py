@@ -1,6 +1,6 @@
 """Tokenizers against their peers: a training step of the discrete VAE, a step of the quantizer, encoding and decoding.
 
-    pip install --no-deps --target build/bench/image_tokenizers -r benchmarks/image_tokenizers.txt  (`make bench` does it)
+    pip install --no-deps --target build/bench/image_tokenizers -r benchmarks/image_tokenizers.txt    (in `make bench`)
     PYTHONPATH=build/bench/image_tokenizers python benchmarks/image_tokenizers.py [--device cuda] [--threads N] [--json]
 
 - dvae: forward, backward and Adam of `DiscreteVAE` and dalle-pytorch's, noise included. The networks differ, so that
