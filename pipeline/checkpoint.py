@@ -247,18 +247,28 @@ def _check_shapes(folder: Path, recipe: Recipe, part: str, weights: dict[str, Te
             if not isinstance(entry, int | float | str | None) or (isinstance(entry, int) and abs(entry) > most):
                 raise ModelError(f"{folder}/recipe.yaml: parts.{part}.{key} asks for more than the weights hold")
     try:
-        with torch.device("meta"), _Outline(_CALLS_PER_TENSOR * (len(weights) + 10)):
-            asked = {name: tuple(value.shape) for name, value in build(recipe, part).state_dict().items()}
+        wrong = misfits(recipe, part, weights)
     except Exception as error:  # constructors given absurd arguments raise anything
         raise ModelError(f"{folder}/recipe.yaml: its {part} cannot be built: {error}") from None
-    held = {name: tuple(value.shape) for name, value in weights.items()}
-    wrong = [name for name in sorted(asked | held) if asked.get(name) != held.get(name)]
     if wrong:
-        name = wrong[0]
+        name, asked, held = wrong[0]
         raise ModelError(
             f"{folder}: {part} does not fit its recipe in {len(wrong)} tensors, first {name}: expected "
-            f"{asked.get(name, 'none')}, got {held.get(name, 'none')}; recipe.yaml and the weights must be of one model"
+            f"{asked}, got {held}; recipe.yaml and the weights must be of one model"
         )
+
+
+def misfits(recipe: Recipe, part: str, weights: dict[str, Tensor]) -> list[tuple[str, Any, Any]]:
+    """The tensors in which a part of the recipe and weights differ: name, shape asked for, shape held, "none" for none.
+
+    Nothing of the part takes memory. Raises whatever its constructor does, and ValueError where it asks for many more
+    tensors than there are weights.
+    """
+    with torch.device("meta"), _Outline(_CALLS_PER_TENSOR * (len(weights) + 10)):
+        asked = {name: tuple(value.shape) for name, value in build(recipe, part).state_dict().items()}
+    held = {name: tuple(value.shape) for name, value in weights.items()}
+    both = ((name, asked.get(name, "none"), held.get(name, "none")) for name in sorted(asked | held))
+    return [(name, want, got) for name, want, got in both if want != got]
 
 
 def check_captions(folder: Path, recipe: Recipe, part: str, module: Any) -> None:

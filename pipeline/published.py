@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..tokenizers.dvae import openai_state_dict
 from .archive import module_tensors, read
+from .checkpoint import misfits
 from .convert import from_compvis, from_diffusers, to_diffusers
-from .recipe import Recipe, build, defaults
+from .recipe import Recipe, defaults
 from .unpickle import Record, StoredTensor, WeightsError
 
 SCALING_FACTOR = 0.18215  # of KL-f8 in Stable Diffusion: 1 / the deviation of its latents
@@ -205,17 +206,14 @@ def recipe_of(name: str, section: dict[str, Any], licence: str) -> Recipe:
 def _check(path: Path, section: dict[str, Any], weights: dict[str, Tensor]) -> None:
     """Raises WeightsError unless the model that the sizes make asks for exactly these tensors."""
     try:
-        with torch.device("meta"):
-            asked = build(recipe_of("imported/check", section, ""), "tokenizer").state_dict()
+        wrong = misfits(recipe_of("imported/check", section, ""), "tokenizer", weights)
     except ValueError as error:
         raise WeightsError(f"{path}: a model of its sizes cannot be built: {error}") from None
-    want, got = ({name: tuple(value.shape) for name, value in table.items()} for table in (asked, weights))
-    wrong = [name for name in sorted(want | got) if want.get(name) != got.get(name)]
     if wrong:
-        first = wrong[0]
+        first, asked, held = wrong[0]
         raise WeightsError(
             f"{path}: {len(wrong)} tensors do not fit a {section['kind']}, first {first:.80}: expected "
-            f"{want.get(first, 'none')}, got {got.get(first, 'none')}; the file must hold one whole tokenizer"
+            f"{asked}, got {held}; the file must hold one whole tokenizer"
         )
 
 
