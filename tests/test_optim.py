@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kartina.pipeline import recipe as recipes
-from kartina.training.optim import EMA, Muon, build_optimizers, orthogonalise, outer_parameters, rate
+from kartina.training.optim import EMA, Muon, build_optimizers, orthogonalise, outer_parameters, rate, shares
 from kartina.training.run import Optimizer
 
 # kind of the part -> the matrices, tables and kernels of it that are AdamW's, where Muon has the hidden ones
@@ -125,6 +125,16 @@ def test_muon_sees_a_kernel_as_a_matrix(memory_format):
 def test_singular_values_come_near_one(shape):
     values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0))).float())
     assert values.min() > 0.3 and values.max() < 1.3
+
+
+def test_processes_share_the_matrices_evenly():
+    """However they are ordered; those left over when one is dear; and more processes than matrices."""
+    shapes = [(64, 64), (64, 256), (256, 64), (64, 64), (64, 576), (64, 64)]
+    owners = shares(shapes, 2)
+    costs = [sum(a * b for (a, b), owner in zip(shapes, owners, strict=True) if owner == rank) for rank in (0, 1)]
+    assert max(costs) <= 0.55 * sum(costs)
+    assert shares([(8, 8), (90, 90), (8, 8)], 2) == [1, 0, 1]
+    assert sorted(shares([(8, 8), (8, 8)], 5)) == [0, 1] and shares([(8, 8), (9, 9)], 1) == [0, 0]
 
 
 def test_warm_up_begins_anew_where_the_optimizers_do():

@@ -193,7 +193,10 @@ def test_twice_the_devices_take_half_the_time():
     assert prior(adamw, FSDP, devices=2)["step_seconds"] == pytest.approx(one["step_seconds"] / 2)
     assert prior(adamw, utilisation=0.2)["compute_seconds"] == pytest.approx(2 * one["compute_seconds"])
     products = 5 * (2 * 128**2 * 512 * 2 + 2 * 128**3)  # Muon's, five rounds of an MLP's matrix
-    assert prior()["flops_per_update"] > 4 * products > one["flops_per_update"] == 0
+    muon = prior()["flops_per_update"]
+    assert muon > 4 * products > one["flops_per_update"] == 0
+    assert prior(devices=2)["flops_per_update"] == pytest.approx(muon / 2, rel=0.02)
+    assert prior(FSDP, devices=2)["flops_per_update"] == muon
 
 
 def test_fsdp_divides_the_state_and_not_the_activations():

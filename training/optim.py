@@ -4,21 +4,24 @@ It does not know what is trained. All rates are functions of the optimizer step,
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 
 from .parallel import like, whole
 from .run import Optimizer
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan 2024) as torch.optim.Muon computes it, with two additions: kernels too, and without slow bfloat16.
+    """Muon (Jordan 2024) as torch.optim.Muon computes it, with three additions: kernels too, without slow bfloat16, and
+    each process does a share of the work.
 
     A kernel is the matrix (n_out, rest). Newton-Schulz runs in bfloat16, as published, where the device multiplies it
-    quickly, else in float32: elsewhere it took longer than the rest of a step.
+    quickly, else in float32: elsewhere it took longer than the rest of a step. See `orthogonalise_all`; of a network
+    that is divided over the processes each one gathers every matrix and does all of it.
     """
 
     def __init__(
@@ -28,26 +31,69 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step from the gradients of the parameters."""
+        """One step from the gradients of the parameters, which every process has alike."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
-                average = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                matrix = parameter.grad.lerp(average, group["momentum"]).flatten(1)  # Nesterov
-                update = orthogonalise(whole(matrix)).to(parameter.dtype).view(parameter.shape)
+            kept = [parameter for parameter in group["params"] if parameter.grad is not None]
+            matrices = [self._momentum(parameter, group["momentum"]) for parameter in kept]
+            updates: Iterable[Tensor]
+            if any(isinstance(matrix, DTensor) for matrix in matrices):
+                updates = (orthogonalise(whole(matrix)) for matrix in matrices)  # whole one at a time
+            else:
+                updates = orthogonalise_all(matrices)
+            for parameter, matrix, update in zip(kept, matrices, updates, strict=True):
+                update = update.to(parameter.dtype).view(parameter.shape)
                 wide = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(
                     like(update, parameter), alpha=-group["lr"] * wide
                 )
 
+    def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        """The gradient with Nesterov's momentum, (n_out, rest)."""
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(average, momentum).flatten(1)
+
+
+def orthogonalise_all(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """`orthogonalise` of each; where there are several processes, all with the same matrices, each computes a share.
+
+    Each process then sends its share to the others, so that all hold the same numbers to the bit.
+    """
+    world = distributed.get_world_size() if distributed.is_initialized() else 1
+    owners = shares([matrix.shape for matrix in matrices], world)
+    here = distributed.get_rank() if world > 1 else 0
+    found = {i: orthogonalise(matrices[i]) for i, owner in enumerate(owners) if owner == here}
+    for owner in range(world if world > 1 else 0):
+        theirs = [i for i, of in enumerate(owners) if of == owner]
+        if not theirs:
+            continue
+        if owner == here:
+            sent = torch.cat([found[i].flatten() for i in theirs])
+        else:
+            size, device = sum(matrices[i].numel() for i in theirs), matrices[0].device
+            sent = torch.empty(size, dtype=newton_schulz_dtype(device), device=device)
+        distributed.broadcast(sent, src=owner)
+        pieces = sent.split([matrices[i].numel() for i in theirs])
+        found |= {i: piece.view(matrices[i].shape) for i, piece in zip(theirs, pieces, strict=True)}
+    return [found[i] for i in range(len(matrices))]
+
+
+def shares(shapes: Sequence[Sequence[int]], world: int) -> list[int]:
+    """Which of so many processes orthogonalises each of some matrices; none then has much more to do than another."""
+    costs = [max(shape) * min(shape) ** 2 for shape in shapes]
+    load, owners = [0] * world, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):  # the dearest first, each to the idlest
+        owners[i] = min(range(world), key=load.__getitem__)
+        load[owners[i]] += costs[i]
+    return owners
+
 
 def orthogonalise(matrix: Tensor, rounds: int = 5) -> Tensor:
     """(A, B) -> about U V^T of its singular value decomposition, by Newton-Schulz with Jordan's coefficients."""
-    x = matrix.bfloat16() if fast_bf16(matrix.device) else matrix.float()
+    x = matrix.to(newton_schulz_dtype(matrix.device))
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / x.norm().clamp(min=1e-7)
@@ -55,6 +101,11 @@ def orthogonalise(matrix: Tensor, rounds: int = 5) -> Tensor:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.T.contiguous() if tall else x
+
+
+def newton_schulz_dtype(device: torch.device) -> torch.dtype:
+    """What `orthogonalise` computes in, and gives."""
+    return torch.bfloat16 if fast_bf16(device) else torch.float32
 
 
 def fast_bf16(device: torch.device) -> bool:

@@ -10,7 +10,8 @@ A stage's step is `passes` forward and backward passes of `micro_batch` samples 
   context, the kernels' workspace and the allocator's gaps are not counted.
 - time: FLOPs over the peak rate times the utilisation, which is an assumption and stands for all that is no matrix
   product, exchange between devices included; then the update, which reads and writes its state once at full bandwidth.
-  Frozen parts compute in float32; so does everything on a device without bfloat16. Muon is computed on every device.
+  Frozen parts compute in float32; so does everything on a device without bfloat16. Muon's products are shared out over
+  the devices, or where these hold parts of the network, all are computed on every one.
   A small network takes longer than that: its kernels are over before the next one is launched.
 
 It does not know what a pass is made of (`footprint` does), nor the speed of a network between devices.
@@ -142,7 +143,7 @@ def _stage(setting: _Setting, name: str, config: runs.Stage, stated: bool) -> di
         divided = setting.fsdp and setting.devices > 1 and bool(blocks_of(network))
         if config.recompute:
             recompute_blocks(network)
-        update = _update(network, config.optimizer)
+        update = _update(network, config.optimizer, 1 if divided else setting.devices)
         weights = sum(parameter.nbytes for parameter in network.parameters())
         average = sum(value.nbytes for value in network.state_dict().values())
         if divided and setting.bf16:
@@ -196,9 +197,11 @@ def _stage(setting: _Setting, name: str, config: runs.Stage, stated: bool) -> di
     }
 
 
-def _update(network: Any, config: runs.Optimizer) -> dict[str, int]:
-    """FLOPs of one update, bytes of the optimizers' state, and bytes that AdamW takes for a moment on a GPU."""
-    from .optim import Muon, build_optimizers
+def _update(network: Any, config: runs.Optimizer, devices: int) -> dict[str, int]:
+    """FLOPs of one update on the device that has most of them, where so many share; bytes of the optimizers' state, and
+    bytes that AdamW takes for a moment on a GPU.
+    """
+    from .optim import Muon, build_optimizers, shares
 
     found = {"flops": 0, "state": 0, "temporary": 0}
     for optimizer in build_optimizers(network, config):
@@ -209,7 +212,12 @@ def _update(network: Any, config: runs.Optimizer) -> dict[str, int]:
             if not muon:  # for all weights of a group at once
                 found["temporary"] = max(found["temporary"], size)
                 continue
-            found["flops"] += sum(_muon_flops(parameter.flatten(1).shape) for parameter in group["params"])
+            shapes = [parameter.flatten(1).shape for parameter in group["params"]]
+            owners = shares(shapes, devices)
+            load = [0] * devices
+            for shape, owner in zip(shapes, owners, strict=True):
+                load[owner] += _muon_flops(shape)
+            found["flops"] += max(load)
     return found
 
 
