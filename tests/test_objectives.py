@@ -223,33 +223,35 @@ def decoder_and_judge() -> tuple[torch.nn.Conv2d, torch.nn.Module]:
     return torch.nn.Conv2d(4, 3, 3, padding=1), judge
 
 
+@pytest.mark.parametrize("error", ["l1", "l2"])
 @pytest.mark.parametrize("which", ["vqgan", "kl"])
-def test_the_generators_loss_by_hand(which):
+def test_the_generators_loss_by_hand(which, error):
     last, judge = decoder_and_judge()
     x, features, weight = images(3, 8), normal(3, 4, 8, 8), torch.tensor([1.0, 0.0, 2.0])
     out, perceptual = last(features), torch.tensor([0.3, 9.0, 0.1])
     mean, log_variance = normal(3, 2, 2, 2), normal(3, 2, 2, 2, seed=1)
-    logits, l1 = judge(out), (out - x).abs().mean(dim=(1, 2, 3))
-    knobs = {"fake_logits": logits, "last_layer": last.weight, "ramp": 0.8, "perceptual": perceptual}
+    logits, each = judge(out), {"l1": (out - x).abs(), "l2": (out - x) ** 2}[error].mean(dim=(1, 2, 3))
+    knobs = {"fake_logits": logits, "last_layer": last.weight, "ramp": 0.8, "perceptual": perceptual, "error": error}
     if which == "vqgan":
         regular, codes = torch.tensor([0.5, 7.0, 0.25]), torch.zeros(3, 2, 2, dtype=torch.int64)
         (total, count), scalars = vqgan(out, x, regular, codes, 4, weight, perceptual_weight=2.0, **knobs)
-        nll = l1 + 2 * perceptual
+        nll = each + 2 * perceptual
     else:
         (total, count), scalars = autoencoder_kl(
             out, x, mean, log_variance, weight, kl_weight=0.1, perceptual_weight=2.0, **knobs
         )
         regular = 0.1 * gaussian_kl(mean, log_variance).sum(dim=(1, 2, 3))
-        nll = 192 * (l1 + 2 * perceptual)
+        nll = 192 * (each + 2 * perceptual)
     norms = [
-        torch.autograd.grad((weight * each).sum() / 3, last.weight, retain_graph=True)[0].norm()
-        for each in (nll, fooling(logits))
+        torch.autograd.grad((weight * loss).sum() / 3, last.weight, retain_graph=True)[0].norm()
+        for loss in (nll, fooling(logits))
     ]
     adaptive = norms[0] / (norms[1] + 1e-6)
     torch.testing.assert_close(scalars["adaptive"], adaptive)
     torch.testing.assert_close(total, (weight * (nll + regular + 0.8 * adaptive * fooling(logits))).sum())
     assert count.item() == 3
     torch.testing.assert_close(scalars["nll"], (weight * nll).sum() / 3)
+    torch.testing.assert_close(scalars[error], (weight * each).sum() / 3)
     total.backward()
     assert last.weight.grad is not None and all(p.grad is None for p in judge.parameters())
 
@@ -292,7 +294,7 @@ def test_sparsity_by_hand(shape):
     assert ae.sparsity_kl(exact, torch.ones(2), 0.2).abs().item() < 1e-6
     with pytest.raises(ValueError, match="latents for sparsity"):
         ae.autoencoder(x, x, weight, sparsity="l1")
-    with pytest.raises(ValueError, match="error 'l1' or 'l2'"):
+    with pytest.raises(ValueError, match="one of l1, l2"):
         ae.autoencoder(x, x, weight, error="huber")
 
 

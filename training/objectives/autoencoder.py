@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...layers.precision import full
-from .weighting import Average, check_images, weighted
+from .weighting import Average, check_images, pixel_error, weighted
 
 
 def add_gaussian(image: Tensor, noise: Tensor, std: float) -> Tensor:
@@ -78,15 +78,13 @@ def autoencoder(
     `adversary` before their weights. Raises ValueError when shapes or choices do not fit.
     """
     check_images("autoencoder", reconstruction, image, weight, *([] if adversary is None else [adversary]))
-    if error not in ("l1", "l2") or sparsity not in ("none", "l1", "kl") or not 0 < rho < 1:
+    if sparsity not in ("none", "l1", "kl") or not 0 < rho < 1:
         raise ValueError(
-            "autoencoder needs error 'l1' or 'l2', sparsity 'none', 'l1' or 'kl', and rho in (0, 1), got "
-            f"{error!r}, {sparsity!r} and {rho}"
+            f"autoencoder needs sparsity 'none', 'l1' or 'kl', and rho in (0, 1), got {sparsity!r:.40} and {rho}"
         )
     if sparsity != "none" and latents is None:
         raise ValueError(f"autoencoder needs the latents for sparsity {sparsity!r}; pass them")
-    difference = full(reconstruction) - full(image)
-    loss = (difference.abs() if error == "l1" else difference.square()).mean(dim=(1, 2, 3))  # (B,)
+    loss = pixel_error(reconstruction, image, error)  # (B,)
     shown = {"error": loss}
     if adversary is not None:
         shown["adversary"] = full(adversary)

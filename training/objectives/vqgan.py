@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ...layers.precision import full
 from .dvae import codebook_scalars
-from .weighting import Average, check_images, weighted
+from .weighting import Average, check_images, pixel_error, weighted
 
 
 def discriminator_weight(step: int, start: int = 250_001, end: float = 0.8) -> float:
@@ -91,13 +91,15 @@ def vqgan(
     fake_logits: Tensor | None = None,
     last_layer: Tensor | None = None,
     ramp: float = 0.0,
+    error: str = "l1",
     perceptual: Tensor | None = None,
     perceptual_weight: float = 1.0,
     average: Average | None = None,
 ) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
-    """The tokenizer's loss: |x - reconstruction| + perceptual + regular + ramp * adaptive weight * fooling.
+    """The tokenizer's loss: error + perceptual + regular + ramp * adaptive weight * fooling.
 
-    reconstruction, image: (B, 3, H, W); the first term is their mean over values. regular: (B,), what the quantizer
+    reconstruction, image: (B, 3, H, W). error: of values, "l1" as in the published code or "l2" as in equation 4; see
+    `weighting.pixel_error`. regular: (B,), what the quantizer
     adds: codebook's + 0.25 * encoder's term of `vqvae.quantization`; 1e-8 * sum over codes, mean over positions, of the
     KL (`dvae.uniform_kl`) for Gumbel-softmax; zeros for FSQ. codes: (B, h, w) in [0, num_codes). weight: (B,).
     ramp: what the adaptive weight is multiplied by; where it is not 0, fake_logits, the frozen discriminator's of the
@@ -105,12 +107,12 @@ def vqgan(
     `adaptive_weight`.
 
     Coupled where ramp is not 0: the adaptive weight is the whole batch's. Returns ((weighted loss sum, weight sum),
-    scalars), the scalars detached weighted means: `l1`, `perceptual`, `nll` (both), `regular`, `fooling`, `adaptive`,
-    `perplexity` and `usage` of the codes. Raises ValueError when shapes disagree.
+    scalars), the scalars detached weighted means: `l1` or `l2`, `perceptual`, `nll` (both), `regular`, `fooling`,
+    `adaptive`, `perplexity` and `usage` of the codes. Raises ValueError when shapes disagree.
     """
     check_images("vqgan", reconstruction, image, regular, weight, *([] if perceptual is None else [perceptual]))
-    l1 = (full(reconstruction) - full(image)).abs().mean(dim=(1, 2, 3))
-    shown = {"l1": l1, "regular": regular} | ({} if perceptual is None else {"perceptual": perceptual})
-    nll = l1 if perceptual is None else l1 + perceptual_weight * full(perceptual)
+    nll = pixel_error(reconstruction, image, error)
+    shown = {error: nll, "regular": regular} | ({} if perceptual is None else {"perceptual": perceptual})
+    nll = nll if perceptual is None else nll + perceptual_weight * full(perceptual)
     total, scalars = generator(nll, full(regular), weight, fake_logits, last_layer, ramp, average)
     return total, scalars | weighted(nll, weight, shown)[1] | codebook_scalars(codes, num_codes, weight)

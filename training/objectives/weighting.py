@@ -1,4 +1,4 @@
-"""What the objectives of the tokenizers share: weighted sums over the images of a batch, and one check of shapes.
+"""What the objectives of the tokenizers share: weighted sums over the images of a batch, errors of pixels, and a check.
 
 B images.
 
@@ -9,6 +9,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from ...layers.precision import full
+
+ERRORS = ("l1", "l2")
 
 Average = Callable[[Tensor], Tensor]  # a mean over a rank's samples -> the mean over those of all ranks
 
@@ -31,3 +35,11 @@ def check_images(owner: str, reconstruction: Tensor, image: Tensor, *each: Tenso
             f"{owner} needs reconstruction and image (B, C, H, W) of one shape, and one value (B,) for each image in "
             f"all that weighs or adds, got {shapes}; pass the batch as the tokenizer gave it"
         )
+
+
+def pixel_error(reconstruction: Tensor, image: Tensor, error: str) -> Tensor:
+    """Of each image (B, C, H, W) the mean absolute ("l1") or squared ("l2") error of its values, (B,)."""
+    if error not in ERRORS:
+        raise ValueError(f"an error of pixels is one of {', '.join(ERRORS)}, got {error!r:.40}; correct the recipe")
+    difference = full(reconstruction) - full(image)
+    return (difference.abs() if error == "l1" else difference.square()).mean(dim=(1, 2, 3))

@@ -15,6 +15,7 @@ from ...pipeline.recipe import Recipe, build
 from ...priors import gaussian
 from ..objectives import autoencoder as objective
 from ..objectives import gan
+from ..objectives.weighting import ERRORS
 from ..run import Stage
 from ..stream import Batch, Source
 from .adversary import Adversary
@@ -37,7 +38,7 @@ class AutoencoderStage(LatentsStage):
 
     beside: tuple[str, ...] = (Adversary.part,)
     knobs: ClassVar = {
-        "error": Knob(choices=("l1", "l2")),
+        "error": Knob(choices=ERRORS),
         "corruption": Knob(choices=("none", "gaussian", "mask", "salt_and_pepper")),
         "corruption_level": Knob(),
         "sparsity": Knob(choices=("none", "l1", "kl")),

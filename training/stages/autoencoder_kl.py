@@ -18,24 +18,24 @@ from ..stream import Batch, Source
 from .adversary import Adversary
 from .contract import Knob, Updates, over_ranks, pairs, reconstruct
 from .latents import LatentsStage, latent_std
-from .perceptual import Perceptual
+from .likeness import Likeness
 
 
 class AutoencoderKLStage(LatentsStage):
     """Fits the autoencoder of latent diffusion (arXiv:2112.10752, appendix G), and measures the scale of its latents.
 
-    kl_weight: of the KL to N(0, 1), summed over latents. The other knobs: `Adversary` and `Perceptual`.
+    kl_weight: of the KL to N(0, 1), summed over latents. The other knobs: `Adversary` and `Likeness`.
     """
 
     beside: tuple[str, ...] = (Adversary.part,)
-    knobs: ClassVar = {"kl_weight": Knob(), **Adversary.knobs, **Perceptual.knobs}
+    knobs: ClassVar = {"kl_weight": Knob(), **Adversary.knobs, **Likeness.knobs}
 
     def __init__(
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
     ) -> None:
         network = build(recipe, self.part)  # first, so that its weights do not depend on who judges it
         self.adversary = Adversary(recipe, config, 0.5, device, hinge)
-        self.perceptual = Perceptual(config, device)
+        self.likeness = Likeness(config, device)
         self.hold(network, **self.adversary.networks())
         self.source, self.seed, self.device = source, seed, device
         self.kl_weight = config.number("kl_weight", 1e-6)
@@ -53,7 +53,7 @@ class AutoencoderKLStage(LatentsStage):
         loss, scalars = objective.autoencoder_kl(
             again, batch.image, mean, out["log_variance"], batch.weight,
             fake_logits=self.adversary.judge(again) if ramp else None, last_layer=self.network.last_layer, ramp=ramp,
-            kl_weight=self.kl_weight, average=over_ranks(batch.weight), **self.perceptual.terms(again, batch.image),
+            kl_weight=self.kl_weight, average=over_ranks(batch.weight), **self.likeness.terms(again, batch.image),
         )  # fmt: skip
         yield self.part, loss, scalars | {"unscaled_std": latent_std(mean, batch.weight)}
         if self.adversary.learns(step):

@@ -19,7 +19,7 @@ from ..stream import Batch, Source
 from .adversary import Adversary
 from .codebook import Codebook, CodesStage
 from .contract import Knob, Updates, last_read, over_ranks, read_images
-from .perceptual import Perceptual
+from .likeness import Likeness
 
 _GUMBEL = {"kl_weight": Knob(), "temperature": Knob(), "temperature_end": Knob(), "temperature_share": Knob(high=1)}
 
@@ -27,27 +27,27 @@ _GUMBEL = {"kl_weight": Knob(), "temperature": Knob(), "temperature_end": Knob()
 class VQGANStage(CodesStage):
     """Fits VQ-GAN's tokenizer (arXiv:2012.09841, section 3.1), against a discriminator where the recipe has one.
 
-    `Codebook`, `Adversary` and `Perceptual` say what their knobs mean; the first's are of quantizer "vector". Of
+    `Codebook`, `Adversary` and `Likeness` say what their knobs mean; the first's are of quantizer "vector". Of
     quantizer "gumbel" are kl_weight, of the KL to the uniform distribution, and the temperature, which falls from
     `temperature` to `temperature_end` over the share `temperature_share` of the steps.
     """
 
     beside: tuple[str, ...] = (Adversary.part,)
-    knobs: ClassVar = {**Codebook.knobs, **Adversary.knobs, **Perceptual.knobs, **_GUMBEL}
+    knobs: ClassVar = {**Codebook.knobs, **Adversary.knobs, **Likeness.knobs, **_GUMBEL}
 
     def __init__(
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
     ) -> None:
         self.quantizer = recipe.parts[self.part].get("quantizer", "vector")
         own = {"vector": Codebook.knobs, "gumbel": _GUMBEL}.get(self.quantizer, {})
-        if wrong := config.objective.keys() - own.keys() - Adversary.knobs.keys() - Perceptual.knobs.keys():
+        if wrong := config.objective.keys() - own.keys() - Adversary.knobs.keys() - Likeness.knobs.keys():
             raise ValueError(
                 f"stages.tokenizer.objective: {', '.join(sorted(wrong))} has no meaning for quantizer "
                 f"{self.quantizer!r}; leave it out"
             )
         network = build(recipe, self.part)  # first, so that its weights do not depend on who judges it
         self.adversary = Adversary(recipe, config, 0.8, device, hinge)
-        self.perceptual = Perceptual(config, device)
+        self.likeness = Likeness(config, device)
         self.hold(network, **self.adversary.networks())
         self.source, self.config, self.seed, self.device = source, config, seed, device
         self.codebook = Codebook(self.network.quantize, config, seed) if self.quantizer == "vector" else None
@@ -72,7 +72,7 @@ class VQGANStage(CodesStage):
         loss, scalars = objective.vqgan(
             again, batch.image, self._regular(out), out["codes"], self.network.spec.vocabulary, batch.weight,
             fake_logits=self.adversary.judge(again) if ramp else None, last_layer=self.network.last_layer, ramp=ramp,
-            average=over_ranks(batch.weight), **self.perceptual.terms(again, batch.image),
+            average=over_ranks(batch.weight), **self.likeness.terms(again, batch.image),
         )  # fmt: skip
         yield self.part, loss, scalars
         if self.codebook is not None:
