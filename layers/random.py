@@ -34,40 +34,40 @@ def _mix(x: Tensor) -> Tensor:
     return x.bitwise_xor_(_shift(x, 31))
 
 
-def _bits(seed: int | Tensor, step: int, samples: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
+def _bits(seed: int, step: int, samples: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
     if samples.dtype != torch.int64 or samples.dim() != 1:
         raise ValueError(
             f"random draws need samples as int64 of shape (B,), got {samples.dtype} of shape {tuple(samples.shape)}"
         )
-    key = torch.as_tensor(seed, dtype=torch.int64, device=samples.device).expand_as(samples)
-    for word in (step, zlib.crc32(stream.encode()), samples):
-        key = _mix((key ^ word) + _GOLDEN)  # (B,)
+    key = torch.zeros_like(samples)
+    for word in (seed, step, zlib.crc32(stream.encode()), samples):
+        key = _mix((key ^ word) + _GOLDEN)  # (B,), mixed after each word, else seed 0 at step 1 were seed 1 at step 0
     counter = torch.arange(1, math.prod(shape) + 1, device=samples.device, dtype=torch.int64) * _GOLDEN
     return _mix(key[:, None] + counter[None, :]).view(len(samples), *shape)  # (B, *shape)
 
 
-def uniform(seed: int | Tensor, step: int, samples: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
+def uniform(seed: int, step: int, samples: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
     """Uniform draws in the open interval (0, 1), float32 of shape (B, *shape).
 
-    seed: an int, or int64 (B,) with a seed for each sample. step: the optimizer or sampling step. samples: int64 (B,),
-    the global numbers of the samples. stream: the name of the use. Raises ValueError when `samples` is not int64 (B,).
+    seed: of 64 bits. step: the optimizer or sampling step. samples: int64 (B,), the global numbers of the samples, or a
+    seed for each. stream: the name of the use. Raises ValueError when `samples` is not int64 (B,).
     """
     # 23 bits: the largest value, 1 - 2**-24, still fits a float32 below 1.
     return (_shift(_bits(seed, step, samples, shape, stream), 41).float() + 0.5) * 2.0**-23
 
 
-def normal(seed: int | Tensor, step: int, samples: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
+def normal(seed: int, step: int, samples: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
     """Standard normal draws (Box-Muller), float32 of shape (B, *shape). Arguments as in `uniform`."""
     u = uniform(seed, step, samples, (2, *shape), stream)  # (B, 2, *shape)
     return torch.sqrt(-2 * torch.log(u[:, 0])) * torch.cos(2 * math.pi * u[:, 1])
 
 
-def gumbel(seed: int | Tensor, step: int, samples: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
+def gumbel(seed: int, step: int, samples: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
     """Standard Gumbel draws, -log(-log u), float32 of shape (B, *shape). Arguments as in `uniform`."""
     return -torch.log(-torch.log(uniform(seed, step, samples, shape, stream)))
 
 
-def integers(seed: int | Tensor, step: int, samples: Tensor, shape: tuple[int, ...], stream: str, high: int) -> Tensor:
+def integers(seed: int, step: int, samples: Tensor, shape: tuple[int, ...], stream: str, high: int) -> Tensor:
     """Integers in [0, high), int64 of shape (B, *shape); the bias is below high / 2**63. Arguments as in `uniform`."""
     if high < 1:
         raise ValueError(f"integers: the upper bound must be at least 1, got {high}")
@@ -77,7 +77,7 @@ def integers(seed: int | Tensor, step: int, samples: Tensor, shape: tuple[int, .
 class Draws(NamedTuple):
     """What the masks of a forward pass are a function of; see `uniform`."""
 
-    seed: int | Tensor
+    seed: int
     step: int
     samples: Tensor
 

@@ -54,8 +54,7 @@ def sample_codes(
     batch, total = len(text), prior.grid[0] * prior.grid[1]
     guided = guidance_scale != 1.0
     stream = torch.cat([text, prior.null_text(batch).to(text.device)]) if guided else text
-    seed = torch.tensor([int(s) for s in seeds], dtype=torch.int64, device=text.device)
-    same = torch.zeros_like(seed)  # the seed alone tells samples apart
+    numbers = torch.tensor([int(s) for s in seeds], dtype=torch.int64, device=text.device)
     codes = text.new_zeros(batch, total)
     cache = None
     for i in range(total):
@@ -69,7 +68,7 @@ def sample_codes(
         if guided:
             conditional, null = logits.chunk(2)
             logits = null + guidance_scale * (conditional - null)
-        noise = gumbel(seed, i, same, (prior.num_codes,), "gumbel")
+        noise = gumbel(0, i, numbers, (prior.num_codes,), "gumbel")
         codes[:, i] = draw(logits, noise, temperature, top_k, top_p)
         if progress is not None:
             progress(i + 1, total)

@@ -30,7 +30,7 @@ class Standard:
             raise ValueError(f"a standard normal needs dim of at least 1, got {dim}")
         self.dim = dim
 
-    def draw(self, seed: int | Tensor, step: int, samples: Tensor, stream: str) -> Tensor:
+    def draw(self, seed: int, step: int, samples: Tensor, stream: str) -> Tensor:
         """Draws (B, D); arguments as in `layers.random`."""
         return random.normal(seed, step, samples, (self.dim,), stream)
 
@@ -61,7 +61,7 @@ class Mixture:
         along = torch.stack([angle.cos(), angle.sin()], dim=1).to(like.dtype)
         return torch.stack([along, torch.stack([-along[:, 1], along[:, 0]], dim=1)], dim=1)
 
-    def draw(self, seed: int | Tensor, step: int, samples: Tensor, stream: str, labels: Tensor | None = None) -> Tensor:
+    def draw(self, seed: int, step: int, samples: Tensor, stream: str, labels: Tensor | None = None) -> Tensor:
         """Draws (B, 2), of the mode that labels, int64 (B,) in [0, K), name, or of any where there are none."""
         if labels is None:
             labels = random.integers(seed, step, samples, (), f"{stream} mode", self.num_pieces)
@@ -90,7 +90,7 @@ class SwissRoll:
             raise ValueError(f"a swiss roll needs at least 1 piece, got {num_pieces}")
         self.num_pieces = num_pieces
 
-    def draw(self, seed: int | Tensor, step: int, samples: Tensor, stream: str, labels: Tensor | None = None) -> Tensor:
+    def draw(self, seed: int, step: int, samples: Tensor, stream: str, labels: Tensor | None = None) -> Tensor:
         """Draws (B, 2), of the piece that labels, int64 (B,) in [0, K), name, or of the whole where there are none."""
         share = random.uniform(seed, step, samples, (), f"{stream} roll")
         share = share if labels is None else (share + labels) / self.num_pieces

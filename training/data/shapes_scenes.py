@@ -166,8 +166,10 @@ def _place_pair(relation, reach, draws, size):
     first = relation % 2  # slot of the upper or left object
     second = 1 - first
     lead = before[index, first]
-    between = after[index, first] + GAP * size + before[index, second]
-    slack = size - lead - between - after[index, second]
+    taken = before.sum(axis=1) + after.sum(axis=1)
+    gap = np.minimum(GAP * size, size - taken)  # of two large triangles, one above the other, it is a little less
+    between = after[index, first] + gap + before[index, second]
+    slack = size - taken - gap
     shift = np.sort(draws[:, :2], axis=1) * slack[:, None]
     along = np.empty_like(side)
     along[index, first] = lead + shift[:, 0]
