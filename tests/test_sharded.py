@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from kartina.pipeline import checkpoint
-from kartina.training import state
+from kartina.training import sharded, state
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,31 @@ def test_a_divided_checkpoint_has_parts_of_both_and_no_pickle_of_them(runs, tmp_
     damaged.write_bytes(damaged.read_bytes()[:-8] + bytes(8))
     assert state.newest(folder) == newest.with_name("step-00000010")
     assert newest.with_name("damaged-step-00000020").is_dir()
+
+
+def test_reading_fills_what_is_there_in_place_of_a_second_copy(runs):
+    newest = state.newest(runs[0]["two"] / "state" / "prior")
+    content = state.load(newest)
+    sizes = HuggingFaceStorageReader(str(newest / "shards")).read_metadata().state_dict_metadata
+    made = {}
+
+    def live(node, key):
+        if isinstance(node, dict):
+            return {name: live(value, f"{key}/{name}") for name, value in node.items()}
+        if isinstance(node, list):
+            return [live(value, f"{key}/{i}") for i, value in enumerate(node)]
+        if key in sizes:
+            made[key] = torch.full(sizes[key].size, torch.nan)
+            return made[key]
+        return node
+
+    there = live(content, "")
+    assert len(made) > 40 and set(made) == set(sizes)
+    before = {key: value.data_ptr() for key, value in made.items()}
+    whole = sharded.read(newest, content, there)
+    assert not any(value.isnan().any() for value in made.values())
+    for name, value in whole["networks"]["prior"].items():
+        assert value.data_ptr() == before[f"/networks/prior/{name}"]
 
 
 def test_the_export_is_whole(runs):

@@ -67,7 +67,8 @@ def _take(divided: dict[str, Tensor], key: str, value: Any) -> Any:
 def read(path: Path, content: dict[str, Any], live: dict[str, Any]) -> dict[str, Any]:
     """The content of a checkpoint with all its tensors, each divided as it is in `live`, which has the same keys.
 
-    Each process reads the parts that it needs. A tensor that was whole is divided where `live` divides it.
+    Each process reads the parts that it needs, of divided tensors into those of `live`: the two would not fit beside
+    each other. A tensor that was whole is divided where `live` divides it.
     """
     wanted: dict[str, Tensor] = {}
     flat = dict(_leaves(live, ""))
@@ -76,8 +77,8 @@ def read(path: Path, content: dict[str, Any], live: dict[str, Any]) -> dict[str,
         model = flat.get(key)
         if isinstance(value, str) and value == _NAME + key:
             assert isinstance(model, Tensor)
-            wanted[key] = torch.empty_like(model)
-            return wanted[key]
+            wanted[key] = model
+            return model
         if isinstance(value, Tensor) and isinstance(model, DTensor):
             return like(value.to(model.device), model)
         return value
