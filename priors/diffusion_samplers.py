@@ -183,14 +183,15 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
 
 @torch.no_grad()
 def ddim_invert(
-    denoise: Denoise, condition: Any, x_0: Tensor, num_steps: int = 50, spacing: str = "trailing", looks: int = 4
-) -> Tensor:
+    denoise: Denoise, condition: Any, x_0: Tensor, num_steps: int = 50, spacing: str = "trailing", looks: int = 4,
+    strength: float = 1.0,
+) -> Tensor:  # fmt: skip
     """The noise (B, *shape) from which `ddim` with the same knobs, and this as `noise`, makes x_0 (B, *shape).
 
     Each step of DDIM is undone by a fixed point that is approached in so many looks; 1 is the usual inversion (Song
-    2020, section 4.3), which is off by the curvature of a step.
+    2020, section 4.3), which is off by the curvature of a step. strength: below 1 for a walk with x_0 as its `start`.
     """
-    levels = denoise.schedule.levels(num_steps, spacing)[::-1]
+    levels = denoise.schedule.levels(num_steps, spacing)[num_steps - round(strength * num_steps) :][::-1]
     x = full(x_0)
     for now, then in zip(levels, levels[1:], strict=False):  # up: `then` is the noisier one
         held = x
@@ -200,7 +201,7 @@ def ddim_invert(
                 x = (held - now.alpha * found.x_0) / now.sigma
             else:
                 x = then.alpha / now.alpha * held + (then.sigma - then.alpha * now.sigma / now.alpha) * found.eps
-    return x
+    return x if strength == 1 else (x - levels[-1].alpha * full(x_0)) / levels[-1].sigma
 
 
 @torch.no_grad()
