@@ -94,7 +94,8 @@ def _walk(
     first = (num_steps - round(strength * num_steps)) * scheduler.order  # looks a step
     x = eps * scheduler.init_noise_sigma
     if start is not None:
-        scheduler.set_begin_index(first)
+        if hasattr(scheduler, "set_begin_index"):  # those that count their steps
+            scheduler.set_begin_index(first)
         x = scheduler.add_noise(full(start), eps, times[first].expand(len(x))) if first < len(times) else full(start)
     for i, t in enumerate(times[first:], start=first):
         given = scheduler.scale_model_input(x, t)

@@ -229,7 +229,6 @@ def _walk(
             raise ValueError(f"a sampler needs {name} as {(len(seeds), *shape)}, got {tuple(given.shape)}")
     eps = normal(0, 0, seeds, shape, "sampler start") if noise is None else full(noise)
     x = eps if start is None else levels[first].alpha * full(start) + levels[first].sigma * eps
-    x = _blend(x, keep, levels[first], eps)
     for i in range(first, num_steps):
         now, then = levels[i], levels[i + 1]
 
