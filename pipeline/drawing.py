@@ -29,6 +29,13 @@ from .recipe import Recipe, RecipeError
 Progress = Callable[[int, int], None]
 
 
+def share_of(progress: Progress | None, number: int, batches: int) -> Progress | None:
+    """The progress of one batch as a share of all of them."""
+    if progress is None:
+        return None
+    return lambda done, steps: progress(number * steps + done, batches * steps)
+
+
 class Drawing(Protocol):
     """A prior with what it needs to be sampled. `problem` says what of the parts is not of one system, "" if nothing.
 

@@ -66,5 +66,41 @@ def edit(
         typer.echo(json.dumps({"file": str(path), **entry}, ensure_ascii=False) if as_json else str(path))
 
 
+@app.command()
+def interpolate(
+    first: Annotated[str, typer.Argument(help="the caption of the first picture")],
+    second: Annotated[str, typer.Argument(help="the caption of the last one")],
+    model: Model,
+    frames: Annotated[int, typer.Option(help="pictures, both ends among them")] = 8,
+    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+    to_seed: Annotated[int | None, typer.Option(help="of the last picture's noise; the same")] = None,
+    steps: Steps = None,
+    sampler: Sampler = None,
+    guidance: Guidance = None,
+    negative: Negative = None,
+    device: Device = "auto",
+    dtype: DType = "float32",
+    out: Out = Path("out"),
+    as_json: Json = False,
+) -> None:
+    """Paint the way from one caption to another, and from one noise to another, as a strip."""
+    from . import gallery
+    from .images import grid, save_png
+    from .interpolation import interpolate as pass_between
+    from .terminal import progress_bar
+
+    path = gallery.targets(out, 1, grid=True)[0]
+    system = load(model, device, dtype)
+    knobs = _given(num_steps=steps, sampler=sampler, guidance_scale=guidance, negative=negative)
+    with progress_bar("painting") as progress:
+        pictures = pass_between(system, first, second, frames, seed, to_seed, progress, **knobs)
+    facts = {"prompts": [first, second], "seeds": [seed, seed if to_seed is None else to_seed], "frames": frames}
+    facts |= {"model": system.recipe.name, "model_hash": system.model_hash, "knobs": knobs}
+    captions = [first, *[""] * (frames - 2), second]
+    scale = max(1, gallery.CELL // pictures[0].width)
+    save_png(grid(pictures, columns=frames, captions=captions, scale=scale), path, facts)
+    typer.echo(json.dumps({"file": str(path), **facts}, ensure_ascii=False) if as_json else str(path))
+
+
 def _given(**knobs: Any) -> dict[str, Any]:
     return {name: value for name, value in knobs.items() if value is not None}

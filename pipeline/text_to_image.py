@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..tokenizers.captions import CaptionTokenizer
 from . import checkpoint, editing
-from .drawing import DRAWINGS, Progress
+from .drawing import DRAWINGS, Progress, share_of
 from .images import to_pil
 from .recipe import Recipe, nearest, sampling_knobs
 from .rerank import clip_scores, rank
@@ -177,7 +177,7 @@ class TextToImage:
         painted: list[Painting] = []
         while len(painted) < len(rows):
             chunk = rows[len(painted) : len(painted) + micro_batch]
-            report = _share_of(progress, len(painted) // micro_batch, -(-len(rows) // micro_batch))
+            report = share_of(progress, len(painted) // micro_batch, -(-len(rows) // micro_batch))
             if (found := self._try_painting(chunk, knobs, report)) is None:
                 micro_batch = len(chunk) // 2
                 warnings.warn(f"out of memory with {len(chunk)} pictures: going on with {micro_batch}", stacklevel=2)
@@ -256,13 +256,6 @@ class _OwnCLIP:
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)  # (B, 3, H, W)
         text = self.clip.with_end(*self.captions.encode(captions)).to(weight.device)  # (B, T)
         return clip_scores(self.clip, (pixels.float() / 127.5 - 1).to(weight), text)
-
-
-def _share_of(progress: Progress | None, number: int, batches: int) -> Progress | None:
-    """The progress of one batch as a share of all of them."""
-    if progress is None:
-        return None
-    return lambda done, steps: progress(number * steps + done, batches * steps)
 
 
 def repaint(system: TextToImage, facts: Any) -> Painting:

@@ -1,4 +1,4 @@
-"""Image-to-image and inpainting beside diffusers' pipelines: the same weights, picture, mask and noise, the same pixels."""
+"""Image-to-image and inpainting beside diffusers' pipelines: of the same weights and noise, the same pixels."""
 
 import diffusers
 import numpy as np
@@ -11,6 +11,7 @@ from PIL import Image
 from kartina.layers.random import normal
 from kartina.pipeline.convert import from_diffusers
 from kartina.pipeline.convert_unet import unet_from_diffusers
+from kartina.pipeline.denoising import schedule_of
 from kartina.pipeline.recipe import Recipe, build, sampling_knobs
 from kartina.pipeline.text_to_image import TextToImage
 from kartina.tokenizers.captions import CaptionTokenizer
@@ -85,7 +86,7 @@ def mask():
 def theirs(pipeline, system, vae, unet, sampler, monkeypatch, **call):
     """Their picture, (H, W, 3) in [0, 255], with our noise."""
     name, config = sampler
-    kind, betas = getattr(diffusers, name), np.array(system.draw.denoiser(None).schedule.betas)
+    kind, betas = getattr(diffusers, name), np.array(schedule_of(system.recipe).betas)
     fixed = {"clip_sample": False} if kind is diffusers.DDIMScheduler else {}
     pipe = pipeline(vae, None, None, unet, kind(), None, None, requires_safety_checker=False)
     pipe.scheduler = kind(trained_betas=betas, **fixed, **config)  # now, or the pipeline would change its steps_offset
