@@ -60,7 +60,7 @@ class EditDrawing:
         """See `Drawing`. Raises ValueError where so much strength is less than one step."""
         if not round(self.strength * knobs["num_steps"]):
             raise ValueError(
-                f"strength {self.strength:g} must be one step at least, and is none of {knobs['num_steps']}; raise one"
+                f"strength must be one step at least, got {self.strength:g} of {knobs['num_steps']} steps; raise either"
             )
         if self.invert is not None and (knobs["sampler"] != "ddim" or knobs["eta"]):
             raise ValueError(
@@ -140,6 +140,7 @@ def square(picture: Image, size: int, how: str | None = None) -> Tensor:
     """A picture at the model's size, (3, S, S) in [-1, 1]; how: see `edit`. Raises ValueError where it is needed."""
     if how is not None and how not in FITS:
         raise ValueError(f"a picture is fitted by one of {', '.join(FITS)}, got {how!r:.40}")
+    picture = picture.convert("RGB")
     if picture.size != (size, size):
         if how is None:
             raise ValueError(
@@ -148,7 +149,7 @@ def square(picture: Image, size: int, how: str | None = None) -> Tensor:
             )
         if how == "stretch":
             picture = picture.resize((size, size), Resampling.BICUBIC, reducing_gap=2.0)
-    return centre(picture.convert("RGB"), size)
+    return centre(picture, size)
 
 
 def mask_of(mask: Image, picture_size: tuple[int, int], size: int, how: str | None = None) -> Tensor:
@@ -160,7 +161,7 @@ def mask_of(mask: Image, picture_size: tuple[int, int], size: int, how: str | No
     if mask.size != picture_size:
         given, wanted = (f"{side[0]} x {side[1]}" for side in (mask.size, picture_size))
         raise ValueError(f"a mask must have the picture's size, {wanted}, got {given}; resize it")
-    share = square(mask.convert("L").convert("RGB"), size, how)[:1] / 2 + 0.5
+    share = square(mask.convert("L"), size, how)[:1] / 2 + 0.5
     low, high = _GREY
     grey = ((share > low) & (share < high)).float().mean().item()
     if grey > _MOST_GREY:

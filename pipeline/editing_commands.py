@@ -86,14 +86,15 @@ def interpolate(
     """Paint the way from one caption to another, and from one noise to another, as a strip."""
     from . import gallery
     from .images import grid, save_png
-    from .interpolation import interpolate as pass_between
     from .terminal import progress_bar
 
     path = gallery.targets(out, 1, grid=True)[0]
     system = load(model, device, dtype)
     knobs = _given(num_steps=steps, sampler=sampler, guidance_scale=guidance, negative=negative)
     with progress_bar("painting") as progress:
-        pictures = pass_between(system, first, second, frames, seed, to_seed, progress, **knobs)
+        pictures = system.interpolate(
+            first, second, frames=frames, seed=seed, to_seed=to_seed, progress=progress, **knobs
+        )
     facts = {"prompts": [first, second], "seeds": [seed, seed if to_seed is None else to_seed], "frames": frames}
     facts |= {"model": system.recipe.name, "model_hash": system.model_hash, "knobs": knobs}
     captions = [first, *[""] * (frames - 2), second]

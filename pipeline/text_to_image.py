@@ -27,7 +27,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..tokenizers.captions import CaptionTokenizer
-from . import checkpoint, editing
+from . import checkpoint, editing, interpolation
 from .drawing import DRAWINGS, Progress, share_of
 from .images import to_pil
 from .recipe import Recipe, nearest, sampling_knobs
@@ -188,6 +188,10 @@ class TextToImage:
     def edit(self, image: Image, prompts: str | Sequence[str], **how: Any) -> list[Painting]:
         """Paints over a picture, or over a part of it; see `kartina.pipeline.editing.edit`."""
         return editing.edit(self, image, prompts, **how)
+
+    def interpolate(self, first: str, second: str, **how: Any) -> list[Image]:
+        """Pictures on the way from one caption to another; see `kartina.pipeline.interpolation.interpolate`."""
+        return interpolation.interpolate(self, first, second, **how)
 
     def _check(self, prompts: list[str], seeds: list[int], candidates: int, keep: int, micro_batch: int) -> None:
         if not prompts or not all(_is_text(prompt) for prompt in prompts):
