@@ -5,12 +5,14 @@ import sys
 import typer
 
 from .pipeline.commands import app as painting
+from .pipeline.editing_commands import app as editing
 from .training.commands import app as training
 from .training.data.commands import app as data
 from .training.show.commands import app as show
 
 app = typer.Typer(help="kartina: captions to pictures, and every model on the way.", no_args_is_help=True)
 app.add_typer(painting)
+app.add_typer(editing)
 app.add_typer(training)
 app.add_typer(data, name="data")
 app.add_typer(show, name="show")

@@ -3,27 +3,37 @@
     DALL-E:     captions -> text tokens -> codes, one after another
     diffusion:  captions -> text tokens -> tokens of the text encoder -> a sampler over `denoise` -> latents, or pixels
 
-B pictures of a micro-batch, T text tokens, h x w grid of codes, C channels of latents.
+B pictures of a micro-batch, T text tokens, h x w grid of codes or latents, C channels of latents, H x W pixels.
 
 It does not know how parts are loaded, ranked or trained.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, Unpack
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..priors.code_samplers import sample_codes
 from ..priors.condition import Condition
 from ..priors.denoiser import Clipped, Denoise, Guided
 from ..priors.diffusers_schedulers import find_sampler
+from ..priors.diffusion_samplers import Walk
 from ..tokenizers.captions import CaptionTokenizer
 from .denoising import denoiser_of
 from .recipe import Recipe, RecipeError
 
 Progress = Callable[[int, int], None]
+
+
+def share_of(progress: Progress | None, number: int, batches: int) -> Progress | None:
+    """The progress of one batch as a share of all of them."""
+    if progress is None:
+        return None
+    return lambda done, steps: progress(number * steps + done, batches * steps)
 
 
 class Drawing(Protocol):
@@ -66,16 +76,21 @@ class DiffusionDrawing:
     """A diffusion prior's: latents (B, C, h, w), or pixels where the recipe has no tokenizer.
 
     A prior that reads no captions draws anything, whatever they say. A negative prompt takes the null caption's place.
+    One that reads 1 + C channels more than it draws `fills`: a mask, and the latents of a picture without what is
+    masked, stand beside what it denoises (as in Stable Diffusion's inpainting).
     """
 
     def __init__(self, recipe: Recipe, parts: dict[str, Any], captions: CaptionTokenizer | None) -> None:
         self.recipe, self.prior, self.captions = recipe, parts["prior"], captions
         self.text, self.tokenizer = parts.get("text"), parts.get("tokenizer")
         side, channels = recipe.image_size, self.prior.in_channels
-        self.shape = (channels, side, side) if self.tokenizer is None else tuple(self.tokenizer.spec.shape)
-        wanted = 3 if self.tokenizer is None else self.shape[0]
+        self.shape = (3, side, side) if self.tokenizer is None else tuple(self.tokenizer.spec.shape)
+        wanted = self.shape[0]
+        self.fills = channels == 2 * wanted + 1
         self.problem = (
-            "" if channels == wanted else f"the prior draws {channels} channels, the tokenizer reads {wanted}"
+            ""
+            if channels == wanted or self.fills
+            else f"the prior draws {channels} channels, the tokenizer reads {wanted}"
         )
         width = getattr(self.text, "width", None)
         if width != self.prior.context_dim:
@@ -87,43 +102,81 @@ class DiffusionDrawing:
         self, captions: Sequence[str], seeds: Sequence[int], knobs: dict[str, Any], progress: Progress | None
     ) -> Tensor:
         """See `Drawing` and `priors.diffusion_samplers`."""
-        walk = dict(knobs)
-        scale, negative, rescale = walk.pop("guidance_scale"), walk.pop("negative"), walk.pop("guidance_rescale")
-        low, high = walk.pop("guidance_low"), walk.pop("guidance_high")
-        sampler, eta = find_sampler(walk.pop("sampler")), walk.pop("eta")
-        walk = {name: value for name, value in walk.items() if value is not None}
-        if eta is not None:
-            if knobs["sampler"] != "ddim":
-                raise RecipeError(
-                    f"eta belongs to the sampler ddim, got {knobs['sampler']}; leave it out, or take ddim"
-                )
-            walk["eta"] = eta
-        if scale == 1 and (negative or rescale or low or high is not None):
-            raise RecipeError("a negative prompt and the other knobs of guidance need a guidance_scale other than 1")
-        if scale != 1 and self.text is None:
-            raise RecipeError(f"{self.recipe.name} reads no captions to be guided by; leave guidance_scale at 1")
-        weight = next(self.prior.parameters())
+        return self.sample(self.condition(captions), seeds, knobs, progress=progress)
+
+    def sample(self, condition: Condition, seeds: Sequence[int], knobs: dict[str, Any], **walk: Unpack[Walk]) -> Tensor:
+        """What is drawn under a condition; walk: what the knobs do not hold, see `Walk`.
+
+        Raises ValueError for knobs that do not fit each other, and where the numbers do not stay finite.
+        """
+        weight, sampler, denoise = next(self.prior.parameters()), self.sampler(knobs), self.denoiser(condition, knobs)
+        numbers = torch.tensor([int(seed) for seed in seeds], dtype=torch.int64, device=weight.device)
+        z = sampler(denoise, condition, self.shape, numbers, **walk)
+        if not z.isfinite().all():
+            raise ValueError(
+                f"{knobs['sampler']} of {knobs['num_steps']} steps must end in finite numbers, got NaN or infinity in "
+                f"{str(weight.dtype).removeprefix('torch.')}; take float32, less guidance or another sampler"
+            )
+        return z.to(weight.dtype)
+
+    def sampler(self, knobs: dict[str, Any]) -> Callable[..., Tensor]:
+        """The sampler of the knobs; see `find_sampler`."""
+        walk = {name: knobs[name] for name in ("num_steps", "spacing", "eta") if knobs[name] is not None}
+        if "eta" in walk and knobs["sampler"] != "ddim":
+            raise RecipeError(f"eta belongs to the sampler ddim, got {knobs['sampler']}; leave it out, or take ddim")
+        return partial(find_sampler(knobs["sampler"]), **walk)
+
+    def denoiser(self, condition: Condition, knobs: dict[str, Any] | None = None) -> Denoise:
+        """The prior as samplers call it, guided under a condition as the knobs say, without them not at all."""
         denoise: Denoise = denoiser_of(self.recipe, self.prior)
         if self.tokenizer is None:
             denoise = Clipped(denoise)
-        if scale != 1:
-            null = self.condition([negative] * len(captions)) if negative else self.null(len(captions))
-            denoise = Guided(denoise, null, scale, (low, math.inf if high is None else high), rescale)
-        numbers = torch.tensor([int(seed) for seed in seeds], dtype=torch.int64, device=weight.device)
-        z = sampler(denoise, self.condition(captions), self.shape, numbers, progress=progress, **walk)
-        return z.to(weight.dtype)
+        if knobs is None:
+            return denoise
+        scale, rescale, negative = knobs["guidance_scale"], knobs["guidance_rescale"], knobs["negative"]
+        low, high = knobs["guidance_low"], knobs["guidance_high"]
+        if scale == 1 and (negative or rescale or low or high is not None):
+            raise RecipeError("a negative prompt and the other knobs of guidance need a guidance_scale other than 1")
+        if scale == 1:
+            return denoise
+        if self.text is None:
+            raise RecipeError(f"{self.recipe.name} reads no captions to be guided by; leave guidance_scale at 1")
+        assert condition.tokens is not None
+        batch = len(condition.tokens)
+        null = self.condition([negative] * batch) if negative else self.null(batch)
+        null = null._replace(image=condition.image)
+        return Guided(denoise, null, scale, (low, math.inf if high is None else high), rescale)
 
     def condition(self, captions: Sequence[str]) -> Condition:
-        """What the prior reads of captions."""
+        """What the prior reads of captions; one that fills has the whole picture to fill."""
+        image = self.beside(None, None).expand(len(captions), -1, -1, -1) if self.fills else None
         if self.text is None or self.captions is None:
-            return self.prior.null_condition(len(captions))
+            return self.prior.null_condition(len(captions))._replace(image=image)
         text = self.text.frame(*self.captions.encode(captions)).to(next(self.text.parameters()).device)  # (B, T)
         tokens, mask = self.text(text)
-        return Condition(tokens=tokens, mask=mask)
+        return Condition(tokens=tokens, mask=mask, image=image)
 
     def null(self, batch: int) -> Condition:
         """What it reads of no caption, as in training."""
         return self.prior.null_condition(batch, *(self.text(self.text.null_text(batch)) if self.text else ()))
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> what the prior draws, (B, C, h, w)."""
+        image = image.to(next(self.prior.parameters()))
+        return image if self.tokenizer is None else self.tokenizer.encode(image)
+
+    def beside(self, image: Tensor | None, mask: Tensor | None) -> Tensor:
+        """What a prior that fills reads of an image (B, 3, H, W) and the mask (B, 1, H, W), 1 where it is to be filled:
+        (B, 1 + C, h, w). By default all is. What is masked is grey, 0.
+        """
+        side = self.recipe.image_size
+        mask = torch.ones(1, 1, side, side) if mask is None else mask
+        seen = self.encode(torch.zeros(1, 3, side, side) if image is None else image * (1 - mask))
+        return torch.cat([self.shrink(mask).to(seen), seen], dim=1)
+
+    def shrink(self, mask: Tensor) -> Tensor:
+        """A mask (B, 1, H, W) over the grid of what is drawn, (B, 1, h, w): a place of which any pixel is masked is."""
+        return F.adaptive_max_pool2d(mask, self.shape[1:])
 
 
 DRAWINGS: dict[str, Callable[[Recipe, dict[str, Any], CaptionTokenizer | None], Drawing]] = {

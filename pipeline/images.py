@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
+PHOTOS = ("PNG", "JPEG", "WEBP")  # what is read of pictures that kartina did not make
 _KEY = "kartina"
 _MARGIN, _GAP = 8, 3  # pixels around a picture, and between a picture and its label
 # Pillow's own font has no Cyrillic, so a font of the system or of matplotlib goes first.
@@ -150,21 +151,23 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def read_picture(path: str | Path) -> Image.Image:
-    """The RGB picture of a PNG. Raises OSError for an unreadable or cut file, ValueError for one that is no PNG."""
-    with _opened(path) as image:
-        return image.convert("RGB")
+def read_picture(path: str | Path, formats: tuple[str, ...] = ("PNG",)) -> Image.Image:
+    """The RGB picture of a file, the right way up. Raises OSError for an unreadable or cut file, ValueError for one of
+    another format.
+    """
+    with _opened(path, formats) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def _opened(path: str | Path, formats: tuple[str, ...] = ("PNG",)) -> Iterator[Image.Image]:
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(path, formats=formats) as image:
             yield image
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no picture {str(path)!r}") from error
     except (Image.UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} must be a PNG, got {error}") from error
+        raise ValueError(f"{str(path)!r} must be a {' or '.join(formats)}, got {error}") from error
     except OSError as error:
         raise OSError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
 

@@ -27,8 +27,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..tokenizers.captions import CaptionTokenizer
-from . import checkpoint
-from .drawing import DRAWINGS, Progress
+from . import checkpoint, editing, interpolation
+from .drawing import DRAWINGS, Progress, share_of
 from .images import to_pil
 from .recipe import Recipe, nearest, sampling_knobs
 from .rerank import clip_scores, rank
@@ -103,6 +103,7 @@ class TextToImage:
     ) -> None:
         self.recipe, self.parts, self.captions, self.model_hash = recipe, parts, captions, model_hash
         self.draw = DRAWINGS[recipe.parts["prior"]["kind"]](recipe, parts, captions)
+        self.decode: Callable[[Tensor], Tensor] = parts["tokenizer"].decode if "tokenizer" in parts else lambda z: z
         self.scorer = reranker
         if reranker is None and "clip" in parts:
             assert captions is not None
@@ -176,13 +177,21 @@ class TextToImage:
         painted: list[Painting] = []
         while len(painted) < len(rows):
             chunk = rows[len(painted) : len(painted) + micro_batch]
-            report = _share_of(progress, len(painted) // micro_batch, -(-len(rows) // micro_batch))
+            report = share_of(progress, len(painted) // micro_batch, -(-len(rows) // micro_batch))
             if (found := self._try_painting(chunk, knobs, report)) is None:
                 micro_batch = len(chunk) // 2
                 warnings.warn(f"out of memory with {len(chunk)} pictures: going on with {micro_batch}", stacklevel=2)
             painted += found or []
         groups = [painted[start : start + candidates] for start in range(0, len(rows), candidates)]
         return [group[k] for group in groups for k in self._order(group, keep)]
+
+    def edit(self, image: Image, prompts: str | Sequence[str], **how: Any) -> list[Painting]:
+        """Paints over a picture, or over a part of it; see `kartina.pipeline.editing.edit`."""
+        return editing.edit(self, image, prompts, **how)
+
+    def interpolate(self, first: str, second: str, **how: Any) -> list[Image]:
+        """Pictures on the way from one caption to another; see `kartina.pipeline.interpolation.interpolate`."""
+        return interpolation.interpolate(self, first, second, **how)
 
     def _check(self, prompts: list[str], seeds: list[int], candidates: int, keep: int, micro_batch: int) -> None:
         if not prompts or not all(_is_text(prompt) for prompt in prompts):
@@ -217,10 +226,7 @@ class TextToImage:
         """One micro-batch: a painting for each row (prompt, seed, candidate)."""
         prompts, seeds, _ = (list(column) for column in zip(*rows, strict=True))
         weight = next(self.parts["prior"].parameters())
-        image = self.draw(prompts, seeds, knobs, progress)
-        if "tokenizer" in self.parts:
-            image = self.parts["tokenizer"].decode(image)
-        pictures = to_pil(image.float())  # from (B, 3, H, W)
+        pictures = to_pil(self.decode(self.draw(prompts, seeds, knobs, progress)).float())  # from (B, 3, H, W)
         scores: list[float | None] = [None] * len(rows)
         if self.scorer is not None:
             scores = self.scorer.score(pictures, prompts).tolist()
@@ -256,13 +262,6 @@ class _OwnCLIP:
         return clip_scores(self.clip, (pixels.float() / 127.5 - 1).to(weight), text)
 
 
-def _share_of(progress: Progress | None, number: int, batches: int) -> Progress | None:
-    """The progress of one batch as a share of all of them."""
-    if progress is None:
-        return None
-    return lambda done, steps: progress(number * steps + done, batches * steps)
-
-
 def repaint(system: TextToImage, facts: Any) -> Painting:
     """Paints a picture again from its `metadata`, in the same row of a micro-batch of the same size.
 
@@ -289,6 +288,8 @@ def check_facts(facts: Any) -> dict[str, Any]:
         raise ValueError(
             f"not the facts of one painting, which has {names}; give a single painting's PNG, not a grid's"
         )
+    if "edit" in facts:
+        raise ValueError("an edited picture needs its source, not its facts alone; run `kartina edit` on that again")
     for name, (holds, expected) in _FACTS.items():
         if not holds(facts[name]):
             raise ValueError(f"a painting's {name} must be {expected}, got {facts[name]!r:.60}; the facts were altered")

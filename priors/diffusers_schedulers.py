@@ -78,7 +78,8 @@ def _walk(
 ) -> Tensor:
     """A sampler; the knobs as in `diffusion_samplers.Walk`, config of the scheduler's constructor.
 
-    Raises ValueError for a schedule with zero terminal SNR, of which the schedulers make numbers that are not finite.
+    Raises ValueError for a schedule with zero terminal SNR, of which the schedulers make numbers that are not finite,
+    and for a start where a scheduler's first steps are unlike the others.
     """
     if denoise.schedule.alpha_bar[-1] == 0:
         raise ValueError(
@@ -92,9 +93,15 @@ def _walk(
     eps = full(noise) if noise is not None else normal(0, 0, seeds, shape, "sampler start")
     times = scheduler.timesteps.to(seeds.device)
     first = (num_steps - round(strength * num_steps)) * scheduler.order  # looks a step
+    if start is not None and len(times) not in (num_steps * scheduler.order, num_steps * scheduler.order - 1):
+        raise ValueError(
+            f"{scheduler_class.__name__} cannot begin in the middle, for it takes {len(times)} looks in {num_steps} "
+            f"steps; choose another sampler, as {', '.join(SAMPLERS)}"
+        )
     x = eps * scheduler.init_noise_sigma
     if start is not None:
-        scheduler.set_begin_index(first)
+        if hasattr(scheduler, "set_begin_index"):  # those that count their steps
+            scheduler.set_begin_index(first)
         x = scheduler.add_noise(full(start), eps, times[first].expand(len(x))) if first < len(times) else full(start)
     for i, t in enumerate(times[first:], start=first):
         given = scheduler.scale_model_input(x, t)
@@ -105,7 +112,7 @@ def _walk(
             known = full(keep.x_0)
             if i + 1 < len(times):
                 known = scheduler.add_noise(known, eps, times[i + 1].expand(len(x)))
-            x = x + keep.mask * (known - x)
+            x = torch.lerp(x, known, keep.mask.to(x))
         if progress is not None:
             progress(i + 1 - first, len(times) - first)
     return x

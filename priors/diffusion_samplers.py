@@ -183,24 +183,24 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
 
 @torch.no_grad()
 def ddim_invert(
-    denoise: Denoise, condition: Any, x_0: Tensor, num_steps: int = 50, spacing: str = "trailing", looks: int = 4
-) -> Tensor:
+    denoise: Denoise, condition: Any, x_0: Tensor, num_steps: int = 50, spacing: str = "trailing", looks: int = 4,
+    strength: float = 1.0,
+) -> Tensor:  # fmt: skip
     """The noise (B, *shape) from which `ddim` with the same knobs, and this as `noise`, makes x_0 (B, *shape).
 
-    Each step of DDIM is undone by a fixed point that is approached in so many looks; 1 is the usual inversion (Song
-    2020, section 4.3), which is off by the curvature of a step.
+    A step of DDIM is a rotation, x' = cos x - sin v (Salimans 2022, arXiv:2202.00512, appendix D). It is undone by a
+    fixed point in v, approached in so many looks; one look, as usual (Song 2020, section 4.3), is off by the curvature
+    of a step. strength: below 1 for a walk with x_0 as its `start`.
     """
-    levels = denoise.schedule.levels(num_steps, spacing)[::-1]
+    levels = denoise.schedule.levels(num_steps, spacing)[num_steps - round(strength * num_steps) :][::-1]
     x = full(x_0)
     for now, then in zip(levels, levels[1:], strict=False):  # up: `then` is the noisier one
-        held = x
+        held, cos = x, then.alpha * now.alpha + then.sigma * now.sigma
         for _ in range(looks):
             found = denoise(x, _time(then, x), condition)
-            if then.alpha == 0:
-                x = (held - now.alpha * found.x_0) / now.sigma
-            else:
-                x = then.alpha / now.alpha * held + (then.sigma - then.alpha * now.sigma / now.alpha) * found.eps
-    return x
+            v = then.alpha * found.eps - then.sigma * found.x_0
+            x = (held + (then.sigma * now.alpha - then.alpha * now.sigma) * v) / cos
+    return x if strength == 1 else (x - levels[-1].alpha * full(x_0)) / levels[-1].sigma
 
 
 @torch.no_grad()
@@ -228,7 +228,6 @@ def _walk(
             raise ValueError(f"a sampler needs {name} as {(len(seeds), *shape)}, got {tuple(given.shape)}")
     eps = normal(0, 0, seeds, shape, "sampler start") if noise is None else full(noise)
     x = eps if start is None else levels[first].alpha * full(start) + levels[first].sigma * eps
-    x = _blend(x, keep, levels[first], eps)
     for i in range(first, num_steps):
         now, then = levels[i], levels[i + 1]
 
@@ -246,7 +245,7 @@ def _walk(
 
 def _blend(x: Tensor, keep: Keep | None, at: Level, eps: Tensor) -> Tensor:
     """What is to be kept, with the noise of a level, over what was made (Avrahami 2022, arXiv:2111.14818)."""
-    return x if keep is None else x + keep.mask * (at.alpha * full(keep.x_0) + at.sigma * eps - x)
+    return x if keep is None else torch.lerp(x, at.alpha * full(keep.x_0) + at.sigma * eps, keep.mask.to(x))
 
 
 def _time(at: Level, x: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ def test_a_sample_is_the_same_at_any_batch_size(name):
     assert torch.equal(many[1:2], one) and not torch.equal(many[0], many[2])
 
 
-@pytest.mark.parametrize("name", [*SAMPLERS, "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"])
+@pytest.mark.parametrize("name", [*SAMPLERS, "DDIMScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"])
 def test_image_to_image_begins_where_strength_says(name):
     exact, sampler = gaussian(), find_sampler(name)
     start = torch.full((2, 1, 4, 4), 3.0)
@@ -139,6 +139,9 @@ def test_inversion_and_back(zero_terminal):
     noise = ddim_invert(exact, "asked", x_0, num_steps=100)
     again = ddim(exact, "asked", (2, 4, 4), torch.arange(3), noise=noise, num_steps=100)
     assert (again - x_0).abs().max() < 1e-3
+    half = ddim_invert(exact, "asked", x_0, num_steps=100, strength=0.5)
+    walk = {"noise": half, "start": x_0, "strength": 0.5, "num_steps": 100}
+    assert (ddim(exact, "asked", (2, 4, 4), torch.arange(3), **walk) - x_0).abs().max() < 1e-3
     if not zero_terminal:
         once = ddim_invert(exact, "asked", x_0, num_steps=100, looks=1)
         back = ddim(exact, "asked", (2, 4, 4), torch.arange(3), noise=once, num_steps=100)
@@ -189,5 +192,7 @@ def test_bad_knobs_are_refused():
     silent = Denoiser(lambda x, t, c: x, new_schedule(zero_terminal=True), "v")
     with pytest.raises(ValueError, match="zero terminal SNR"):
         find_sampler("DDIMScheduler")(silent, None, *run)
+    with pytest.raises(ValueError, match="cannot begin in the middle"):
+        find_sampler("PNDMScheduler")(exact, "asked", *run, start=torch.zeros(2, 1, 4, 4), strength=0.5)
     with pytest.raises(ValueError, match="no knob 'steps'"):
         find_sampler("DDIMScheduler")(exact, "asked", *run, steps=4)

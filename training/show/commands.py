@@ -1,4 +1,4 @@
-"""The commands that explain: `kartina show latents | codebook | gumbel`, each a picture with the numbers beside it.
+"""The commands that explain: `kartina show latents | codebook | gumbel | diffusion`, each a picture with its numbers.
 
 Nothing heavy is imported before a command runs.
 """
@@ -105,6 +105,39 @@ def gumbel(
         decoded = f", decoded {found['psnr']:.1f} dB" if "psnr" in found else ""
         typer.echo(f"temperature {found['temperature']:g}: largest weight {found['peak']:.3f} in the mean{decoded}")
     typer.echo(str(path))
+
+
+@app.command()
+def diffusion(
+    image: Annotated[Path, typer.Argument(help="PNG, JPEG or WebP; its centre square is shown")],
+    model: Annotated[str | None, typer.Option(help="a diffusion model: its noise, and its way back")] = None,
+    prompt: Annotated[str, typer.Option(help="the caption of the way back")] = "",
+    timesteps: Annotated[int, typer.Option(help="that are shown")] = 8,
+    steps: Annotated[int | None, typer.Option(help="of the way back; by default the model's own")] = None,
+    sampler: Annotated[str | None, typer.Option(help="of the way back; by default the model's own")] = None,
+    seed: int = 0,
+    out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = Path("out/diffusion.png"),
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Draw how diffusion noises a picture, in pixels and latents, and how a model finds a picture in noise."""
+    from ...pipeline import gallery
+    from ...pipeline.commands import load
+    from ...pipeline.images import PHOTOS, read_picture, save_png
+    from ...pipeline.terminal import progress_bar
+    from . import diffusion as drawing
+
+    path, shown = gallery.targets(out, 1)[0], read_picture(image, PHOTOS)
+    if model is None:
+        page, found = drawing.schedules(shown, timesteps, seed)
+    else:
+        system = load(model, device, "float32")
+        knobs = {name: value for name, value in (("num_steps", steps), ("sampler", sampler)) if value is not None}
+        with progress_bar("from noise") as progress:
+            page, found = drawing.of_model(shown, system, prompt, timesteps, seed, progress, **knobs)
+    facts = {"model": model, "prompt": prompt, "seed": seed, "timesteps": found}
+    save_png(page, path, facts)
+    typer.echo(json.dumps({"file": str(path), **facts}) if as_json else f"{drawing.report(found)}{path}")
 
 
 def _numbers(text: str, option: str) -> list[float]:
