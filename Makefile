@@ -19,7 +19,7 @@ demo: .venv/.installed
 	$(BIN)/kartina demo
 
 test: .venv/.installed
-	@start=$$(date +%s); OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile; status=$$?; \
+	@start=$$(date +%s); OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadgroup; status=$$?; \
 	  echo "make test: $$(( $$(date +%s) - start )) s"; exit $$status
 
 test-slow: .venv/.installed

@@ -220,6 +220,14 @@ def load_part(folder: Path, recipe: Recipe, part: str, device: Any = "cpu", dtyp
     return module.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
+def load_tokenizer(folder: Path, device: Any = "cpu") -> tuple[Recipe, Any]:
+    """The recipe of a model folder and its tokenizer, see `load_part`. Raises ModelError where it has none."""
+    recipe = load_recipe(folder)
+    if "tokenizer" not in recipe.parts:
+        raise ModelError(f"{folder}: its recipe has no tokenizer; name a model that has one")
+    return recipe, load_part(folder, recipe, "tokenizer", device)
+
+
 class _Outline(TorchFunctionMode):
     """Building shapes alone: random fills do nothing (on meta they only import the compiler), and calls are counted.
 

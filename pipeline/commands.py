@@ -91,7 +91,7 @@ def resynthesise(
     pictures: Annotated[list[Path], typer.Argument(help="PNG pictures")],
     model: Annotated[str, typer.Option(help="a model's name or folder")],
     attribute: Annotated[list[str], typer.Option(help="NAME=+1 or NAME=-1, as in glasses=+1")],
-    strength: Annotated[float, typer.Option(help="1: to the mean of pictures that have it")] = 2.0,
+    strength: Annotated[float, typer.Option(help="0: not at all, 1: the whole way")] = 1.0,
     device: Device = "auto",
     out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = Path("out"),
 ) -> None:

@@ -39,6 +39,9 @@ PARTS: dict[str, dict[str, tuple[str, str]]] = {
 }
 
 
+_HALVES = ("encoder", "decoder")
+
+
 class RecipeError(ValueError):
     """A recipe, or an override of one, that breaks a rule; the message says which and what to write."""
 
@@ -250,7 +253,24 @@ def count_parameters(recipe: Recipe) -> dict[str, int]:
     import torch
 
     with torch.device("meta"):
-        return {part: sum(p.numel() for p in build(recipe, part).parameters()) for part in recipe.parts}
+        return {part: _size(build(recipe, part)) for part in recipe.parts}
+
+
+def count_halves(recipe: Recipe) -> dict[str, dict[str, int]]:
+    """The same of the encoder and the decoder, for each part that has both: {part: {"encoder": n, "decoder": n}}."""
+    import torch
+
+    with torch.device("meta"):
+        parts = {part: build(recipe, part) for part in recipe.parts}
+    return {
+        part: {half: _size(getattr(module, half)) for half in _HALVES}
+        for part, module in parts.items()
+        if all(hasattr(module, half) for half in _HALVES)
+    }
+
+
+def _size(module: Any) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def dump(recipe: Recipe) -> str:

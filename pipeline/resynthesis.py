@@ -1,13 +1,14 @@
-"""Resynthesis: a picture is encoded, moved along the directions of attributes, and decoded.
+"""Resynthesis: a picture is encoded, moved to where an attribute's pictures lie, and decoded.
 
-An attribute is a direction in the space of a tokenizer's latents (Larsen 2016, arXiv:1512.09300, section 4.2, and White
-2016, arXiv:1609.04468, section 3.4): the mean of the latents of pictures that have it less that of those that have it
-not. A model folder holds them in attributes.safetensors, and in attributes.json their names and the hash of the
-tokenizer that they belong to.
+Moved are the latents of a tokenizer (Larsen 2016, arXiv:1512.09300, section 4.2, and White 2016, arXiv:1609.04468,
+section 3.4). Of a latent, the part that tells the values of the attribute's field apart, by the linear discriminants
+(Rao 1948, doi:10.1111/j.2517-6161.1948.tb00008.x), is replaced by that of the mean of the wanted value, at a length
+chosen for each value; the rest stays. A model folder holds this in attributes.safetensors, and in attributes.json the
+names and the hash of the tokenizer that it belongs to.
 
-B pictures, K attributes, D values of the latents of a picture.
+B pictures, F fields, V values of all of them, v of one, D values of the latents of a picture.
 
-It does not know how directions are found (`kartina.training.directions` does), nor whether a move succeeds.
+It does not know how means and lengths are found (`kartina.training.directions` does), nor whether a move succeeds.
 """
 
 import json
@@ -31,17 +32,21 @@ WEIGHTS, FACTS = "attributes.safetensors", "attributes.json"
 STEPS = (0.0, 0.5, 1.0, 1.5)  # of the strength, in a row of `sheet`
 _CELL = 128  # pixels a side of a picture in it
 
+Fields = Mapping[str, Sequence[str]]  # {field: its values}
+Attributes = Mapping[str, tuple[str, Sequence[str]]]  # {name: (field, the values that have it)}
+
 
 class Resynthesis:
-    """A tokenizer and the directions of its attributes.
+    """A tokenizer, and where in its latents the values of attributes lie.
 
-    directions: (K, D), from the mean of the latents without an attribute to that with it. readers: (K, D) and biases
-    (K,), such that readers z + biases is -1 at the first mean and 1 at the second.
+    weights, with a row for each value of all fields in their order: `origins` (F, D), of each field the middle of the
+    means of its values; `means` (V, D) of the latents with a value, less that origin; `readers` (V, D), the means times
+    the inverse covariance within the values; `lengths` (V,), by which a move multiplies the means.
     """
 
-    def __init__(self, tokenizer: Any, names: Sequence[str], weights: Mapping[str, Tensor]) -> None:
-        self.tokenizer, self.names = tokenizer, list(names)
-        self.directions, self.readers, self.biases = (weights[key] for key in ("directions", "readers", "biases"))
+    def __init__(self, tokenizer: Any, fields: Fields, attributes: Attributes, weights: Mapping[str, Tensor]) -> None:
+        self.tokenizer, self.names, self.weights = tokenizer, list(attributes), weights
+        self._fields, self._attributes = {name: list(values) for name, values in fields.items()}, attributes
 
     @classmethod
     def load(cls, model: str | Path, device: Any = "cpu") -> "Resynthesis":
@@ -53,40 +58,55 @@ class Resynthesis:
             raise checkpoint.ModelError(f"{folder} has no {FACTS}; find them: kartina directions DATA --model {model}")
         try:
             facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-            names, owner = [str(name) for name in facts["names"]], facts["tokenizer"]
-            weights = load_file(folder / WEIGHTS)
+            fields = {str(name): [str(value) for value in values] for name, values in facts["fields"].items()}
+            attributes = {str(name): (field, values) for name, (field, values) in facts["attributes"].items()}
+            if strange := [name for name, (field, having) in attributes.items() if not set(having) <= {*fields[field]}]:
+                raise ValueError(f"values of no field in {strange[0]}")
+            owner, weights = facts["tokenizer"], load_file(folder / WEIGHTS)
             shapes = {key: tuple(value.shape) for key, value in weights.items()}
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise checkpoint.ModelError(
                 f"{folder}/{FACTS} or {WEIGHTS} is damaged ({error!r}); find them again"
             ) from None
         if owner != digest or facts.get("weights") != checkpoint.part_hash(weights):
             raise checkpoint.ModelError(f"{folder}/{WEIGHTS} belongs to another tokenizer; find the directions again")
-        wide = (len(names), int(torch.Size(tokenizer.spec.shape).numel()))
-        if shapes != {"directions": wide, "readers": wide, "biases": wide[:1]}:
-            raise checkpoint.ModelError(
-                f"{folder}/{WEIGHTS}: expected {wide} for directions, got {shapes}; find them again"
-            )
-        return cls(tokenizer, names, {key: value.float().to(device) for key, value in weights.items()})
-
-    def read(self, latents: Tensor) -> Tensor:
-        """Latents (B, ...) -> where they lie by each attribute, (B, K): 1 as those that have it, else -1."""
-        return latents.flatten(1).float() @ self.readers.T + self.biases
+        size, count = int(torch.Size(tokenizer.spec.shape).numel()), sum(map(len, fields.values()))
+        expected = {
+            "origins": (len(fields), size),
+            "means": (count, size),
+            "readers": (count, size),
+            "lengths": (count,),
+        }
+        if shapes != expected:
+            raise checkpoint.ModelError(f"{folder}/{WEIGHTS}: expected {expected}, got {shapes}; find them again")
+        return cls(tokenizer, fields, attributes, {key: value.float().to(device) for key, value in weights.items()})
 
     def move(self, latents: Tensor, moves: Mapping[str, float], strength: float = 1.0) -> Tensor:
-        """Latents (B, ...) moved by {attribute: sign}, of the same shape; strength 0 leaves them as they are.
+        """Latents (B, ...) moved by {attribute: sign}, one after the other; of the same shape.
 
-        At strength 1 an attribute asked for at +1 or -1 is read at +1 or -1; a picture that already is there stays.
-        Raises ValueError for an unknown attribute.
+        A picture is moved to the nearest value that has the attribute, or at -1 to the nearest that has it not.
+        strength: 0 leaves it as it is, 1 is the whole way. Raises ValueError for an unknown attribute.
         """
         for name in moves:
             if name not in self.names:
                 raise ValueError(f"no attribute {name!r} in this model; {nearest(name, self.names)}")
-        places = [self.names.index(name) for name in moves]
-        asked = torch.tensor(list(moves.values()), device=latents.device)  # (M,)
-        way = asked - self.read(latents)[:, places]  # (B, M)
-        way = torch.where(way * asked > 0, way, torch.zeros_like(way))
-        return latents + (strength * way @ self.directions[places] / 2).view_as(latents).to(latents.dtype)
+        start = moved = latents.flatten(1).float()
+        for name, sign in moves.items():
+            field, having = self._attributes[name]
+            wanted = [place for place, value in enumerate(self._fields[field]) if (value in having) == (sign > 0)]
+            moved = self.put(moved, field, wanted)
+        return latents + (strength * (moved - start)).view_as(latents).to(latents.dtype)
+
+    def put(self, z: Tensor, field: str, wanted: Sequence[int]) -> Tensor:
+        """z (B, D) put where the nearest of the wanted values of a field lies; these are places among its values."""
+        number, sizes = list(self._fields).index(field), list(map(len, self._fields.values()))
+        means, readers, lengths = (self.weights[key].split(sizes)[number] for key in ("means", "readers", "lengths"))
+        gram = readers @ means.T  # (v, v), of rank v - 1
+        scores = (z - self.weights["origins"][number]) @ readers.T  # (B, v)
+        near = (scores - gram.diagonal() / 2)[:, list(wanted)].argmax(dim=1)  # by the distance within the values
+        target = torch.tensor(wanted, device=z.device)[near]  # (B,)
+        here = scores @ torch.linalg.pinv(gram, rtol=1e-4, hermitian=True) @ means  # what tells the values apart
+        return z + lengths[target, None] * means[target] - here
 
     @torch.no_grad()
     def __call__(self, image: Tensor, moves: Mapping[str, float], strength: float = 1.0) -> Tensor:
@@ -96,10 +116,7 @@ class Resynthesis:
 
 def load_latents(folder: Path, device: Any = "cpu") -> Any:
     """The tokenizer of a model folder. Raises ModelError where its output is codes, between which nothing can move."""
-    recipe = checkpoint.load_recipe(folder)
-    if "tokenizer" not in recipe.parts:
-        raise checkpoint.ModelError(f"{folder}: its recipe has no tokenizer; name a model of pictures")
-    tokenizer = checkpoint.load_part(folder, recipe, "tokenizer", device)
+    _, tokenizer = checkpoint.load_tokenizer(folder, device)
     if tokenizer.spec.kind != "latents":
         raise checkpoint.ModelError(
             f"{folder}: resynthesis moves latents, and this tokenizer gives {tokenizer.spec.kind}; name a VAE"
@@ -107,13 +124,15 @@ def load_latents(folder: Path, device: Any = "cpu") -> Any:
     return tokenizer
 
 
-def save_directions(folder: Path, names: Sequence[str], weights: dict[str, Tensor], **facts: Any) -> None:
-    """Writes the directions beside the tokenizer that they belong to, with its hash."""
+def save_directions(
+    folder: Path, fields: Fields, attributes: Attributes, weights: Mapping[str, Tensor], **facts: Any
+) -> None:
+    """Writes what `Resynthesis` is made of beside the tokenizer that it belongs to, with its hash."""
     digest = checkpoint.read_card(folder)["parts"]["tokenizer"]["hash"]
-    weights = {key: value.contiguous() for key, value in weights.items()}
-    save_file(weights, folder / WEIGHTS)
-    known = {"names": list(names), "tokenizer": digest, "weights": checkpoint.part_hash(weights), **facts}
-    checkpoint.write_text(folder / FACTS, json.dumps(known, indent=1) + "\n")
+    saved = {key: value.cpu().contiguous() for key, value in weights.items()}
+    save_file(saved, folder / WEIGHTS)
+    known = {"fields": fields, "attributes": attributes, "tokenizer": digest, "weights": checkpoint.part_hash(saved)}
+    checkpoint.write_text(folder / FACTS, json.dumps(known | facts, indent=1) + "\n")
 
 
 def moves_of(wishes: Sequence[str]) -> dict[str, float]:

@@ -98,9 +98,19 @@ _TINY = {
 
 
 def pytest_generate_tests(metafunc):
-    """Tests of `tiny_kind` are made for every entry of the table."""
-    if "tiny_kind" in metafunc.fixturenames:
+    """Tests of `tiny_kind` are made for every entry of the table, where they name none themselves."""
+    named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "tiny_kind" in metafunc.fixturenames and "tiny_kind" not in named:
         metafunc.parametrize("tiny_kind", list(_TINY))
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items):
+    """One worker runs a file from end to end, for its fixtures are made once; of the table each has its half."""
+    for item in items:
+        kind = item.callspec.params.get("tiny_kind") if hasattr(item, "callspec") else None
+        half = "" if kind is None else list(_TINY).index(kind) % 2
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{half}"))
 
 
 @pytest.fixture(scope="session")

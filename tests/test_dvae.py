@@ -134,12 +134,8 @@ def test_code_lookup_equals_the_one_hot_pass(small):
 
 
 def test_errors_say_what_was_expected(small):
-    with pytest.raises(ValueError, match=r"\(B, 3, 32, 32\)"):
-        small.encode(torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="multiple of"):
         DiscreteVAE(**{**SMALL, "image_size": 30})
-    with pytest.raises(ValueError, match="int64"):
-        small.decode(torch.zeros(1, 8, 8))
     with pytest.raises(ValueError, match="gumbel_noise"):
         small(torch.zeros(1, 3, 32, 32), torch.zeros(1, 32, 4, 4), 1.0)
     with pytest.raises(ValueError, match="unknown"):

@@ -234,6 +234,21 @@ def test_a_recipe_without_training_has_no_days(tmp_path):
     assert "states no training" in plan.report(found)
 
 
+@pytest.mark.parametrize(
+    ("name", "halves", "others"),
+    [
+        ("paper/openai-dvae", (53_786_240, 43_829_766), {"tokenizer": 97_616_006}),
+        ("paper/vqgan-f16-1024", (29_298_176, 42_449_795), {"discriminator": 2_765_633}),
+    ],
+)
+def test_a_plan_lists_encoders_and_decoders(name, halves, others):
+    recipe, _ = runs.load(name, [])
+    found = plan.plan(recipe, None, stage="tokenizer")
+    assert found["halves"] == {"tokenizer": dict(zip(("encoder", "decoder"), halves, strict=True))}
+    assert others.items() <= found["parameters"].items()
+    assert f"of the tokenizer: encoder {halves[0]:,d}, decoder {halves[1]:,d}" in plan.report(found)
+
+
 def test_flops_of_the_unet_against_the_profiler(tmp_path):
     """Without attention and transposed convolutions, which the profiler does not count: backward is twice forward."""
     part = "{prior: {kind: unet, in_channels: 3, width: 16, channel_mult: [1], attn_levels: [], mid_attention: false"

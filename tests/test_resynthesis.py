@@ -12,12 +12,12 @@ from kartina import cli
 from kartina.pipeline import checkpoint, resynthesis
 from kartina.pipeline.images import read_metadata
 from kartina.pipeline.recipe import build, parse
+from kartina.tokenizers.spec import LatentsSpec
 from kartina.training import directions as finding
-from kartina.training.data.labelled import Labelled
+from kartina.training.data.labelled import Labelled, attributes_of
 from kartina.training.evaluation import attribute_reader, attributes_suite
 
 FIELDS = {"hat": ["none", "red"], "skin": ["light", "medium", "dark"]}
-NAMES = ["hat", "skin:light", "skin:medium", "skin:dark"]
 RECIPE = """
 name: avatars/tiny
 paper: none
@@ -31,6 +31,7 @@ class Flat(torch.nn.Module):
     """A tokenizer whose latents are the pixels."""
 
     image_size = 4
+    spec = LatentsSpec("latents", (48,))
 
     def __init__(self):
         super().__init__()
@@ -53,35 +54,48 @@ def labelled(count: int, seed: int = 0) -> Labelled:
     return Labelled(FIELDS, pixels.to(torch.uint8), labels)
 
 
+ATTRIBUTES = {one.name: (one.field, one.values) for one in attributes_of(FIELDS)}
+
+
 def system_of(data: Labelled) -> resynthesis.Resynthesis:
-    weights = finding.directions(finding.encode(Flat(), data), finding.has(data))
-    return resynthesis.Resynthesis(Flat(), NAMES, weights)
+    weights = finding.means_of(finding.encode(Flat(), data), data.labels, FIELDS)
+    return resynthesis.Resynthesis(Flat(), FIELDS, ATTRIBUTES, weights)
 
 
-def test_directions_are_differences_of_means_and_readers_say_one_at_each_mean():
+def test_means_are_those_of_the_values_and_readers_are_whitened_by_what_varies_within_them():
     data = labelled(300)
-    z, has = finding.encode(Flat(), data), finding.has(data)
-    assert has.sum(0).tolist() == [int((data.labels[:, 0] == 1).sum()), *data.labels[:, 1].bincount().tolist()]
-    weights = finding.directions(z, has)
-    for k in range(4):
-        means = z[has[:, k]].mean(0), z[~has[:, k]].mean(0)
-        assert torch.allclose(weights["directions"][k], means[0] - means[1], atol=1e-5)
-        read = [float(weights["readers"][k] @ mean + weights["biases"][k]) for mean in means]
-        assert read == pytest.approx([1, -1], abs=1e-3)
-    with pytest.raises(ValueError, match="with it and without it, got 300 of 300"):
-        finding.directions(z, torch.ones(300, 1, dtype=torch.bool))
+    z = finding.encode(Flat(), data)
+    weights = finding.means_of(z, data.labels, FIELDS)
+    assert {name: tuple(w.shape) for name, w in weights.items()} == {
+        "origins": (2, 48), "means": (5, 48), "readers": (5, 48), "lengths": (5,)
+    }  # fmt: skip
+    for number, rows in enumerate((slice(0, 2), slice(2, 5))):
+        own = data.labels[:, number]
+        means = torch.stack([z[own == place].mean(0) for place in range(int(own.max()) + 1)])
+        torch.testing.assert_close(weights["means"][rows] + weights["origins"][number], means)
+        assert weights["means"][rows].sum(0).abs().max() < 1e-5
+        covariance = torch.cov((z - means[own]).T, correction=0)
+        covariance += 1e-3 * covariance.diagonal().mean() * torch.eye(48)
+        torch.testing.assert_close(weights["readers"][rows] @ covariance, weights["means"][rows], atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match="no picture of 300 has skin:dark; take more"):
+        finding.means_of(z, data.labels.clamp(max=1), FIELDS)
 
 
-def test_a_move_lands_where_it_is_asked_to_and_strength_nought_stays():
-    data = labelled(300)
-    system, z = system_of(data), finding.encode(Flat(), labelled(40, seed=1))
+def test_a_move_lands_on_the_mean_of_the_value_and_leaves_what_tells_nothing_of_it():
+    system, z = system_of(labelled(300)), finding.encode(Flat(), labelled(40, seed=1))
     assert torch.equal(system.move(z, {"hat": 1.0}, strength=0.0), z)
-    for sign in (1.0, -1.0):
-        way = sign * system.read(z)[:, 0]
-        moved = sign * system.read(system.move(z, {"hat": sign}))[:, 0]
-        assert torch.allclose(moved, way.clamp(min=1), atol=1e-3), "those that are there, or beyond, stay"
-    half = system.read(system.move(z, {"hat": 1.0}, 0.5))[:, 0]
-    assert torch.allclose(half, (system.read(z)[:, 0] + system.read(system.move(z, {"hat": 1.0}))[:, 0]) / 2, atol=1e-3)
+    for moves in ({"hat": 1.0}, {"hat": -1.0}, {"skin:medium": 1.0}, {"skin:dark": -1.0}):
+        moved = system.move(z, moves)
+        torch.testing.assert_close(system.move(moved, moves), moved, atol=1e-3, rtol=0)
+        torch.testing.assert_close(system.move(z, moves, 0.5), (z + moved) / 2)
+        ways = torch.linalg.matrix_rank(moved - z, atol=1e-3)
+        assert ways == (1 if "hat" in moves else 2), "no other direction than those between the values"
+    both = system.move(z, {"hat": 1.0, "skin:dark": 1.0})
+    torch.testing.assert_close(both, system.move(system.move(z, {"hat": 1.0}), {"skin:dark": 1.0}))
+    once = system.move(z, {"hat": 1.0})
+    system.weights["lengths"][1] = 3.0
+    further = (system.move(z, {"hat": 1.0}) - once) - 2 * system.weights["means"][1]
+    assert further.abs().max() < 1e-4
     with pytest.raises(ValueError, match="no attribute 'hta' in this model; did you mean 'hat'"):
         system.move(z, {"hta": 1.0})
 
@@ -93,11 +107,30 @@ def test_a_moved_picture_has_the_attribute_and_keeps_the_rest():
     rows = (moved.mean(dim=(1, 3)), images.mean(dim=(1, 3)))  # (B, 4)
     with_hat = images[others.labels[:, 0] == 1].mean(dim=(1, 3))[:, 0].mean()
     assert (rows[0][:, 0] - with_hat).abs().max() < 0.1 and (rows[0] - rows[1])[:, 1:].abs().max() < 0.1
+    medium = system(images, {"skin:light": -1.0})  # the nearest of the others
+    assert ((medium - images).mean(dim=(1, 3))[others.labels[:, 1] == 0, 3] * 127.5).mean() == pytest.approx(60, abs=2)
     reader = attribute_reader.train_reader(data, steps=300)
     without = others.labels[:, 0] == 0
     assert (reader.read(images) == others.labels).float().mean() > 0.95
     assert (reader.read(moved)[without, 0] == 1).float().mean() > 0.9
     assert (reader.read(moved)[:, 1] == others.labels[:, 1]).float().mean() > 0.9
+
+
+class Demanding:
+    """A reader that sees a hat only in rows that are brighter than any hat, and skin as it is."""
+
+    def read(self, image):
+        hat = image[:, :, 0].mean(dim=(1, 2)) > 1.0
+        skin = ((image[:, :, 3].mean(dim=(1, 2)) + 1) * 127.5 - 100 + 90) // 60
+        return torch.stack([hat.long(), skin.long().clamp(0, 2)], dim=1)
+
+
+def test_the_shortest_length_is_chosen_at_which_a_value_is_read():
+    data, others = labelled(400), labelled(60, seed=3)
+    system = system_of(data)
+    lengths = finding.choose_lengths(system, FIELDS, finding.encode(Flat(), others), others.labels, Demanding())
+    # A hat's row is 100 of 255 brighter: 0.39 beyond the origin, which lies at 0.18; it exceeds 1 from a length of 2.1.
+    assert lengths.tolist() == [1.0, 2.5, 1.0, 1.0, 1.0]
 
 
 def test_moves_are_written_as_signs():
@@ -146,6 +179,11 @@ def test_directions_are_found_used_and_judged_by_commands(tmp_path, monkeypatch)
     assert set(attributes_suite.headline(result)) == {"attributes moved", "attributes kept"}
     assert "attributes moved" in str(checkpoint.read_card(folder)["measured"])
     assert "read as moved" in call(*words)
+    facts = json.loads((folder / "attributes.json").read_text())
+    for damage in ({"fields": []}, {"attributes": {"hat": ["hat", ["straw"]]}}, {"attributes": {"hat": ["hats", []]}}):
+        (folder / "attributes.json").write_text(json.dumps(facts | damage))
+        assert "is damaged" in call(*move, code=2)
+    (folder / "attributes.json").write_text(json.dumps(facts))
     torch.manual_seed(1)
     other = build(checkpoint.load_recipe(folder), "tokenizer")
     checkpoint.save_part(folder, checkpoint.load_recipe(folder), "tokenizer", checkpoint.export(other))

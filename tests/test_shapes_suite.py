@@ -8,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import binom
+from typer.testing import CliRunner
 
+from kartina import cli
 from kartina.pipeline import checkpoint
 from kartina.pipeline.recipe import Recipe, build
 from kartina.pipeline.text_to_image import Painting, TextToImage
@@ -223,6 +225,34 @@ def test_an_untrained_model_goes_the_whole_way(folder):
     text = suite.report(result)
     assert "tests/tiny" in text and "malformed" in text and "perplexity" in text and "swap colours" in text
     assert max(map(len, text.splitlines())) <= 120
+
+
+BODY = {"image_size": 32, "width": 4, "channel_mult": [1, 2], "blocks_per_level": 1, "norm_groups": 2}
+ALONE = {
+    "autoencoder_kl": BODY,
+    "vae": BODY | {"latent_dim": 8},
+    "vqvae": {"image_size": 32, "num_codes": 16, "code_dim": 2, "width": 8, "residual_width": 4},
+}
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_a_folder_with_only_a_tokenizer_is_judged_by_what_it_keeps(kind, tmp_path):
+    recipe = Recipe(name="tests/alone", paper="none", image_size=32, parts={"tokenizer": {"kind": kind} | ALONE[kind]})
+    torch.manual_seed(0)
+    part = checkpoint.export(build(recipe, "tokenizer"), torch.float32)
+    checkpoint.save_part(tmp_path, recipe, "tokenizer", part)
+
+    def ask(*options):
+        return CliRunner().invoke(cli.app, ["evaluate", str(tmp_path), "--device=cpu", *options])
+
+    found = json.loads(ask("--tests=S2a", "--per-test=5", "--json").stdout)["tokenizer"]
+    assert (found["n"], found["rate"]) == (5, 0.0) and 0 < found["psnr"] < 20
+    assert found == suite.tokenizer_rate(tmp_path, tests=["S2a"], per_test=5)
+    said = ask("--tests=S2a", "--per-test=5").stdout
+    assert said.startswith("tokenizer: 0.0% ") and "of 5 pictures keep their facts" in said
+    assert (found["codes_used"] is None, found["perplexity"] is None) == (kind != "vqvae",) * 2
+    assert ("perplexity" in said) == (kind == "vqvae")
+    assert "paints no candidates; leave out --candidates" in str(ask("--candidates=2").exception)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ PARTS = {
     "gumbel": VQGAN | {"quantizer": "gumbel"},
     "fsq": VQGAN | {"quantizer": "fsq", "levels": [5, 3]},
     "kl": {"kind": "autoencoder_kl", **BODY},
+    "dvae": {"kind": "dvae", "image_size": 16, "num_codes": 15, "width": 8, "init_width": 8, "num_groups": 3},
+    "patch_dvae": {"kind": "patch_dvae", "image_size": 16, "num_codes": 15, "width": 8, "depth": 1},
 }
 
 
@@ -44,6 +46,37 @@ def test_a_tokenizer_comes_back_as_it_was_exported(name, tmp_path):
     assert torch.equal(loaded.encode(image), z) and loaded.spec == model.spec
     assert torch.equal(loaded.decode(z), model.decode(z))
     assert not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_bad_input_is_refused(name):
+    model = build(system(PARTS[name]), "tokenizer")
+    for bad, message in (
+        (torch.zeros(1, 4, 16, 16), r"images of shape \(B, 3, 16, 16\)"),
+        (torch.zeros(1, 3, 32, 16), r"images of shape \(B, 3, 16, 16\)"),
+        (torch.zeros(3, 16, 16), r"images of shape \(B, 3, 16, 16\)"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "floating images"),
+        (torch.full((1, 3, 16, 16), 255.0), r"\[-1, 1\], got values as large as 255"),
+        (torch.full((1, 3, 16, 16), torch.nan), "nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.encode(bad)
+    shape = model.spec.shape
+    shown = ", ".join(map(str, shape))
+    if model.spec.kind == "codes":
+        wrong = [
+            (torch.zeros(1, *shape), f"int64 of shape .B, {shown}"),
+            (torch.zeros(1, shape[0], 3, dtype=torch.int64), f"int64 of shape .B, {shown}"),
+            (torch.full((1, *shape), 15), r"codes in \[0, 15\), got 15 to 15"),
+            (torch.full((1, *shape), -1), "got -1 to -1"),
+        ]
+    else:
+        message = f"floating latents of shape .B, {shown}"
+        wrong = [(torch.zeros(1, *shape, dtype=torch.int64), message), (torch.zeros(1, *shape, 2), message)]
+        wrong.append((torch.zeros(1, *shape[:-1], 3), message))
+    for bad, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            model.decode(bad)
 
 
 def test_a_discriminator_is_a_part(tmp_path):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..layers.conv import BottleneckBlock, SameConv2d
 from ..layers.precision import without_autocast
 from .kmeans import kmeans
-from .spec import CodesSpec
+from .spec import CodesSpec, check_image
 
 PIXEL_MARGIN = 0.1
 _ENCODER_KERNELS = (3, 3, 3, 1)
@@ -135,24 +135,23 @@ class GumbelAutoencoder(nn.Module):
 
     def logits(self, image: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [-1, 1] -> logits of q(code | image), float32 (B, K, h, w)."""
-        if image.dim() != 4 or image.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(
-                f"{type(self).__name__} needs images of shape (B, 3, {self.image_size}, {self.image_size}), "
-                f"got {tuple(image.shape)}; resize them or build the model with their image_size"
-            )
+        check_image(image, self.image_size, type(self).__name__, values=False)
         return self.encoder(map_pixels(image))
 
     def encode(self, image: Tensor) -> Tensor:
-        """Image (B, 3, H, W) in [-1, 1] -> codes int64 (B, h, w), the argmax of the logits (no noise, as published)."""
+        """Image (B, 3, H, W) in [-1, 1] -> codes int64 (B, h, w), the argmax of the logits (no noise, as published).
+
+        Raises ValueError for other images.
+        """
+        check_image(image, self.image_size, type(self).__name__)
         return self.logits(image).argmax(dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes int64 (B, h, w) -> image (B, 3, H, W), the mode in logit space; unclamped, inside (-1.25, 1.25)."""
-        if codes.dtype != torch.int64 or codes.dim() != 3 or codes.shape[1:] != self.spec.shape:
-            raise ValueError(
-                f"{type(self).__name__} needs codes as int64 of shape (B, {self.spec.shape[0]}, {self.spec.shape[1]}), "
-                f"got {codes.dtype} of shape {tuple(codes.shape)}"
-            )
+        """Codes int64 (B, h, w) -> image (B, 3, H, W), the mode in logit space; unclamped, inside (-1.25, 1.25).
+
+        Raises ValueError for other codes.
+        """
+        self.spec.check(codes, type(self).__name__)
         return self.image(self.decoder.from_codes(codes))
 
     @staticmethod

@@ -86,9 +86,12 @@ def evaluate(
     save: Annotated[bool, typer.Option("--save", help="write the headline figures to the model's card")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a model on what training never shows: on `shapes`, its tokenizer and CLIP too, or on emoji."""
+    """Measure a model on what training never shows: on `shapes`, its tokenizer and CLIP too, or on emoji.
+
+    Of a model without a prior, trained on shapes, its tokenizer alone.
+    """
     from ..pipeline import gallery
-    from ..pipeline.checkpoint import save_measured
+    from ..pipeline.checkpoint import load_recipe, save_measured
     from ..pipeline.terminal import progress_bar
     from ..pipeline.text_to_image import find_model
     from .data.labelled import read_fields
@@ -103,15 +106,21 @@ def evaluate(
     folder = find_model(model)
     if save:
         gallery.try_writing(folder)
-    system = load(folder, device, "float32")
     options: dict[str, Any] = {"per_test": per_test, "seed": seed, **({"tests": chosen} if chosen else {})}
-    if data is None and system.recipe.training.get("data", {}).get("kind", "shapes") != "shapes":
+    recipe = load_recipe(folder)
+    if data is None and recipe.training.get("data", {}).get("kind", "shapes") != "shapes":
         raise ValueError(f"{model} was not trained on shapes; name what it is judged by with --data FOLDER")
+    if data is None and "prior" not in recipe.parts:
+        if candidates > 1:
+            raise ValueError(f"{model} has no prior, so it paints no candidates; leave out --candidates")
+        return _evaluate_tokenizer(model, options, device_named(device), save, as_json)
+    system = load(folder, device, "float32")
     truth = () if data is None else (data,)
     with progress_bar("evaluating") as progress:
         result = suite.evaluate(system, *truth, candidates=candidates, progress=progress, **options)
     if data is None:
-        result["tokenizer"] = suite.tokenizer_rate(system, **options)
+        if "tokenizer" in system.parts:
+            result["tokenizer"] = suite.tokenizer_rate(system, **options)
         if "clip" in system.parts:
             result["clip"] = suite.clip_rate(system, **options)
     typer.echo(json.dumps(result, ensure_ascii=False) if as_json else suite.report(result))
@@ -122,6 +131,21 @@ def evaluate(
         counts = {test: columns["one_sample"]["n"] for test, columns in result["tests"].items()}
         facts = {"device": result["device"], "dtype": result["dtype"], "captions": counts}
         save_measured(folder, shlex.join(words), suite.headline(result), **facts)
+
+
+def _evaluate_tokenizer(model: str, options: dict[str, Any], device: str, save: bool, as_json: bool) -> None:
+    from ..pipeline.checkpoint import save_measured
+    from ..pipeline.text_to_image import find_model
+    from .evaluation import reports, shapes_suite
+
+    folder = find_model(model)
+    result = {"tokenizer": shapes_suite.tokenizer_rate(folder, device=device, **options)}
+    typer.echo(json.dumps(result) if as_json else shapes_suite.tokenizer_line(result["tokenizer"]))
+    if save:
+        words = ["kartina", "evaluate", model, *(f"--tests={test}" for test in options.get("tests", ()))]
+        figures = reports.rounded({"tokenizer": result["tokenizer"]["rate"]})
+        facts = {"device": device, "dtype": "float32", "pictures": result["tokenizer"]["n"]}
+        save_measured(folder, shlex.join([*words, f"--seed={options['seed']}", "--save"]), figures, **facts)
 
 
 def _evaluate_attributes(model: str, data: Path, per_move: int | None, device: str, save: bool, as_json: bool) -> None:

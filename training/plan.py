@@ -28,7 +28,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..pipeline.recipe import Recipe, RecipeError, count_parameters, nearest
+from ..pipeline.recipe import Recipe, RecipeError, count_halves, count_parameters, nearest
 from . import run as runs
 
 FULL = 0.9  # of a device's memory
@@ -91,6 +91,7 @@ def plan(
     return {
         "recipe": recipe.name,
         "parameters": count_parameters(recipe),
+        "halves": count_halves(recipe),
         "device": {"name": card.name, "source": card.source, "memory": card.memory, "peak_flops": setting.rate},
         "devices": devices,
         "shard": shard,
@@ -284,6 +285,8 @@ def report(plan: dict[str, Any]) -> str:
     others = [f"{part} {count:,d}" for part, count in plan["parameters"].items() if part not in stages]
     if others:
         console.print(f"parameters of parts that are not planned: {', '.join(others)}")
+    for part, halves in plan["halves"].items():
+        console.print(f"of the {part}: {', '.join(f'{half} {count:,d}' for half, count in halves.items())}")
     console.print(table)
     if not plan["states_training"]:
         console.print("the recipe states no training: one sample a device, AdamW; no steps, hence no days")

@@ -33,7 +33,7 @@ def evaluate(
     system: Resynthesis,
     data: Path,
     per_move: int = PER_MOVE,
-    strength: float = 2.0,
+    strength: float = 1.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
     """{"moves": {"glasses +1": {"moved", "kept"}}, "moved", "kept", "reader", "again"}: rates, see above.

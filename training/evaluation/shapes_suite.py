@@ -27,8 +27,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ...pipeline import checkpoint
 from ...pipeline.images import to_uint8
-from ...pipeline.text_to_image import TextToImage
+from ...pipeline.recipe import Recipe
+from ...pipeline.text_to_image import TextToImage, find_model
 from ..data.shapes import JITTER, ShapesSource
 from ..data.shapes_captions import LANGUAGES, caption, wrong_captions
 from ..data.shapes_scenes import Facts
@@ -166,23 +168,33 @@ def _tally(verdicts: list[set[str]], spoken: list[str] | None = None) -> Result:
 
 @torch.inference_mode()
 def tokenizer_rate(
-    model: Model, *, tests: Sequence[str] = ("S1", *HELD_OUT), per_test: int | None = None, seed: int = 0
+    model: Model,
+    *,
+    tests: Sequence[str] = ("S1", *HELD_OUT),
+    per_test: int | None = None,
+    seed: int = 0,
+    device: Any = "cpu",
 ) -> Result:
     """How often a true picture of a test still shows its facts after encoding and decoding: what bounds every prior.
 
+    model: as of `evaluate`, or a folder without a prior; it is a folder that is loaded on the device.
     -> tests.<test> and, over all pictures: n, accepted, rate, interval, failures; psnr in dB, of the mean squared error
     over all 8-bit pictures (None where they are equal); codes_used, the share of the codebook that occurs; perplexity,
-    the exponential of the entropy of the codes. Raises ValueError as `evaluate` does.
+    the exponential of the entropy of the codes (both None for latents). Raises ValueError as `evaluate` does.
     """
-    system = _system(model)
-    tokenizer = system.parts["tokenizer"]
-    counts = torch.zeros(tokenizer.spec.vocabulary, dtype=torch.int64)
+    if isinstance(model, str | Path):
+        recipe, tokenizer = checkpoint.load_tokenizer(find_model(str(model)), device)
+    else:
+        recipe, tokenizer = model.recipe, model.parts["tokenizer"]
+    codes = tokenizer.spec.kind == "codes"
+    counts = torch.zeros(tokenizer.spec.vocabulary if codes else 0, dtype=torch.int64)
     errors: list[float] = []
     judged: dict[str, list[set[str]]] = {test: [] for test in tests}
-    for test, _, image, facts in _pictures(system, tests, per_test, seed):
-        codes = tokenizer.encode(image.to(next(tokenizer.parameters())))  # (B, h, w)
-        counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
-        true, again = to_uint8(image), to_uint8(tokenizer.decode(codes))  # (B, S, S, 3)
+    for test, _, image, facts in _pictures(recipe, tests, per_test, seed):
+        z = tokenizer.encode(image.to(next(tokenizer.parameters())))
+        if codes:
+            counts += torch.bincount(z.flatten().cpu(), minlength=len(counts))
+        true, again = to_uint8(image), to_uint8(tokenizer.decode(z))  # (B, S, S, 3)
         errors += (true.double() - again.double()).square().mean((1, 2, 3)).tolist()
         judged[test] += check(again.numpy(), facts)
     error, share = sum(errors) / len(errors), counts[counts > 0].double() / counts.sum()
@@ -190,8 +202,8 @@ def tokenizer_rate(
         "tests": {test: _tally(verdicts) for test, verdicts in judged.items()},
         **_tally([verdict for verdicts in judged.values() for verdict in verdicts]),
         "psnr": 10 * math.log10(255**2 / error) if error else None,
-        "codes_used": len(share) / len(counts),
-        "perplexity": float((-(share * share.log()).sum()).exp()),
+        "codes_used": len(share) / len(counts) if codes else None,
+        "perplexity": float((-(share * share.log()).sum()).exp()) if codes else None,
     }
 
 
@@ -207,7 +219,7 @@ def clip_rate(model: Model, *, tests: Sequence[str] = HELD_OUT, per_test: int | 
     if "clip" not in system.parts:
         raise ValueError("the model has no CLIP to judge; train its clip stage")
     won: list[tuple[str, str, dict[str, bool]]] = []
-    for test, positions, image, facts in _pictures(system, tests, per_test, seed):
+    for test, positions, image, facts in _pictures(system.recipe, tests, per_test, seed):
         spoken = [LANGUAGES[position % len(LANGUAGES)] for position in positions]
         wrong = [
             wrong_captions(f, np.random.default_rng([seed % 2**64, _NUMBER[test], position]))
@@ -248,16 +260,16 @@ def _clip_scores(system: TextToImage, image: Tensor, texts: list[list[str]]) -> 
 
 
 def _pictures(
-    system: TextToImage, tests: Sequence[str], per_test: int | None, seed: int
+    recipe: Recipe, tests: Sequence[str], per_test: int | None, seed: int
 ) -> Iterator[tuple[str, list[int], Tensor, list[Facts]]]:
     """True pictures, with the colour jitter that the model was trained on, in batches.
 
     -> the test, the positions in it, image (B, 3, S, S) in [-1, 1], facts.
     """
     check_tests(tests, TEST_COUNTS, per_test)
-    jitter = system.recipe.training.get("data", {}).get("jitter", JITTER)
+    jitter = recipe.training.get("data", {}).get("jitter", JITTER)
     for test in tests:
-        source = ShapesSource(system.recipe.image_size, seed, split=test, jitter=jitter)
+        source = ShapesSource(recipe.image_size, seed, split=test, jitter=jitter)
         for part in _chunks(range(source.size or 0)[:per_test]):
             positions = list(part)
             yield test, positions, source.read(positions).image, source.facts(positions)
@@ -291,15 +303,21 @@ def report(result: Result) -> str:
     if "ranking" in result:
         console.print(ranking_line(result["ranking"], result["candidates"]))
     if "tokenizer" in result:
-        part = result["tokenizer"]
-        psnr = "exact" if part["psnr"] is None else f"{part['psnr']:.2f} dB"
-        used = f"{part['codes_used']:.1%} of the codes in use, perplexity {part['perplexity']:.1f}"
-        console.print(f"tokenizer: {percent(part)} of {part['n']} pictures keep their facts, {psnr}, {used}")
+        console.print(tokenizer_line(result["tokenizer"]))
     if "clip" in result:
         part = result["clip"]
         console.print(f"CLIP: {percent(part)} of {part['n']} captions beat all their wrong ones; one by one:")
         console.print("\n".join(f"  {kind:17} {percent(won)}" for kind, won in part["kinds"].items()))
     return text.getvalue()
+
+
+def tokenizer_line(part: Result) -> str:
+    """The result of `tokenizer_rate` as a line for people."""
+    psnr = "exact" if part["psnr"] is None else f"{part['psnr']:.2f} dB"
+    line = f"tokenizer: {percent(part)} of {part['n']} pictures keep their facts, {psnr}"
+    if part["codes_used"] is None:
+        return line
+    return f"{line}, {part['codes_used']:.1%} of the codes in use, perplexity {part['perplexity']:.1f}"
 
 
 def _rate_table(result: Result) -> Table:

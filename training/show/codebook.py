@@ -32,10 +32,7 @@ def load(model: str, data: Path | None, device: torch.device) -> tuple[Any, Any]
     Raises ModelError where the model has none, or no codes, and ValueError where data is needed and not named.
     """
     folder = find_model(model)
-    recipe = checkpoint.load_recipe(folder)
-    if "tokenizer" not in recipe.parts:
-        raise checkpoint.ModelError(f"{folder}: its recipe has no tokenizer; name a model that has one")
-    tokenizer = checkpoint.load_part(folder, recipe, "tokenizer", device)
+    recipe, tokenizer = checkpoint.load_tokenizer(folder, device)
     if tokenizer.spec.kind != "codes":
         raise checkpoint.ModelError(
             f"{folder}: its tokenizer ({recipe.parts['tokenizer']['kind']}) has latents and no codebook; "
