@@ -27,7 +27,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..tokenizers.captions import CaptionTokenizer
-from . import checkpoint
+from . import checkpoint, published, stable_diffusion
 from .drawing import DRAWINGS, Progress
 from .images import to_pil
 from .recipe import Recipe, nearest, sampling_knobs
@@ -80,12 +80,12 @@ def _has_card(folder: Path) -> bool:
 
 
 def find_model(name: str) -> Path:
-    """A model folder by shipped name or path. Raises ModelError naming the nearest known model."""
+    """A model by shipped name, path or hf-hub:OWNER/NAME. Raises ModelError naming the nearest known model."""
     known = _folders()
-    if name in known:
-        return known[name]
-    if Path(name).is_dir():
-        return Path(name)
+    if name in known or Path(name).exists():
+        return known.get(name, Path(name))
+    if name.startswith(published.HUB):
+        return published.fetch(name)
     hint = nearest(name, list(known)) if known else "no model is here yet: train one with `kartina train shapes/dalle`"
     raise checkpoint.ModelError(f"no model {name!r}; {hint}")
 
@@ -116,7 +116,7 @@ class TextToImage:
         dtype: torch.dtype | None = None,
         reranker: Scorer | None = None,
     ) -> "TextToImage":
-        """Loads a model folder, by shipped name or path, strictly.
+        """Loads a model folder, by shipped name or path, strictly; or Stable Diffusion, see `stable_diffusion.load`.
 
         device: None is `default_device`. dtype: None is float32. reranker: ranks in place of the folder's own CLIP,
         which is then not loaded. Raises ModelError for an unknown, untrained, altered or mismatched model: each part
@@ -124,6 +124,9 @@ class TextToImage:
         """
         device, dtype = device or checkpoint.default_device(), dtype or torch.float32
         folder = find_model(str(name))
+        if stable_diffusion.is_system(folder):
+            whole = stable_diffusion.load(folder)
+            return cls(whole.recipe, whole.build(device, dtype), whole.captions, model_hash(whole.card), reranker)
         card, recipe = checkpoint.read_card(folder), checkpoint.load_recipe(folder)
         if "prior" not in recipe.parts:
             raise checkpoint.ModelError(f"{folder}: its recipe has no prior, so it paints nothing; name another model")
