@@ -32,7 +32,8 @@ def read(folder: Path, context_length: int) -> tuple[CaptionTokenizer, int]:
             whole = _table(folder / "tokenizer.json")
             model = whole["model"]
             if model.get("end_of_word_suffix") != "</w>":
-                return _own(whole, context_length), int(model["vocab"][pad])
+                number = int(model["vocab"][pad])
+                return _own(whole, context_length), number
             pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
             vocab = {**model["vocab"], **{each["content"]: each["id"] for each in whole.get("added_tokens", [])}}
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():

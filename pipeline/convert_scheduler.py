@@ -61,26 +61,32 @@ def sampler_of(config: Mapping[str, Any]) -> str:
 def scheduler_config(recipe: Recipe) -> dict[str, Any]:
     """A scheduler of diffusers with the recipe's noise, that takes the steps of its sampler.
 
-    Raises ValueError for steps that begin at timestep 0, which their pipeline of Stable Diffusion moves by one.
+    Raises ValueError where that class cannot be set so, and for steps that begin at timestep 0, which their pipeline
+    of Stable Diffusion moves by one.
     """
+    import diffusers  # slow to import
+
     noise, knobs = recipe.diffusion, recipe.sampling
     sampler, spacing = knobs.get("sampler", _DEFAULT), knobs.get("spacing")
     name, settings = _CLASSES[sampler] if sampler in SAMPLERS else (sampler, {})
-    if spacing == "leading":
-        raise ValueError(f"{recipe.name}: diffusers has no 'leading' steps from 0; leave sampling.spacing out")
-    if spacing == "karras":
-        settings = settings | {"use_karras_sigmas": True}
-    else:
-        settings = settings | {"timestep_spacing": spacing or ("linspace" if sampler in _BETWEEN else "trailing")}
+    spacing = spacing or ("linspace" if sampler in _BETWEEN else "trailing")
     parameters = inspect.signature(SCHEDULES[noise.schedule]).parameters
-    for end in ("beta_start", "beta_end"):
-        if end in parameters:
-            settings = settings | {end: getattr(noise, end) or parameters[end].default}
-    return settings | {
-        "_class_name": name,
+    ends = {
+        end: getattr(noise, end) or parameters[end].default for end in ("beta_start", "beta_end") if end in parameters
+    }
+    config = {
+        **settings,
+        **({"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}),
+        **ends,
         "beta_schedule": _SCHEDULES[noise.schedule],
         "num_train_timesteps": noise.num_timesteps,
         "prediction_type": _PREDICTIONS[noise.prediction],
         "steps_offset": 1,  # of "leading" alone; their pipeline warns of any other number
         **({"rescale_betas_zero_snr": True} if noise.zero_terminal else {}),
     }
+    known = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    lacking = [key for key in config if known is None or key not in inspect.signature(known).parameters]
+    if lacking or spacing == "leading":
+        what = lacking[0] if lacking else "timestep_spacing 'leading' that begins at 0"
+        raise ValueError(f"{recipe.name}: {name} of diffusers has no {what}; set another sampling.sampler or spacing")
+    return {"_class_name": name, **config}

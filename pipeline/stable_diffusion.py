@@ -140,10 +140,10 @@ def _check(recipe: Recipe, weights: dict[str, Weights], captions: CaptionTokeniz
     for part, tensors in weights.items():
         for tensor, asked, held in checkpoint.misfits(recipe, part, tensors)[:1]:
             raise WeightsError(f"its {part} does not fit: {tensor:.80}: expected {asked}, got {held}")
-    if captions.vocab_size != recipe.captions.vocab_size:
+    known, given = captions.vocab_size, recipe.captions.vocab_size
+    if known > given or (known < given and not captions.padded):  # start and end follow at once
         raise WeightsError(
-            f"its tokenizer has {captions.vocab_size} ids and its text encoder {recipe.captions.vocab_size}, start and "
-            "end aside; both must be of one model"
+            f"its tokenizer has {known} ids and its text encoder {given}, start and end aside; take those of one model"
         )
 
 

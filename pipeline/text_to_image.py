@@ -30,6 +30,7 @@ from ..tokenizers.captions import CaptionTokenizer
 from . import checkpoint, published, stable_diffusion
 from .drawing import DRAWINGS, Progress
 from .images import to_pil
+from .memory import spare
 from .recipe import Recipe, nearest, sampling_knobs
 from .rerank import clip_scores, rank
 
@@ -180,7 +181,7 @@ class TextToImage:
         while len(painted) < len(rows):
             chunk = rows[len(painted) : len(painted) + micro_batch]
             report = _share_of(progress, len(painted) // micro_batch, -(-len(rows) // micro_batch))
-            if (found := self._try_painting(chunk, knobs, report)) is None:
+            if (found := self._try_painting(chunk, knobs, report)) is None and len(chunk) > 1:
                 micro_batch = len(chunk) // 2
                 warnings.warn(f"out of memory with {len(chunk)} pictures: going on with {micro_batch}", stacklevel=2)
             painted += found or []
@@ -204,13 +205,13 @@ class TextToImage:
             raise ValueError(f"seeds are integers of 64 bits, got {seeds[0]} and so on; give smaller ones")
 
     def _try_painting(self, rows: list[tuple[str, int, int]], knobs: dict, progress: Any) -> list[Painting] | None:
-        """The paintings of a micro-batch, or None where memory does not suffice for more than one at a time."""
+        """The paintings of a micro-batch, or None where memory does not suffice and can be spared."""
         try:
             return self._paint(rows, knobs, progress)
         except RuntimeError as error:
             from accelerate.utils.memory import should_reduce_batch_size  # slow to import
 
-            if len(rows) == 1 or not should_reduce_batch_size(error):
+            if not should_reduce_batch_size(error) or (len(rows) == 1 and not spare(self.parts)):
                 raise
         torch.cuda.empty_cache()  # outside of the handler, which held on to what had been allocated
         return None

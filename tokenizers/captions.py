@@ -131,7 +131,8 @@ class CaptionTokenizer:
         if tokens.dim() != 2:
             raise ValueError(f"CaptionTokenizer.decode needs tokens of shape (B, T), got {tuple(tokens.shape)}")
         rows = [[token for token in row if token != PAD or not self.padded] for row in tokens.tolist()]
-        return self._tokenizer.decode_batch(rows, skip_special_tokens=True)
+        texts = self._tokenizer.decode_batch(rows, skip_special_tokens=True)
+        return texts if self.padded else [text.removesuffix(" ") for text in texts]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write vocabulary, merges and context length as one JSON file."""
