@@ -16,6 +16,7 @@ from kartina.pipeline.convert_scheduler import noise_of, sampler_of, scheduler_c
 from kartina.pipeline.denoising import schedule_of
 from kartina.pipeline.recipe import Recipe, build, dump
 from kartina.pipeline.text_to_image import TextToImage
+from kartina.priors.caption_encoder import CaptionEncoder, CLIPText
 from kartina.priors.diffusion_samplers import SAMPLERS
 from kartina.tokenizers.captions import CaptionTokenizer
 
@@ -93,6 +94,12 @@ def test_open_clips_vocabulary_is_that_of_transformers(tmp_path):
         ids, lengths = captions.encode(texts)
     for text, row, length in zip(texts, ids.tolist(), lengths.tolist(), strict=True):
         assert reference(text, truncation=True).input_ids == [49406, *row[:length], 49407]
+    captions.save(tmp_path / "captions.json")
+    recipe = Recipe(name="a/b", paper="", image_size=8, captions={"vocab_size": 49406, "context_length": 75}, parts={})
+    encoder = CaptionEncoder(49406, 75, 8, 1, 1)
+    with pytest.raises(checkpoint.ModelError, match="CLIP's, which has no padding"):
+        checkpoint.check_captions(tmp_path, recipe, "text", encoder)
+    checkpoint.check_captions(tmp_path, recipe, "text", CLIPText(49408, 77, 8, 1, 1))
 
 
 def test_diffusers_has_no_other_kinds(tmp_path):

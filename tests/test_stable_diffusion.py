@@ -1,5 +1,6 @@
 """Stable Diffusion in and out, beside diffusers: tiny systems of random weights paint the same picture."""
 
+import fnmatch
 import json
 import shutil
 import warnings
@@ -299,6 +300,29 @@ def test_a_single_file_that_does_not_tell_enough_is_refused(published, tmp_path)
         stable_diffusion.load(path, prediction="v", image_size=32)  # open_clip's vocabulary is the published one
     run("convert", path, tmp_path / "t", "--part", "tokenizer", "--image-size", 32)
     assert list(checkpoint.load_recipe(tmp_path / "t").parts) == ["tokenizer"]
+
+
+@pytest.mark.parametrize("published", ["sd1"], indirect=True)
+def test_a_repository_of_the_hub_is_fetched_by_name(published, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    _, folder, picture = published
+
+    def fetch(name, allow_patterns):
+        if name != "someone/sd":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            inside = str(path.relative_to(folder))
+            if any(fnmatch.fnmatch(inside, pattern) for pattern in allow_patterns):
+                (tmp_path / "hub" / inside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, tmp_path / "hub" / inside)
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert np.abs(ours("hf-hub:someone/sd") - picture).max() <= 1
+    run("convert", "someone/sd", tmp_path / "m")
+    with pytest.raises(WeightsError, match="could not be fetched from the hub"):
+        TextToImage.load("hf-hub:someone/else")
 
 
 @pytest.mark.parametrize("published", ["sd1"], indirect=True)
