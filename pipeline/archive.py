@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .unpickle import Record, Storage, StoredTensor, WeightsError, run
@@ -40,6 +42,38 @@ def read(path: Path, select: Callable[[Any], dict[str, StoredTensor]]) -> dict[s
         raise WeightsError(f"{path}: {error}") from None
     except (*_DAMAGE, zipfile.BadZipFile) as error:
         raise WeightsError(f"{path} is damaged ({type(error).__name__}); copy or download it again") from None
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    """The state dict that one file holds: safetensors, or what torch.save wrote. Raises WeightsError, see `read`."""
+    if path.suffix != ".safetensors":
+        return read(path, state_dict)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is not a whole safetensors file ({error}); download it again") from None
+
+
+def find(folder: Path, *stems: str) -> Path:
+    """The weights in a folder of diffusers or transformers: safetensors before pickles, a whole file before its half.
+
+    stems: what such a file may be called, as "diffusion_pytorch_model". Raises WeightsError where there is none.
+    """
+    names = [f"{stem}{half}.{kind}" for kind in ("safetensors", "bin") for half in ("", ".fp16") for stem in stems]
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise WeightsError(f"{folder / names[0]} is missing; download the whole folder, with safetensors")
+    return found
+
+
+def state_dict(content: Any) -> dict[str, StoredTensor]:
+    """The tensors of a state dict by name, or of one under that key, as Lightning writes it; what else lies there is
+    left out.
+    """
+    table = content.get("state_dict", content) if isinstance(content, dict) else None
+    if isinstance(content, Record) or not isinstance(table, dict):
+        raise WeightsError("it holds no state dict; expected tensors by name")
+    return {name: value for name, value in table.items() if isinstance(name, str) and isinstance(value, StoredTensor)}
 
 
 def module_tensors(module: Any) -> dict[str, StoredTensor]:

@@ -266,14 +266,19 @@ def _check_shapes(folder: Path, recipe: Recipe, part: str, weights: dict[str, Te
         )
 
 
+def outline(recipe: Recipe, part: str, tensors: int) -> Any:
+    """A part on the meta device, where it takes no memory. tensors: about how many it has; errors: see `misfits`."""
+    with torch.device("meta"), _Outline(_CALLS_PER_TENSOR * (tensors + 10)):
+        return build(recipe, part)
+
+
 def misfits(recipe: Recipe, part: str, weights: dict[str, Tensor]) -> list[tuple[str, Any, Any]]:
     """The tensors in which a part of the recipe and weights differ: name, shape asked for, shape held, "none" for none.
 
     Nothing of the part takes memory. Raises whatever its constructor does, and ValueError where it asks for many more
     tensors than there are weights.
     """
-    with torch.device("meta"), _Outline(_CALLS_PER_TENSOR * (len(weights) + 10)):
-        asked = {name: tuple(value.shape) for name, value in build(recipe, part).state_dict().items()}
+    asked = {name: tuple(value.shape) for name, value in outline(recipe, part, len(weights)).state_dict().items()}
     held = {name: tuple(value.shape) for name, value in weights.items()}
     both = ((name, asked.get(name, "none"), held.get(name, "none")) for name in sorted(asked | held))
     return [(name, want, got) for name, want, got in both if want != got]
@@ -291,6 +296,8 @@ def check_captions(folder: Path, recipe: Recipe, part: str, module: Any) -> None
             f"{path}: expected {given.vocab_size} tokens and a context of {given.context_length}, as recipe.yaml says, "
             f"got {captions.vocab_size} and {captions.context_length}; copy the folder again"
         )
+    if not captions.padded and getattr(module, "framing", 0) != 2:
+        raise ModelError(f"{path} is CLIP's, which has no padding; {part} takes ours: train it, or take a clip_text")
     framing = getattr(module, "framing", 0)  # ids around a caption; CLIP puts an end, of one id more, in its last place
     ids = (0, 1) if framing == 0 else (framing,)
     if module.text_length != given.context_length + framing or module.text_vocab - given.vocab_size not in ids:

@@ -20,7 +20,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: cuda 
 @app.command()
 def paint(
     prompts: Annotated[list[str] | None, typer.Argument(help="captions, one picture each")] = None,
-    model: Annotated[str, typer.Option(help="a shipped model's name or a model folder")] = "shapes/dalle",
+    model: Annotated[str, typer.Option(help="a name, a folder, or hf-hub:OWNER/NAME")] = "shapes/dalle",
     candidates: Annotated[int, typer.Option(min=1, help="pictures painted for each caption")] = 1,
     keep: Annotated[int, typer.Option(min=1, help="best pictures kept for each caption")] = 1,
     seed: Annotated[int, typer.Option(help="of the first candidate; the next has the next number")] = 0,
@@ -146,27 +146,36 @@ def demo(out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = P
 def convert(
     source: Annotated[str, typer.Argument(help="a file, a folder, or a hub repository as OWNER/NAME")],
     out: Annotated[Path, typer.Argument(help="the model folder to make")],
-    name: Annotated[str, typer.Option(help="what the model is called, as word/word")] = "imported/tokenizer",
-    image_size: Annotated[int | None, typer.Option(min=8, help="pixels a side; 256, or what config.json says")] = None,
+    name: Annotated[str | None, typer.Option(help="what the model is called, as word/word")] = None,
+    image_size: Annotated[int | None, typer.Option(min=8, help="pixels a side; by default its own")] = None,
     licence: Annotated[str, typer.Option(help="of the weights, as their authors state it")] = "not stated",
+    part: Annotated[str | None, typer.Option(help="tokenizer: only this of a whole Stable Diffusion")] = None,
+    prediction: Annotated[str | None, typer.Option(help="eps or v: of a single file, which does not say it")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="of a single file: a folder with another BPE of CLIP")] = None,
 ) -> None:
-    """Make a model folder of a published tokenizer: OpenAI's discrete VAE, VQ-GAN, a KL autoencoder."""
-    from . import published
+    """Make a model folder of published weights: Stable Diffusion 1 or 2, or a tokenizer (OpenAI's, VQ-GAN, KL)."""
+    from . import published, stable_diffusion
     from .checkpoint import save_part
 
     _check_new(out)
+    if part not in (None, "tokenizer"):
+        raise ValueError(f"--part {part!r:.40} is unknown; valid: tokenizer")
     path = Path(source)
-    if not path.exists() and source.count("/") == 1:
-        from huggingface_hub import snapshot_download
-
-        wanted = [
-            f"{folder}{file}" for folder in ("", "vae/", "vqvae/") for file in ("config.json", "*_model.safetensors")
-        ]
-        path = Path(snapshot_download(source, allow_patterns=wanted))
-    section, weights = published.load(path, image_size)
-    recipe = published.recipe_of(name, section, licence)
-    digest = save_part(out, recipe, "tokenizer", weights, source=Path(source).name)
-    typer.echo(f"{section['kind']}, {sum(value.numel() for value in weights.values()):,d} numbers, hash {digest[:12]}")
+    if not path.exists() and (source.startswith(published.HUB) or source.count("/") == 1):
+        path = published.fetch(source)
+    if path.exists() and part is None and stable_diffusion.is_system(path):
+        system = stable_diffusion.load(
+            path, name or "imported/stable-diffusion", licence, image_size, prediction, tokenizer
+        )
+        system.save(out, Path(source).name)
+        for each, weights in system.weights.items():
+            typer.echo(f"{each}: {sum(value.numel() for value in weights.values()):,d} numbers")
+    else:
+        section, weights = published.load(path, image_size)
+        recipe = published.recipe_of(name or "imported/tokenizer", section, licence)
+        digest = save_part(out, recipe, "tokenizer", weights, source=Path(source).name)
+        numbers = sum(value.numel() for value in weights.values())
+        typer.echo(f"{section['kind']}, {numbers:,d} numbers, hash {digest[:12]}")
     typer.echo(str(out))
 
 
@@ -176,17 +185,20 @@ def export(
     out: Annotated[Path, typer.Argument(help="the folder to make")],
     to: Annotated[str, typer.Option(help="whose format: diffusers")] = "diffusers",
 ) -> None:
-    """Write a model's tokenizer (vqgan or autoencoder_kl) as a folder that diffusers loads."""
-    from . import published
+    """Write a diffusion model, or else the tokenizer of a model, as a folder that diffusers loads."""
+    from . import diffusers_folder, published
     from .checkpoint import load_recipe, load_weights
 
     if to != "diffusers":
         raise ValueError(f"--to {to!r} is unknown; valid: diffusers")
     _check_new(out)
     recipe = load_recipe(model)
-    if "tokenizer" not in recipe.parts:
+    if recipe.parts.get("prior", {}).get("kind") == "unet" and "text" in recipe.parts:
+        diffusers_folder.save(model, out)
+    elif "tokenizer" in recipe.parts:
+        published.save_diffusers(out, recipe.parts["tokenizer"], load_weights(model, "tokenizer"))
+    else:
         raise ValueError(f"{model} has no tokenizer, only {', '.join(recipe.parts)}; export another model")
-    published.save_diffusers(out, recipe.parts["tokenizer"], load_weights(model, "tokenizer"))
     typer.echo(str(out))
 
 

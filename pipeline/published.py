@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..tokenizers.dvae import openai_state_dict
-from .archive import module_tensors, read
+from . import archive
 from .checkpoint import misfits
 from .convert import from_compvis, from_diffusers, to_diffusers
 from .recipe import Recipe, defaults
-from .unpickle import Record, StoredTensor, WeightsError
+from .unpickle import StoredTensor, WeightsError
 
+HUB = "hf-hub:"
 SCALING_FACTOR = 0.18215  # of KL-f8 in Stable Diffusion: 1 / the deviation of its latents
 _CLASSES = {"VQModel": "vqgan", "AutoencoderKL": "autoencoder_kl"}
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -38,6 +38,22 @@ _OTHERS = {
     "visual.": "a CLIP",
 }
 _EXPECTED = "a VQ-GAN, a KL autoencoder (of CompVis or diffusers) or a folder with OpenAI's encoder.pkl and decoder.pkl"
+
+
+def fetch(name: str) -> Path:
+    """The folder of a hub repository, OWNER/NAME or hf-hub:OWNER/NAME: weights as safetensors, configs, vocabularies.
+
+    Raises WeightsError where it cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    folders = ("", "vae/", "vqvae/", "unet/", "text_encoder/", "tokenizer/", "scheduler/")
+    files = ("*.json", "merges.txt", "diffusion_pytorch_model.safetensors", "model.safetensors")
+    wanted = [f"{folder}{file}" for folder in folders for file in files if folder or file != "model.safetensors"]
+    try:
+        return Path(snapshot_download(name.removeprefix(HUB), allow_patterns=wanted))
+    except (OSError, ValueError) as error:  # of the client: no such repository, no network
+        raise WeightsError(f"{name!r} could not be fetched from the hub ({error!s:.200}); give a folder") from None
 
 
 def load(path: Path, image_size: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -56,7 +72,7 @@ def load(path: Path, image_size: int | None = None) -> tuple[dict[str, Any], dic
 
 def _load(path: Path, image_size: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.exists():
-        raise WeightsError(f"{path} is not there; give a file, a folder, or the name of a hub repository as OWNER/NAME")
+        raise WeightsError(f"{path} is not there; give a file, a folder, or a hub repository as hf-hub:OWNER/NAME")
     homes = [path, path / "vae", path / "vqvae"] if path.is_dir() else []
     if path.is_dir() and all((path / name).is_file() for name in _HALVES):
         section, weights = _openai(path, image_size)
@@ -71,7 +87,7 @@ def _load(path: Path, image_size: int | None) -> tuple[dict[str, Any], dict[str,
 
 
 def _openai(path: Path, image_size: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    halves = [read(path / name, module_tensors) for name in _HALVES]
+    halves = [archive.read(path / name, archive.module_tensors) for name in _HALVES]
     try:
         weights = openai_state_dict(*halves)
         stem, head = weights["encoder.stem.weight"], weights["encoder.head.weight"]
@@ -85,15 +101,23 @@ def _openai(path: Path, image_size: int | None) -> tuple[dict[str, Any], dict[st
 
 
 def _compvis(path: Path, image_size: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    def select(content: Any) -> dict[str, StoredTensor]:
-        table = content.get("state_dict", content) if isinstance(content, dict) else None
-        if isinstance(content, Record) or not isinstance(table, dict):
-            raise WeightsError(f"it holds no state dict; expected {_EXPECTED}")
-        return _first_stage({name: value for name, value in table.items() if isinstance(value, StoredTensor)})
+    if path.suffix == ".safetensors":
+        return from_names(path, _first_stage(archive.load(path)), image_size or 256)
 
-    stored = _first_stage(_safetensors(path)) if path.suffix == ".safetensors" else read(path, select)
+    def select(content: Any) -> dict[str, StoredTensor]:
+        return _first_stage(archive.state_dict(content))
+
+    return from_names(path, archive.read(path, select), image_size or 256)
+
+
+def from_names(path: Path, stored: dict[str, Tensor], image_size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The section and the weights of an autoencoder with CompVis' names, and its scale_factor if there is one.
+
+    path: where they are from, for errors. Raises WeightsError where they are of none.
+    """
+    stored = dict(stored)
     factor = stored.pop("scale_factor", None)
-    section = _sizes(path, stored, image_size or 256)
+    section = _sizes(path, stored, image_size)
     if section["kind"] == "autoencoder_kl" and factor is None:
         known = section["latent_channels"] == 4 and len(section["channel_mult"]) == 4
         factor = torch.tensor(SCALING_FACTOR if known else 1.0, dtype=torch.float64)
@@ -118,9 +142,7 @@ def _first_stage(table: dict[Any, Any]) -> dict[str, Any]:
 
 def _diffusers(home: Path, image_size: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = _config(home / "config.json")
-    if not (home / _WEIGHTS).is_file():
-        raise WeightsError(f"{home / _WEIGHTS} is missing; download the whole folder, with safetensors")
-    weights = _renamed(home, _safetensors(home / _WEIGHTS))
+    weights = _renamed(home, archive.load(archive.find(home, "diffusion_pytorch_model")))
     section = _sizes(home, weights, image_size or config.get("sample_size") or 256)
     section["norm_groups"] = config.get("norm_num_groups", 32)
     if section["kind"] != _CLASSES[config["_class_name"]]:
@@ -155,13 +177,6 @@ def _config(path: Path) -> dict[str, Any]:
     if wrong:
         raise WeightsError(f"{path}: {wrong[0]} is {config[wrong[0]]!r:.60}, expected {fixed[wrong[0]]!r}")
     return config
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a whole safetensors file ({error}); download it again") from None
 
 
 def _count(weights: dict[str, Tensor], pattern: str) -> int:

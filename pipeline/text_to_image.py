@@ -27,9 +27,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..tokenizers.captions import CaptionTokenizer
-from . import checkpoint, editing, interpolation
+from . import checkpoint, editing, interpolation, published, stable_diffusion
 from .drawing import DRAWINGS, Progress, share_of
 from .images import to_pil
+from .memory import spare
 from .recipe import Recipe, nearest, sampling_knobs
 from .rerank import clip_scores, rank
 
@@ -80,12 +81,12 @@ def _has_card(folder: Path) -> bool:
 
 
 def find_model(name: str) -> Path:
-    """A model folder by shipped name or path. Raises ModelError naming the nearest known model."""
+    """A model by shipped name, path or hf-hub:OWNER/NAME. Raises ModelError naming the nearest known model."""
     known = _folders()
-    if name in known:
-        return known[name]
-    if Path(name).is_dir():
-        return Path(name)
+    if name in known or Path(name).exists():
+        return known.get(name, Path(name))
+    if name.startswith(published.HUB):
+        return published.fetch(name)
     hint = nearest(name, list(known)) if known else "no model is here yet: train one with `kartina train shapes/dalle`"
     raise checkpoint.ModelError(f"no model {name!r}; {hint}")
 
@@ -117,7 +118,7 @@ class TextToImage:
         dtype: torch.dtype | None = None,
         reranker: Scorer | None = None,
     ) -> "TextToImage":
-        """Loads a model folder, by shipped name or path, strictly.
+        """Loads a model folder, by shipped name or path, strictly; or Stable Diffusion, see `stable_diffusion.load`.
 
         device: None is `default_device`. dtype: None is float32. reranker: ranks in place of the folder's own CLIP,
         which is then not loaded. Raises ModelError for an unknown, untrained, altered or mismatched model: each part
@@ -125,6 +126,9 @@ class TextToImage:
         """
         device, dtype = device or checkpoint.default_device(), dtype or torch.float32
         folder = find_model(str(name))
+        if stable_diffusion.is_system(folder):
+            whole = stable_diffusion.load(folder)
+            return cls(whole.recipe, whole.build(device, dtype), whole.captions, model_hash(whole.card), reranker)
         card, recipe = checkpoint.read_card(folder), checkpoint.load_recipe(folder)
         if "prior" not in recipe.parts:
             raise checkpoint.ModelError(f"{folder}: its recipe has no prior, so it paints nothing; name another model")
@@ -178,7 +182,7 @@ class TextToImage:
         while len(painted) < len(rows):
             chunk = rows[len(painted) : len(painted) + micro_batch]
             report = share_of(progress, len(painted) // micro_batch, -(-len(rows) // micro_batch))
-            if (found := self._try_painting(chunk, knobs, report)) is None:
+            if (found := self._try_painting(chunk, knobs, report)) is None and len(chunk) > 1:
                 micro_batch = len(chunk) // 2
                 warnings.warn(f"out of memory with {len(chunk)} pictures: going on with {micro_batch}", stacklevel=2)
             painted += found or []
@@ -210,13 +214,13 @@ class TextToImage:
             raise ValueError(f"seeds are integers of 64 bits, got {seeds[0]} and so on; give smaller ones")
 
     def _try_painting(self, rows: list[tuple[str, int, int]], knobs: dict, progress: Any) -> list[Painting] | None:
-        """The paintings of a micro-batch, or None where memory does not suffice for more than one at a time."""
+        """The paintings of a micro-batch, or None where memory does not suffice and can be spared."""
         try:
             return self._paint(rows, knobs, progress)
         except RuntimeError as error:
             from accelerate.utils.memory import should_reduce_batch_size  # slow to import
 
-            if len(rows) == 1 or not should_reduce_batch_size(error):
+            if not should_reduce_batch_size(error) or (len(rows) == 1 and not spare(self.parts)):
                 raise
         torch.cuda.empty_cache()  # outside of the handler, which held on to what had been allocated
         return None

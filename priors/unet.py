@@ -104,7 +104,7 @@ class UNet(nn.Module):
             )
         self.in_channels, self.width, self.factor = in_channels, width, 2**last
         self.context_dim, self.num_classes, self.embedding_dim = context_dim, num_classes, embedding_dim
-        self.dropout, self.ddpm = dropout, convention == "ddpm"
+        self.dropout, self.ddpm, self.sliced = dropout, convention == "ddpm", False
         eps, modulation = (1e-6 if self.ddpm else 1e-5), 4 * width
 
         def block(n_in: int, level: int, attends: bool) -> UNetBlock:
@@ -159,6 +159,7 @@ class UNet(nn.Module):
 
     def slice_attention(self, piece: int | None) -> None:
         """Attention takes so many queries at a time from now on, or all (None); see `layers.attention.attend`."""
+        self.sliced = piece is not None
         for module in self.modules():
             if isinstance(module, SpatialAttention | CrossAttention):
                 module.piece = piece

@@ -7,6 +7,7 @@ from kartina.pipeline.convert import from_compvis, from_diffusers, to_diffusers
 from kartina.tokenizers.autoencoder import Autoencoder, LatentScale, latent_sums
 from kartina.tokenizers.autoencoder_kl import AutoencoderKL
 from kartina.tokenizers.spec import LatentsSpec
+from kartina.tokenizers.tiles import decode_tiles
 from kartina.tokenizers.vae import VAE, moments, reparameterise
 
 TINY = {"image_size": 16, "width": 8, "channel_mult": (1, 2, 2), "blocks_per_level": 1, "norm_groups": 4}
@@ -161,3 +162,15 @@ def test_bad_sizes_are_refused():
             Autoencoder(**TINY | wrong)
     with pytest.raises(ValueError, match="'pixel' or 'shared'"):
         VAE(scale="both")
+
+
+def test_tiles_of_what_sees_one_place_make_the_whole():
+    z = torch.randn(2, 4, 7, 5, generator=torch.Generator().manual_seed(0))
+
+    def decode(latents):
+        return torch.nn.functional.interpolate(latents[:, :3], scale_factor=4)
+
+    for side, overlap in ((3, 1), (4, 2), (5, 0), (9, 3)):
+        torch.testing.assert_close(decode_tiles(decode, z, side, overlap), decode(z))
+    with pytest.raises(ValueError, match="0 <= overlap < side"):
+        decode_tiles(decode, z, 2, 2)

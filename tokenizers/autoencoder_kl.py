@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .autoencoder import Decoder, Encoder, LatentScale, Layout
 from .spec import LatentsSpec, check_image
+from .tiles import decode_tiles
 from .vae import moments, reparameterise
 
 
@@ -20,7 +21,7 @@ class AutoencoderKL(nn.Module):
 
     latent_channels: C, of the latents and of what encoder and decoder hand over. The other sizes: see
     `autoencoder.Layout`. `scale` holds the measured mean and standard deviation of the latents: what `encode` gives and
-    `decode` takes is scaled by it.
+    `decode` takes is scaled by it. `tile`: so many places a side are decoded at a time, None for all; see `tiles`.
     """
 
     outer = ("quant_conv", "post_quant_conv")
@@ -43,6 +44,7 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         self.scale = LatentScale(latent_channels)
+        self.tile: int | None = None
 
     @property
     def last_layer(self) -> Tensor:
@@ -60,7 +62,8 @@ class AutoencoderKL(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> image (B, 3, H, W), unclamped. Raises ValueError for another shape."""
         self.spec.check(latents, type(self).__name__)
-        return self._image(self.scale.inverse(latents))
+        z = self.scale.inverse(latents)
+        return self._image(z) if self.tile is None else decode_tiles(self._image, z, self.tile, self.tile // 4)
 
     def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Image (B, 3, H, W) -> mean and logarithm of the variance, each (B, C, h, w), unscaled."""

@@ -11,30 +11,38 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 PAD = 0
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 _PAD_TOKEN = "<pad>"
+_WORD_END = "</w>"
+_CLIP_WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # of its release
+)
 _FORMAT = "kartina-captions-1"
 
 
 class CaptionTokenizer:
-    """Byte-level BPE with a fixed context. Make one with `train` or `load`.
+    """Byte-level BPE with a fixed context. Make one with `train`, `clip` or `load`.
 
     `context_length`: T. `vocab_size`: the number of ids, 0 (padding) included; below the size asked for when the
-    captions hold fewer pairs. `num_truncated`: how many captions `encode` has cut so far.
+    captions hold fewer pairs. `padded`: whether 0 is padding; in CLIP's it is a word like others, and lengths tell.
+    `num_truncated`: how many captions `encode` has cut so far.
     """
 
     def __init__(self, tokenizer: Tokenizer, context_length: int) -> None:
         if context_length < 1:
             raise ValueError(f"CaptionTokenizer needs a context_length of at least 1, got {context_length}")
-        if tokenizer.token_to_id(_PAD_TOKEN) != PAD:
+        self.padded = getattr(tokenizer.model, "end_of_word_suffix", None) != _WORD_END
+        if self.padded and tokenizer.token_to_id(_PAD_TOKEN) != PAD:
             raise ValueError(f"CaptionTokenizer needs id {PAD} to be {_PAD_TOKEN!r}; train the vocabulary with `train`")
-        # A caption that spells the padding token is text like any other.
-        tokenizer.encode_special_tokens = True
+        # A caption that spells the padding token is text like any other; CLIP's reference takes such a word literally.
+        tokenizer.encode_special_tokens = self.padded
         self._tokenizer = tokenizer
         self.context_length = context_length
         self.num_truncated = 0
@@ -57,48 +65,81 @@ class CaptionTokenizer:
         tokenizer.train_from_iterator(captions, trainer)
         return cls(tokenizer, context_length)
 
+    @classmethod
+    def clip(
+        cls, vocab: dict[str, int], merges: Sequence[tuple[str, str]], context_length: int = 75, pad: str = CLIP_END
+    ) -> "CaptionTokenizer":
+        """CLIP's BPE (Radford 2021, arXiv:2103.00020, section 2.4), which gives the ids of transformers' CLIPTokenizer.
+
+        vocab: ids by token, the last two the start and the end, which `CLIPText.frame` writes. context_length: T
+        without these two. pad: a token that is taken literally wherever it stands, "!" for Stable Diffusion 2. Raises
+        ValueError where the vocabulary is of another model.
+        """
+        if vocab.get(CLIP_START) != len(vocab) - 2 or vocab.get(CLIP_END) != len(vocab) - 1 or pad not in vocab:
+            raise ValueError(
+                f"a vocabulary of CLIP ends in {CLIP_START} and {CLIP_END} and holds the padding {pad!r:.40}, got "
+                f"{len(vocab)} tokens with ids {[vocab.get(word) for word in (CLIP_START, CLIP_END, pad)]} of these"
+            )
+        suffixes = {"continuing_subword_prefix": "", "end_of_word_suffix": _WORD_END}
+        tokenizer = Tokenizer(models.BPE(vocab, list(merges), unk_token=CLIP_END, **suffixes))
+        spaces = normalizers.Replace(Regex(r"\s+"), " ")
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+        words = pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(_WORD_END, " ")])
+        tokenizer.add_special_tokens([CLIP_START, CLIP_END, pad])
+        return cls(tokenizer, context_length)
+
     @property
     def vocab_size(self) -> int:
-        return self._tokenizer.get_vocab_size()
+        """Of CLIP's, without the start and the end."""
+        return self._tokenizer.get_vocab_size() - (0 if self.padded else 2)
+
+    def definition(self) -> dict[str, Any]:
+        """What tokenizer.json of Hugging Face's tokenizers holds."""
+        return json.loads(self._tokenizer.to_str())
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B captions -> (tokens int64 (B, T) padded on the right with 0, lengths int64 (B,), 0 to T).
 
-        A caption of more than T tokens keeps its first T; the first time this happens there is one warning, and
-        `num_truncated` counts them all. Raises ValueError for a single string in place of a sequence.
+        A caption of more than T tokens keeps its first T; the first time this happens there is one warning, which says
+        what was cut, and `num_truncated` counts them all. Raises ValueError for a single string in place of a sequence.
         """
         if isinstance(captions, str):
             raise ValueError("CaptionTokenizer.encode needs a sequence of captions, got one string; pass [caption]")
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(captions))]
-        self._count_truncated(sum(len(row) > self.context_length for row in rows))
+        found = self._tokenizer.encode_batch(list(captions), add_special_tokens=False)
+        rows = [encoding.ids for encoding in found]
+        self._count_truncated([row[self.context_length :] for row in rows if len(row) > self.context_length])
         tokens = torch.full((len(rows), self.context_length), PAD, dtype=torch.int64)
         lengths = torch.tensor([min(len(row), self.context_length) for row in rows], dtype=torch.int64)
         for i, row in enumerate(rows):
             tokens[i, : lengths[i]] = torch.tensor(row[: self.context_length], dtype=torch.int64)
         return tokens, lengths
 
-    def _count_truncated(self, count: int) -> None:
-        if count and not self.num_truncated:
+    def _count_truncated(self, ends: list[list[int]]) -> None:
+        if ends and not self.num_truncated:
+            lost = "; ".join(repr(self._tokenizer.decode(end)) for end in ends[:3])
             warnings.warn(
-                f"captions longer than {self.context_length} tokens are cut; num_truncated counts them "
-                "(this warning comes once)",
+                f"captions longer than {self.context_length} tokens are cut, here before {lost}"
+                f"{' and others' if len(ends) > 3 else ''}; num_truncated counts them (this warning comes once)",
                 stacklevel=3,
             )
-        self.num_truncated += count
+        self.num_truncated += len(ends)
 
     def decode(self, tokens: Tensor) -> list[str]:
         """Tokens int64 (B, T) -> B captions, lower-cased and NFC; padding is left out."""
         if tokens.dim() != 2:
             raise ValueError(f"CaptionTokenizer.decode needs tokens of shape (B, T), got {tuple(tokens.shape)}")
-        rows = [[token for token in row if token != PAD] for row in tokens.tolist()]
-        return self._tokenizer.decode_batch(rows, skip_special_tokens=True)
+        rows = [[token for token in row if token != PAD or not self.padded] for row in tokens.tolist()]
+        texts = self._tokenizer.decode_batch(rows, skip_special_tokens=True)
+        return texts if self.padded else [text.removesuffix(" ") for text in texts]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write vocabulary, merges and context length as one JSON file."""
         content = {
             "format": _FORMAT,
             "context_length": self.context_length,
-            "tokenizer": json.loads(self._tokenizer.to_str()),
+            "tokenizer": self.definition(),
         }
         whole = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")  # renamed when it is complete
         whole.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,92 @@
+"""The scheduler_config.json of diffusers to the noise and the sampler of a recipe, and back.
+
+A config comes from anyone: noise that ours does not make is an error, never passed over. What it says of the steps
+themselves (their spacing, an offset, the order of a solver) is left to our sampler of that name.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from ..priors.diffusion_samplers import SAMPLERS
+from ..priors.schedules import SCHEDULES
+from .recipe import Recipe
+
+_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+_PREDICTIONS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}
+_DEFAULT = "dpmpp_2m"  # for a scheduler of which we have none
+# Ours: the class there that makes the same steps, and how it has to be set for it.
+_CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {"solver_type": "bh2"}),
+}
+_BETWEEN = {"euler", "euler_ancestral", "heun"}  # step between timesteps, by default
+
+
+def noise_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `diffusion` of a recipe. Raises ValueError for betas or a prediction that ours has no word for."""
+    schedules = {theirs: ours for ours, theirs in _SCHEDULES.items()}
+    predictions = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
+    kind, predicted = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
+    if config.get("trained_betas") is not None or kind not in schedules or predicted not in predictions:
+        raise ValueError(
+            f"the scheduler must have no trained_betas, a beta_schedule among {', '.join(schedules)} and a "
+            f"prediction_type among {', '.join(predictions)}, got {kind!r:.40} and {predicted!r:.40}"
+        )
+    ends = {"beta_start": config.get("beta_start", 1e-4), "beta_end": config.get("beta_end", 0.02)}
+    return {
+        "schedule": schedules[kind],
+        "num_timesteps": config.get("num_train_timesteps", 1000),
+        **({} if schedules[kind] == "cosine" else ends),
+        "zero_terminal": bool(config.get("rescale_betas_zero_snr", False)),
+        "prediction": predictions[predicted],
+    }
+
+
+def sampler_of(config: Mapping[str, Any]) -> str:
+    """Our sampler that a scheduler is; `dpmpp_2m` where there is none, as for Stable Diffusion's PNDM."""
+    name, algorithm = config.get("_class_name"), config.get("algorithm_type", "dpmsolver++")
+    for ours, (theirs, settings) in _CLASSES.items():
+        if name == theirs and settings.get("algorithm_type", algorithm) == algorithm:
+            return ours
+    return _DEFAULT
+
+
+def scheduler_config(recipe: Recipe) -> dict[str, Any]:
+    """A scheduler of diffusers with the recipe's noise, that takes the steps of its sampler.
+
+    Raises ValueError where that class cannot be set so, and for steps that begin at timestep 0, which their pipeline
+    of Stable Diffusion moves by one.
+    """
+    import diffusers  # slow to import
+
+    noise, knobs = recipe.diffusion, recipe.sampling
+    sampler, spacing = knobs.get("sampler", _DEFAULT), knobs.get("spacing")
+    name, settings = _CLASSES[sampler] if sampler in SAMPLERS else (sampler, {})
+    spacing = spacing or ("linspace" if sampler in _BETWEEN else "trailing")
+    parameters = inspect.signature(SCHEDULES[noise.schedule]).parameters
+    ends = {
+        end: getattr(noise, end) or parameters[end].default for end in ("beta_start", "beta_end") if end in parameters
+    }
+    config = {
+        **settings,
+        **({"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}),
+        **ends,
+        "beta_schedule": _SCHEDULES[noise.schedule],
+        "num_train_timesteps": noise.num_timesteps,
+        "prediction_type": _PREDICTIONS[noise.prediction],
+        "steps_offset": 1,  # of "leading" alone; their pipeline warns of any other number
+        **({"rescale_betas_zero_snr": True} if noise.zero_terminal else {}),
+    }
+    known = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    lacking = [key for key in config if known is None or key not in inspect.signature(known).parameters]
+    if lacking or spacing == "leading":
+        what = lacking[0] if lacking else "timestep_spacing 'leading' that begins at 0"
+        raise ValueError(f"{recipe.name}: {name} of diffusers has no {what}; set another sampling.sampler or spacing")
+    return {"_class_name": name, **config}

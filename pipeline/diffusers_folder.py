@@ -1,0 +1,95 @@
+"""A diffusion model of ours as a folder of which diffusers makes a `StableDiffusionPipeline`, that paints the same.
+
+It does not know how such a folder is read, see `stable_diffusion`. Guidance and the number of steps are arguments of
+their pipeline, which such a folder cannot hold.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..tokenizers.captions import CaptionTokenizer
+from . import caption_files, checkpoint, published
+from .convert_scheduler import scheduler_config
+from .convert_unet import clip_text_to_transformers, unet_to_diffusers
+from .convert_unet_config import clip_text_config, unet_config
+from .recipe import Recipe, RecipeError, defaults
+
+
+def save(model: Path, out: Path) -> None:
+    """Writes the parts of a model folder. Raises ValueError for a system that their pipeline cannot hold."""
+    card, recipe = checkpoint.read_card(model), checkpoint.load_recipe(model)
+    for part in checkpoint.built_otherwise(card, recipe):
+        raise checkpoint.ModelError(f"{model}: recipe.yaml builds another {part} than was trained; copy again")
+    kinds = {part: recipe.parts.get(part, {}).get("kind") for part in ("tokenizer", "text", "prior")}
+    if kinds != {"tokenizer": "autoencoder_kl", "text": "clip_text", "prior": "unet"}:
+        raise RecipeError(
+            "diffusers' StableDiffusionPipeline needs a tokenizer autoencoder_kl, a text clip_text and a prior unet, "
+            f"{recipe.name} has {', '.join(f'{part} {kind}' for part, kind in kinds.items())}; export another model"
+        )
+    sizes = {part: {key: value for key, value in recipe.parts[part].items() if key != "kind"} for part in kinds}
+    weights = {part: checkpoint.load_weights(model, part) for part in kinds}
+    text = checkpoint.outline(recipe, "text", len(weights["text"]))
+    prior = unet_config(sizes["prior"]) | {"sample_size": recipe.image_size >> (len(_mult(recipe)) - 1)}
+    published.save_diffusers(out / "vae", recipe.parts["tokenizer"], _one_factor(weights["tokenizer"]))
+    _write(out / "unet", prior, "diffusion_pytorch_model", unet_to_diffusers(weights["prior"]))
+    _write(out / "text_encoder", clip_text_config(sizes["text"]), "model", clip_text_to_transformers(weights["text"]))
+    captions = CaptionTokenizer.load(model / "captions.json")
+    reader = caption_files.write(out / "tokenizer", captions, text.text_vocab, text.pad)
+    scheduler = scheduler_config(recipe)
+    _json(out / "scheduler" / "scheduler_config.json", scheduler)
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "vae": ["diffusers", "AutoencoderKL"],
+        "unet": ["diffusers", prior["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", reader],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }
+    _json(out / "model_index.json", index)
+
+
+def _mult(recipe: Recipe) -> tuple[int, ...]:
+    section = recipe.parts["tokenizer"]
+    return tuple(section.get("channel_mult", defaults("tokenizer", section["kind"])["channel_mult"]))
+
+
+def _one_factor(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same autoencoder with one scale for all channels and no mean, all that their pipeline knows.
+
+    A scale of its own for each channel goes into the two convolutions beside the latents: (m - mean) / std of a mean
+    m, and of a logarithm of the variance l - 2 ln std.
+    """
+    mean, std = weights["scale.mean"].double(), weights["scale.std"].double()
+    if not mean.any() and bool((std == std[0]).all()):
+        return weights
+    gain, still = torch.cat([1 / std, torch.ones_like(std)]), torch.zeros_like(std)
+    shift = torch.cat([-mean / std, -2 * std.log()])
+    into, back = weights["quant_conv.weight"].double(), weights["post_quant_conv.weight"].double()
+    made = {
+        "quant_conv.weight": into * gain.view(-1, 1, 1, 1),
+        "quant_conv.bias": weights["quant_conv.bias"].double() * gain + shift,
+        "post_quant_conv.weight": back * std.view(1, -1, 1, 1),
+        "post_quant_conv.bias": weights["post_quant_conv.bias"].double() + back[:, :, 0, 0] @ mean,
+        "scale.mean": still,
+        "scale.std": still + 1,
+    }
+    return weights | {name: value.float() for name, value in made.items()}
+
+
+def _write(folder: Path, config: dict[str, Any], stem: str, weights: dict[str, Tensor]) -> None:
+    folder.mkdir(parents=True)
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / f"{stem}.safetensors")
+    _json(folder / "config.json", config)
+
+
+def _json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,134 @@
+"""Models of ours as diffusers reads them: the same picture, the same captions, and what cannot be said there."""
+
+import warnings
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+from kartina import cli
+from kartina.layers.random import normal
+from kartina.pipeline import caption_files, checkpoint
+from kartina.pipeline.convert_scheduler import noise_of, sampler_of, scheduler_config
+from kartina.pipeline.denoising import schedule_of
+from kartina.pipeline.recipe import Recipe, build, dump
+from kartina.pipeline.text_to_image import TextToImage
+from kartina.priors.caption_encoder import CaptionEncoder, CLIPText
+from kartina.priors.diffusion_samplers import SAMPLERS
+from kartina.tokenizers.captions import CaptionTokenizer
+
+SEED = 3
+
+
+def run(*words):
+    done = CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+
+
+def ours(model, prompt):
+    image = TextToImage.load(model)(prompt, seed=SEED, num_steps=4, guidance_scale=3.0)[0].image
+    return np.asarray(image).astype(float)
+
+
+def theirs(pipeline, prompt):
+    pipeline.set_progress_bar_config(disable=True)
+    latents = normal(0, 0, torch.tensor([SEED]), (3, 8, 8), "sampler start")
+    knobs = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
+    return pipeline(prompt, latents=latents, **knobs).images[0].astype(np.float64) * 255
+
+
+@pytest.mark.parametrize("noise", [{"schedule": "cosine", "prediction": "v"}, {"schedule": "scaled_linear"}])
+def test_a_model_of_ours_paints_the_same_in_diffusers(tmp_path, noise):
+    unet = {"kind": "unet", "width": 8, "channel_mult": [1, 2], "blocks_per_level": 1, "norm_groups": 4}
+    parts = {
+        "tokenizer": {"kind": "autoencoder_kl", "image_size": 16, "width": 8, "channel_mult": [1, 2], "norm_groups": 2,
+                      "blocks_per_level": 1, "latent_channels": 3, "attn_resolutions": [16]},
+        "text": {"kind": "clip_text", "text_vocab": 272, "text_length": 14, "width": 16, "depth": 1, "num_heads": 2},
+        "prior": unet | {"num_heads": 2, "in_channels": 3, "attn_levels": [1], "context_dim": 16},
+    }  # fmt: skip
+    recipe = Recipe(name="tests/own", paper="none", image_size=16, captions={"vocab_size": 270, "context_length": 12},
+                    diffusion=noise, parts=parts, sampling={"sampler": "dpmpp_2m", "num_steps": 4})  # fmt: skip
+    (tmp_path / "m").mkdir()
+    CaptionTokenizer.train(["a ring", "a red ring"], 270, 12).save(tmp_path / "m" / "captions.json")
+    torch.manual_seed(1)
+    for part in parts:
+        network = build(recipe, part)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        weights = checkpoint.export(network, torch.float32)
+        if part == "tokenizer":  # as measured: each channel has its own
+            weights |= {"scale.mean": torch.tensor([0.5, -1.0, 0.1]), "scale.std": torch.tensor([0.7, 2.0, 1.3])}
+        checkpoint.save_part(tmp_path / "m", recipe, part, weights)
+    run("export", tmp_path / "m", tmp_path / "there")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "there")
+    for prompt in ("a red ring", "a <|endoftext|> кот", "ring " * 20):
+        picture = theirs(pipeline, prompt)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert picture.std() > 5 and np.abs(ours(tmp_path / "m", prompt) - picture).max() <= 1
+    image = torch.rand(1, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        mine = TextToImage.load(tmp_path / "m").parts["tokenizer"].encode(image)
+        torch.testing.assert_close(pipeline.vae.encode(image).latent_dist.mean, mine, atol=1e-5, rtol=1e-5)
+    run("convert", tmp_path / "there", tmp_path / "back")
+    assert np.abs(ours(tmp_path / "back", "a red ring") - ours(tmp_path / "m", "a red ring")).max() <= 1
+    assert CaptionTokenizer.load(tmp_path / "back/captions.json").definition() == (
+        CaptionTokenizer.load(tmp_path / "m/captions.json").definition()
+    )
+
+
+def test_open_clips_vocabulary_is_that_of_transformers(tmp_path):
+    captions = caption_files.of_open_clip(75)
+    assert caption_files.write(tmp_path / "t", captions, 49408, 49407) == "CLIPTokenizer"
+    reference = transformers.CLIPTokenizer.from_pretrained(tmp_path / "t")
+    texts = [
+        "a Red ring, and the cat's hat!",
+        "Красный круг 🐈 2026",
+        "an astronaut riding a horse <|endoftext|>",
+        "y " * 90,
+    ]
+    with pytest.warns(UserWarning, match="cut"):
+        ids, lengths = captions.encode(texts)
+    for text, row, length in zip(texts, ids.tolist(), lengths.tolist(), strict=True):
+        assert reference(text, truncation=True).input_ids == [49406, *row[:length], 49407]
+    captions.save(tmp_path / "captions.json")
+    recipe = Recipe(name="a/b", paper="", image_size=8, captions={"vocab_size": 49406, "context_length": 75}, parts={})
+    encoder = CaptionEncoder(49406, 75, 8, 1, 1)
+    with pytest.raises(checkpoint.ModelError, match="CLIP's, which has no padding"):
+        checkpoint.check_captions(tmp_path, recipe, "text", encoder)
+    checkpoint.check_captions(tmp_path, recipe, "text", CLIPText(49408, 77, 8, 1, 1))
+
+
+def test_diffusers_has_no_other_kinds(tmp_path):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    recipe = Recipe(name="tests/own", paper="none", image_size=16, parts={
+        "prior": {"kind": "unet"}, "text": {"kind": "caption_encoder"}})  # fmt: skip
+    (folder / "recipe.yaml").write_text(dump(recipe))
+    (folder / "card.json").write_text('{"format": 1, "licence": "", "parts": {}}')
+    with pytest.raises(ValueError, match="needs a tokenizer autoencoder_kl, a text clip_text and a prior unet"):
+        run("export", folder, tmp_path / "there")
+    assert not (tmp_path / "there").exists()
+    with pytest.raises(ValueError, match="has no timestep_spacing 'leading'"):
+        scheduler_config(recipe.model_copy(update={"sampling": {"spacing": "leading"}}))
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "cosine"])
+def test_noise_and_sampler_go_there_and_back(sampler, kind):
+    noise = {"schedule": kind, "prediction": "v", "zero_terminal": kind == "linear", "num_timesteps": 500}
+    recipe = Recipe(name="a/b", paper="", image_size=8, parts={}, diffusion=noise, sampling={"sampler": sampler})
+    if kind == "linear" and sampler in ("heun",):
+        with pytest.raises(ValueError, match="HeunDiscreteScheduler of diffusers has no rescale_betas_zero_snr"):
+            scheduler_config(recipe)
+        return
+    config = scheduler_config(recipe)
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    back = Recipe(name="a/b", paper="", image_size=8, parts={}, diffusion=noise_of(dict(scheduler.config)))
+    same = schedule_of(back).alpha_bar[:-1].float()
+    torch.testing.assert_close(scheduler.alphas_cumprod[:-1], same, atol=1e-5, rtol=1e-3)
+    assert schedule_of(back).alpha_bar.equal(schedule_of(recipe).alpha_bar)
+    assert sampler_of(config) == sampler

@@ -1,0 +1,337 @@
+"""Stable Diffusion in and out, beside diffusers: tiny systems of random weights paint the same picture."""
+
+import fnmatch
+import json
+import shutil
+import warnings
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from kartina import cli
+from kartina.layers.random import normal
+from kartina.pipeline import checkpoint, stable_diffusion
+from kartina.pipeline.convert_unet import unet_to_compvis
+from kartina.pipeline.text_to_image import TextToImage
+from kartina.pipeline.unpickle import WeightsError
+
+SHAPE, SEED, PROMPT = (4, 4, 4), 3, "a Red ring, and the cat's hat!"
+KINDS = ("sd1", "sd2")
+
+
+def vocabulary():
+    """A BPE of bytes alone, with a few merges, and CLIP's two last tokens."""
+    from tokenizers import pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("a", "t</w>"), ("r", "e"), ("re", "d</w>"), ("c", "at</w>")]
+    words = [*alphabet, *(f"{byte}</w>" for byte in alphabet), *("".join(pair) for pair in merges)]
+    return {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}, merges
+
+
+def new_pipeline(kind):
+    """Of the sizes that CompVis' files imply: 32 groups, 8 heads or heads 64 wide."""
+    torch.manual_seed(0)
+    vocab, merges = vocabulary()
+    first = kind == "sd1"
+    tokenizer = transformers.CLIPTokenizer(
+        vocab=vocab, merges=merges, pad_token="<|endoftext|>" if first else "!", model_max_length=77
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=4, in_channels=4, out_channels=4, block_out_channels=(64, 128), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=64, attention_head_dim=8 if first else (1, 2), use_linear_projection=not first,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(32, 64, 64, 64), layers_per_block=1, latent_channels=4, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    text = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=len(vocab), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1,
+            hidden_act="quick_gelu" if first else "gelu", bos_token_id=len(vocab) - 2, eos_token_id=len(vocab) - 1,
+        )
+    )  # fmt: skip
+    for network in (unet, vae, text):
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.1 if network is not vae else 0.05)
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing",
+        prediction_type="epsilon" if first else "v_prediction",
+    )  # fmt: skip
+    return diffusers.StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def published(request, tmp_path_factory):
+    """(kind, folder of diffusers, its picture as 0 to 255)."""
+    folder = tmp_path_factory.mktemp(request.param) / "there"
+    pipeline = new_pipeline(request.param)
+    pipeline.save_pretrained(folder)
+    return request.param, folder, theirs(pipeline)
+
+
+def theirs(pipeline, shape=SHAPE, guidance=3.0, prompt=PROMPT):
+    pipeline.set_progress_bar_config(disable=True)
+    latents = normal(0, 0, torch.tensor([SEED]), shape, "sampler start")
+    image = pipeline(prompt, latents=latents, num_inference_steps=4, guidance_scale=guidance, output_type="np").images
+    return image[0].astype(np.float64) * 255
+
+
+def ours(model, prompt=PROMPT, **how):
+    system = model if isinstance(model, TextToImage) else TextToImage.load(model)
+    return np.asarray(system(prompt, seed=SEED, num_steps=4, guidance_scale=3.0, **how)[0].image).astype(float)
+
+
+def run(*words):
+    done = CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_a_folder_of_diffusers_paints_the_same(published):
+    _, folder, picture = published
+    assert picture.std() > 10
+    assert np.abs(ours(folder) - picture).max() <= 1
+
+
+def single_file(kind, folder, path):
+    """The weights of a folder of diffusers as CompVis' training writes them."""
+    system = stable_diffusion.load(folder)
+    vae = {n: t for n, t in system.weights["tokenizer"].items() if not n.startswith("scale.")}
+    unet = unet_to_compvis(system.weights["prior"], linear_projections=kind == "sd2")
+    if kind == "sd1":
+        text = {f"transformer.{n}": t for n, t in load_file(folder / "text_encoder" / "model.safetensors").items()}
+        text["transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    else:
+        text = {f"model.{n}": t for n, t in system.weights["text"].items()}
+        last = {n.replace("resblocks.1.", "resblocks.2."): torch.zeros_like(t) for n, t in text.items()}
+        text |= {n: t for n, t in last.items() if "resblocks.2." in n}
+        text |= {"model.logit_scale": torch.ones(()), "model.text_projection": torch.zeros(64, 64)}
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square().float()
+    weights = {"betas": betas, "alphas_cumprod": torch.zeros(1000), "model_ema.decay": torch.ones(())}
+    for prefix, part in (("model.diffusion_model.", unet), ("first_stage_model.", vae), ("cond_stage_model.", text)):
+        weights |= {f"{prefix}{name}": tensor.clone().contiguous() for name, tensor in part.items()}
+    if path.suffix == ".safetensors":
+        save_file(weights, path)
+    else:
+        torch.save({"state_dict": weights, "global_step": 1, "callbacks": {torch.nn.Identity: {}}}, path)
+    return path
+
+
+def test_the_single_file_of_the_same_weights_paints_the_same(published, tmp_path):
+    kind, folder, _ = published
+    path = single_file(kind, folder, tmp_path / ("sd.ckpt" if kind == "sd1" else "sd.safetensors"))
+    more = ["--prediction", "v"] if kind == "sd2" else []
+    told = run("convert", path, tmp_path / "m", "--image-size", 32, "--tokenizer", folder / "tokenizer", *more)
+    assert "prior: " in told
+    a, b = TextToImage.load(tmp_path / "m"), TextToImage.load(folder)
+    assert a.model_hash == b.model_hash and a.captions.definition() == b.captions.definition()
+    assert a.recipe.diffusion.prediction == b.recipe.diffusion.prediction
+    assert (ours(a) == ours(b)).all()
+    if kind == "sd1":  # it says all that is needed
+        loaded = stable_diffusion.load(path, image_size=32, tokenizer=folder / "tokenizer")
+        assert loaded.recipe.parts == a.recipe.parts
+
+
+def test_import_export_and_import_again_is_the_identity(published, tmp_path):
+    _, folder, picture = published
+    run("convert", folder, tmp_path / "m", "--licence", "openrail", "--name", "imported/sd")
+    run("export", tmp_path / "m", tmp_path / "there", "--to", "diffusers")
+    run("convert", tmp_path / "there", tmp_path / "again", "--licence", "openrail", "--name", "imported/sd")
+    for name in ("recipe.yaml", "captions.json"):
+        assert (tmp_path / "m" / name).read_text() == (tmp_path / "again" / name).read_text()
+    one, two = (json.loads((tmp_path / where / "card.json").read_text())["parts"] for where in ("m", "again"))
+    assert {part: entry["hash"] for part, entry in one.items()} == {part: entry["hash"] for part, entry in two.items()}
+    assert np.abs(theirs(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "there")) - picture).max() < 1e-2
+    painted = ours(tmp_path / "m")
+    assert (painted == ours(folder)).all() and np.abs(painted - picture).max() <= 1
+
+
+def test_captions_have_the_ids_of_transformers_in_both_forms(published, tmp_path):
+    kind, folder, _ = published
+    system = stable_diffusion.load(folder)
+    run("convert", folder, tmp_path / "m")
+    run("export", tmp_path / "m", tmp_path / "there")
+    assert not (folder / "tokenizer" / "vocab.json").exists() and (tmp_path / "there/tokenizer/vocab.json").exists()
+    both = stable_diffusion.load(tmp_path / "there").captions
+    reference = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    texts = [PROMPT, "Красный   круг\n🐈", "it's <|endoftext|> 1234 wow!!! <|STARTOFTEXT|>", "e\u0301", " "]
+    frame = checkpoint.outline(system.recipe, "text", 100).frame
+    for text in texts:
+        ids = reference(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        for captions in (system.captions, both):
+            assert frame(*captions.encode([text])).tolist() == ids.tolist()
+    assert system.captions.decode(system.captions.encode(["a red cat"])[0][:, :3])[0] == "a red cat"
+
+
+@pytest.mark.parametrize("published", ["sd1"], indirect=True)
+def test_a_long_prompt_is_cut_with_a_word_of_what_was(published):
+    _, folder, _ = published
+    system = TextToImage.load(folder)
+    with pytest.warns(UserWarning, match=r"longer than 75 tokens are cut, here before 'red ring"):
+        long = ours(system, "a " * 75 + "red ring")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert (ours(system, "a " * 75) == long).all()
+
+
+@pytest.mark.parametrize("published", ["sd1"], indirect=True)
+def test_half_the_digits(published):
+    _, folder, picture = published
+    half = TextToImage.load(folder, dtype=torch.bfloat16)
+    assert {p.dtype for part in half.parts.values() for p in part.parameters()} == {torch.bfloat16}
+    assert np.abs(ours(half) - picture).mean() < 8
+
+
+@pytest.mark.parametrize("published", ["sd1"], indirect=True)
+def test_where_memory_ends_attention_is_sliced_and_then_the_picture_decoded_in_tiles(published, monkeypatch):
+    _, folder, picture = published
+    system = TextToImage.load(folder)
+    paint, fails = system._paint, [True]
+
+    def fail_at_first(*arguments):
+        if fails.pop():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return paint(*arguments)
+
+    monkeypatch.setattr(system, "_paint", fail_at_first)
+    monkeypatch.setattr("kartina.pipeline.memory._QUERIES", 3)
+    fails[:] = [False, True]
+    with pytest.warns(UserWarning, match="attention takes 3 queries"):
+        assert np.abs(ours(system) - picture).max() <= 1
+    fails[:] = [False, True]
+    with pytest.warns(UserWarning, match="decoding in tiles"):
+        tiled = ours(system)
+    assert system.parts["tokenizer"].tile == 2 and tiled.shape == picture.shape and (tiled != picture).any()
+    fails[:] = [True]
+    with pytest.raises(torch.OutOfMemoryError):
+        ours(system)
+
+
+def as_bin(path):
+    torch.save(load_file(path), path.with_name(path.name.replace("model.safetensors", "pytorch_model.bin")))
+
+
+@pytest.mark.parametrize("published", ["sd1"], indirect=True)
+def test_halves_and_pickles_of_a_folder_are_read(published, tmp_path):
+    _, folder, picture = published
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    as_bin(copy / "text_encoder" / "model.safetensors")
+    (copy / "text_encoder" / "model.safetensors").unlink()
+    unet = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(unet), unet.with_suffix(".bin"))
+    unet.unlink()
+    vae = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(vae).items()}, vae.with_suffix(".fp16.safetensors"))
+    vae.unlink()
+    system = stable_diffusion.load(copy)
+    assert system.weights["tokenizer"]["post_quant_conv.weight"].dtype == torch.float16
+    assert np.abs(ours(copy) - picture).max() <= 2
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def drop_tensor(path):
+    weights = load_file(path)
+    del weights["conv_out.bias"]
+    save_file(weights, path)
+
+
+UNET, SCHEDULER = "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"
+BAD = {
+    "a part": (lambda f: shutil.rmtree(f / "vae"), "it has no vae, of unet, vae, text_encoder, tokenizer, scheduler"),
+    "weights": (lambda f: (f / UNET).unlink(), "safetensors is missing; download"),
+    "a tensor": (lambda f: drop_tensor(f / UNET), r"1 are missing \(conv_out.bias"),
+    "a file": (lambda f: (f / "text_encoder/model.safetensors").write_bytes(b"x" * 99), "not a whole safetensors file"),
+    "another pipeline": (
+        lambda f: edit(f / "model_index.json", _class_name="StableDiffusionXLPipeline"),
+        "model_index.json is of 'StableDiffusionXLPipeline'; expected StableDiffusionPipeline",
+    ),
+    "no JSON": (lambda f: (f / "unet/config.json").write_text("{"), "is no Stable Diffusion that can be read"),
+    "another activation": (lambda f: edit(f / "text_encoder/config.json", hidden_act="relu"), "gelu or quick_gelu"),
+    "betas": (lambda f: edit(f / SCHEDULER, trained_betas=[0.1] * 1000), "no trained_betas"),
+    "no signal": (lambda f: edit(f / SCHEDULER, rescale_betas_zero_snr=True), "zero terminal SNR"),
+    "no tokenizer": (lambda f: (f / "tokenizer/tokenizer.json").unlink(), "needs tokenizer.json, or vocab.json"),
+    "another width": (lambda f: edit(f / "unet/config.json", cross_attention_dim=32), "expected shape"),
+    "no end": (lambda f: edit(f / "unet/config.json", layers_per_block=10**9), "more tensors than the file holds"),
+    "another vocabulary": (lambda f: edit(f / "text_encoder/config.json", vocab_size=600), "expected shape"),
+}
+
+
+@pytest.mark.parametrize("published", ["sd1"], indirect=True)
+@pytest.mark.parametrize("what", list(BAD))
+def test_what_is_no_whole_system_is_one_error(published, tmp_path, what):
+    _, folder, _ = published
+    spoil, message = BAD[what]
+    spoil(shutil.copytree(folder, tmp_path / "copy"))
+    with pytest.raises(WeightsError, match=message):
+        TextToImage.load(tmp_path / "copy")
+
+
+def test_a_single_file_that_does_not_tell_enough_is_refused(published, tmp_path):
+    kind, folder, _ = published
+    path = single_file(kind, folder, tmp_path / "sd.safetensors")
+    weights = load_file(path)
+    if kind == "sd2":
+        with pytest.raises(WeightsError, match="does not say what it predicts"):
+            TextToImage.load(path)
+    more = {"prediction": "v", "image_size": 32, "tokenizer": folder / "tokenizer"}
+    for change, message in (
+        ({"betas": weights["betas"] * 2}, "betas are not those of Stable Diffusion"),
+        ({"colorize": torch.zeros(3)}, "'colorize' is no tensor of a Stable Diffusion file"),
+        ({"model.diffusion_model.label_emb.weight": torch.zeros(3)}, "1 have no place"),
+    ):
+        save_file(weights | change, tmp_path / "changed.safetensors")
+        with pytest.raises(WeightsError, match=message):
+            stable_diffusion.load(tmp_path / "changed.safetensors", **more)
+    with pytest.raises(WeightsError, match="has 518 ids|ids and its text encoder"):
+        stable_diffusion.load(path, prediction="v", image_size=32)  # open_clip's vocabulary is the published one
+    run("convert", path, tmp_path / "t", "--part", "tokenizer", "--image-size", 32)
+    assert list(checkpoint.load_recipe(tmp_path / "t").parts) == ["tokenizer"]
+
+
+@pytest.mark.parametrize("published", ["sd1"], indirect=True)
+def test_a_repository_of_the_hub_is_fetched_by_name(published, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    _, folder, picture = published
+
+    def fetch(name, allow_patterns):
+        if name != "someone/sd":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            inside = str(path.relative_to(folder))
+            if any(fnmatch.fnmatch(inside, pattern) for pattern in allow_patterns):
+                (tmp_path / "hub" / inside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, tmp_path / "hub" / inside)
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert np.abs(ours("hf-hub:someone/sd") - picture).max() <= 1
+    run("convert", "someone/sd", tmp_path / "m")
+    with pytest.raises(WeightsError, match="could not be fetched from the hub"):
+        TextToImage.load("hf-hub:someone/else")
+
+
+@pytest.mark.parametrize("published", ["sd1"], indirect=True)
+def test_the_command_line_paints_with_it(published, tmp_path):
+    _, folder, picture = published
+    run(
+        "paint", PROMPT, "--model", folder, "--steps", 4, "--guidance", 3.0, "--seed", SEED, "--out", tmp_path / "a.png"
+    )
+    painted = np.asarray(Image.open(tmp_path / "a.png")).astype(float)
+    assert np.abs(painted - picture).max() <= 1
+    with pytest.raises(ValueError, match="has no trained CLIP"):
+        TextToImage.load(folder)(PROMPT, candidates=2)
