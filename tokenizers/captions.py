@@ -118,7 +118,7 @@ class CaptionTokenizer:
 
     def _count_truncated(self, ends: list[list[int]]) -> None:
         if ends and not self.num_truncated:
-            lost = "; ".join(repr(self._tokenizer.decode(end)) for end in ends[:3])
+            lost = "; ".join(repr(self._tokenizer.decode(end).lstrip("\ufffd")) for end in ends[:3])
             warnings.warn(
                 f"captions longer than {self.context_length} tokens are cut, here before {lost}"
                 f"{' and others' if len(ends) > 3 else ''}; num_truncated counts them (this warning comes once)",
