@@ -9,6 +9,7 @@ It does not know how parts are loaded, ranked or trained.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -65,12 +66,14 @@ class CodeDrawing:
 class DiffusionDrawing:
     """A diffusion prior's: latents (B, C, h, w), or pixels where the recipe has no tokenizer.
 
-    A prior that reads no captions draws anything, whatever they say. A negative prompt takes the null caption's place.
+    A prior of classes reads their numbers, as "7"; one that reads nothing draws anything, whatever the captions say. A
+    negative prompt takes the null caption's place.
     """
 
     def __init__(self, recipe: Recipe, parts: dict[str, Any], captions: CaptionTokenizer | None) -> None:
-        self.recipe, self.prior, self.captions = recipe, parts["prior"], captions
+        self.recipe, self.prior = recipe, parts["prior"]
         self.text, self.tokenizer = parts.get("text"), parts.get("tokenizer")
+        self.captions = getattr(self.text, "captions", captions)  # its own, where it comes with a tokenizer
         side, channels = recipe.image_size, self.prior.in_channels
         self.shape = (channels, side, side) if self.tokenizer is None else tuple(self.tokenizer.spec.shape)
         wanted = 3 if self.tokenizer is None else self.shape[0]
@@ -100,7 +103,7 @@ class DiffusionDrawing:
             walk["eta"] = eta
         if scale == 1 and (negative or rescale or low or high is not None):
             raise RecipeError("a negative prompt and the other knobs of guidance need a guidance_scale other than 1")
-        if scale != 1 and self.text is None:
+        if scale != 1 and self.text is None and self.prior.num_classes is None:
             raise RecipeError(f"{self.recipe.name} reads no captions to be guided by; leave guidance_scale at 1")
         weight = next(self.prior.parameters())
         denoise: Denoise = denoiser_of(self.recipe, self.prior)
@@ -114,12 +117,21 @@ class DiffusionDrawing:
         return z.to(weight.dtype)
 
     def condition(self, captions: Sequence[str]) -> Condition:
-        """What the prior reads of captions."""
+        """What the prior reads of captions, or of the numbers of classes."""
         if self.text is None or self.captions is None:
-            return self.prior.null_condition(len(captions))
+            null = self.prior.null_condition(len(captions))
+            return null if null.labels is None else null._replace(labels=self.labels(captions).to(null.labels))
         text = self.text.frame(*self.captions.encode(captions)).to(next(self.text.parameters()).device)  # (B, T)
         tokens, mask = self.text(text)
         return Condition(tokens=tokens, mask=mask)
+
+    def labels(self, captions: Sequence[str]) -> Tensor:
+        """The classes that captions name by number, int64 (B,)."""
+        last, words = self.prior.num_classes - 1, [caption.strip() for caption in captions]
+        for word in words:
+            if not re.fullmatch("[0-9]{1,9}", word) or int(word) > last:
+                raise RecipeError(f"{self.recipe.name} paints classes: say a number from 0 to {last}, got {word!r:.40}")
+        return torch.tensor([int(word) for word in words])
 
     def null(self, batch: int) -> Condition:
         """What it reads of no caption, as in training."""

@@ -30,7 +30,7 @@ from ..tokenizers.captions import CaptionTokenizer
 from . import checkpoint
 from .drawing import DRAWINGS, Progress
 from .images import to_pil
-from .recipe import Recipe, nearest, sampling_knobs
+from .recipe import Recipe, nearest, reads_captions, sampling_knobs
 from .rerank import clip_scores, rank
 
 SHIPPED = Path(__file__).parent / "models"
@@ -127,14 +127,15 @@ class TextToImage:
         card, recipe = checkpoint.read_card(folder), checkpoint.load_recipe(folder)
         if "prior" not in recipe.parts:
             raise checkpoint.ModelError(f"{folder}: its recipe has no prior, so it paints nothing; name another model")
-        hashes = {part: entry["hash"] for part, entry in card["parts"].items()}
-        reads = recipe.parts["prior"]["kind"] == "dalle" or not {"text", "clip"}.isdisjoint(recipe.parts)
+        hashes, reads = checkpoint.hashes(card, recipe), reads_captions(recipe)
         if reads:
             hashes["captions"] = checkpoint.file_hash(folder / "captions.json")
         for part, entry in card["parts"].items():
             for other, digest in entry.get("trained_against", {}).items():
                 if hashes.get(other) != digest:
-                    raise checkpoint.ModelError(f"{folder}: {part} was trained against another {other}; train it again")
+                    raise checkpoint.ModelError(
+                        f"{folder}: {part} was trained against another {other}; put that one back, or train again"
+                    )
         for part in checkpoint.built_otherwise(card, recipe):
             raise checkpoint.ModelError(f"{folder}: recipe.yaml builds another {part} than was trained; copy again")
         needed = [str(part) for part in ("tokenizer", "text", "prior") if part in recipe.parts]
