@@ -1,5 +1,6 @@
 """Pretrained text encoders: tiny random ones of transformers in folders; a prior trained over one, and painted with."""
 
+import io
 import json
 import shutil
 
@@ -7,12 +8,17 @@ import pytest
 import torch
 
 from kartina.pipeline import checkpoint
+from kartina.pipeline.images import to_pil
 from kartina.pipeline.recipe import RecipeError, count_parameters
-from kartina.pipeline.text_to_image import TextToImage
+from kartina.pipeline.text_to_image import TextToImage, metadata, repaint
 from kartina.priors import transformers_text
 from kartina.priors.transformers_text import FOLDER, PAD, TransformersText, digest, find
 from kartina.training import __main__ as trainer
+from kartina.training import cache, encode, stream
 from kartina.training import run as runs
+from kartina.training.data.shapes import ShapesSource
+from kartina.training.run import Data
+from kartina.training.shards import ShardWriter
 from kartina.training.sources import source_of
 from kartina.training.stages.diffusion import DiffusionStage
 
@@ -163,7 +169,10 @@ def test_a_prior_is_trained_over_it_and_painted_with(encoders, tmp_path, monkeyp
     system = TextToImage.load(model)
     first, second = system(["a red ring", "a blue square"], num_steps=2)
     assert first.image.size == second.image.size == (32, 32)
+    assert repaint(system, metadata(second)).image.tobytes() == second.image.tobytes()
     assert not any(parameter.requires_grad for parameter in system.parts["text"].parameters())
+
+    from_cache(model, tmp_path)
 
     other = tmp_path / "other" / "tiny" / "bert"
     shutil.copytree(encoders[0] / "tiny" / "bert", other)
@@ -171,6 +180,31 @@ def test_a_prior_is_trained_over_it_and_painted_with(encoders, tmp_path, monkeyp
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
     with pytest.raises(checkpoint.ModelError, match="prior was trained against another text; put that one back"):
         TextToImage.load(model)
+
+
+def from_cache(model, folder):
+    """The stage is given the same latents and tokens by a cache as it makes itself."""
+    with ShardWriter(folder / "shards", 8) as writer:
+        for k, picture in enumerate(to_pil(ShapesSource().read(range(6)).image)):
+            data = io.BytesIO()
+            picture.save(data, "PNG")
+            writer.write({"png": b"broken" if k == 4 else data.getvalue(), "txt": b"a red ring" if k else b"a ring"})
+    encode.encode(folder / "shards", folder / "cache", model, ["latents", "text_tokens"], processes=1)
+    recipe, training = runs.load("shapes/stable-diffusion-minilm", RECIPE)
+    data = Data(kind="shards", shards=str(folder / "shards"), cache=str(folder / "cache"))
+    pictures, against = stream.ShardSource(folder / "shards", 32, seed=0), checkpoint.read_card(model)["parts"]["prior"]
+    cached = cache.source_for(DiffusionStage, pictures, data, against["trained_against"], model)
+    fit = DiffusionStage(recipe, training.stages["prior"], cached, model, 0, torch.device("cpu"))
+    own, held = pictures.read(range(6)), cached.read(range(6))
+    good = own.weight > 0
+    assert good.sum() == 5 and set(held.encoded) == {"latents", "text_tokens"}
+    assert torch.allclose(fit._read(own)[good], fit._read(held)[good], atol=1e-5)
+    mine, found = fit._condition(own), fit._condition(held)
+    seen = mine.mask & good[:, None]
+    assert torch.equal(found.mask[good], mine.mask[good])
+    assert torch.allclose(found.tokens[seen], mine.tokens[seen], atol=1e-5)
+    ((_, (total, count), _),) = fit.updates(held, 0)
+    assert count == 5 and total.isfinite()
 
 
 @pytest.fixture

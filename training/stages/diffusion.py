@@ -42,7 +42,7 @@ class DiffusionStage(TrainingStage):
     higher_is_better = False
     depends: tuple[str, ...] = ("tokenizer", "captions", "text")
     beside: tuple[str, ...] = ("text",)
-    cached: tuple[str, ...] = ("latents",)
+    cached: tuple[str, ...] = ("latents", "text_tokens")
     knobs: ClassVar = {
         "target": Knob(choices=("eps", "x_0", "v")),
         "weighting": Knob(choices=objective.WEIGHTINGS),
@@ -121,13 +121,18 @@ class DiffusionStage(TrainingStage):
     def _read(self, batch: Batch) -> Tensor:
         """Pixels or latents, (B, C, h, w)."""
         if batch.encoded:
-            return batch.encoded["latents"]
+            return self.tokenizer.scale(batch.encoded["latents"][:, 0])  # the posterior's mean, as `encode` gives it
         return batch.image if self.tokenizer is None else self.tokenizer.encode(batch.image)
 
     def _condition(self, batch: Batch) -> Any:
         """What the network is conditioned on: framed captions, int64 (B, T), of an encoder that trains along, what a
         frozen one makes of them, or classes, or nothing.
         """
+        if "text_tokens" in batch.encoded:
+            tokens = batch.encoded["text_tokens"]
+            mask = (tokens != 0).any(dim=2)
+            mask[:, 0] = True  # of a sample that could not be read too
+            return Condition(tokens=tokens, mask=mask)
         if self.text is not None:
             text = self.text.frame(*self.captions.encode(batch.captions)).to(batch.image.device)
             return text if self.along else self._encoded(text)
