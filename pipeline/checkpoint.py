@@ -158,7 +158,7 @@ def built_otherwise(card: dict[str, Any], recipe: Recipe) -> list[str]:
         for part, identity in known.items()
         if identity.get("part", recipe.parts.get(part)) != recipe.parts.get(part)
         or identity.get("diffusion", noise) != noise
-        or any(recipe.parts.get(other) != beside for other, beside in identity.get("beside", {}).items())
+        or any(is_pretrained(recipe, p) and recipe.parts[p] != was for p, was in identity.get("beside", {}).items())
     ]
 
 

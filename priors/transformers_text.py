@@ -37,8 +37,8 @@ _OWN = {"local_files_only": True, "trust_remote_code": False}
 class TransformersText(nn.Module):
     """The last hidden states of a text encoder, looked at up to a caption's own end; pads change nothing.
 
-    source: a name of PACKAGES, a folder in FOLDER, or OWNER/NAME in the hub's cache. text_length: T. Built with fresh
-    weights, to be counted; `load` reads the trained ones. Raises ValueError for a source that is not here, or that
+    source: a name of PACKAGES, a folder in FOLDER, or OWNER/NAME in the hub's cache. text_length: T, 2 to 4096. Built
+    with fresh weights, to be counted; `load` reads the trained ones. Raises ValueError for a source that is not here or
     holds no text encoder.
     """
 
@@ -46,8 +46,8 @@ class TransformersText(nn.Module):
         super().__init__()
         from transformers import AutoModelForTextEncoding
 
-        if text_length < 2:
-            raise ValueError(f"TransformersText: text_length must be at least 2, got {text_length}; raise it")
+        if not isinstance(text_length, int) or not 2 <= text_length <= 4096:
+            raise ValueError(f"TransformersText: text_length must lie between 2 and 4096, got {text_length!r:.40}")
         self.source, self.text_length = source, text_length
         config = _config(source)
         try:
@@ -135,7 +135,7 @@ class EncoderCaptions:
 
 def find(source: str) -> Path:
     """The folder of an encoder. Raises ValueError where it is not here, with what brings it here."""
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+    if not isinstance(source, str) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
         raise ValueError(f"source is a name, or OWNER/NAME, got {source!r:.60}; {FOLDER} says in which folder it lies")
     if source in PACKAGES:
         package, inside, _ = PACKAGES[source]
@@ -176,7 +176,7 @@ def _config(source: str) -> Any:
     """The configuration of the text side; that of a package is known without it."""
     from transformers import AutoConfig
 
-    if source in PACKAGES:
+    if isinstance(source, str) and source in PACKAGES:
         return AutoConfig.for_model(**PACKAGES[source][2])
     folder = find(source)
     try:

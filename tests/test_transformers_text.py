@@ -115,9 +115,12 @@ def test_what_is_missing_is_one_clear_error(encoders, tmp_path, monkeypatch):
         find("gone")
     with pytest.raises(ValueError, match="no text encoder 'tiny/none': neither .* run `hf download tiny/none`, or set"):
         TransformersText("tiny/none")
-    for path in ("../tiny", "/tiny/bert", "a/b/c", ".hidden"):
+    for path in ("../tiny", "/tiny/bert", "a/b/c", ".hidden", {"a": 1}):
         with pytest.raises(ValueError, match="source is a name, or OWNER/NAME"):
-            find(path)
+            TransformersText(path)
+    for length in (1, 5000, "9"):
+        with pytest.raises(ValueError, match="text_length must lie between 2 and 4096"):
+            TransformersText("tiny/bert", length)
     with pytest.raises(ValueError, match="reads at most 24 tokens, got text_length 25"):
         loaded("bert", text_length=25)
     monkeypatch.setenv(FOLDER, str(tmp_path))
