@@ -27,7 +27,7 @@ import torch
 from accelerate import Accelerator
 
 from kartina.pipeline import checkpoint
-from kartina.pipeline.text_to_image import SHIPPED
+from kartina.pipeline.known_models import SHIPPED
 from kartina.training import exchange
 from kartina.training import run as runs
 from kartina.training.__main__ import source_of

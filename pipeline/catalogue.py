@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .checkpoint import read_card
+from .known_models import known_models
 from .terminal import printable
-from .text_to_image import known_models
 
 
 def catalogue() -> tuple[list[dict[str, Any]], list[str]]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..tokenizers.captions import CaptionTokenizer
-from .recipe import PARTS, Recipe, build, dump, parse
+from .recipe import PARTS, Recipe, build, dump, is_pretrained, parse
 
 FORMAT = 1
 _RECIPE_LIMIT = 2**15  # bytes
@@ -158,7 +158,21 @@ def built_otherwise(card: dict[str, Any], recipe: Recipe) -> list[str]:
         for part, identity in known.items()
         if identity.get("part", recipe.parts.get(part)) != recipe.parts.get(part)
         or identity.get("diffusion", noise) != noise
+        or any(is_pretrained(recipe, p) and recipe.parts[p] != was for p, was in identity.get("beside", {}).items())
     ]
+
+
+def hashes(card: dict[str, Any], recipe: Recipe) -> dict[str, str]:
+    """Of the parts of a card, and of the recipe's pretrained ones. Raises ValueError where one of these is not here."""
+    found = {part: entry["hash"] for part, entry in card["parts"].items()}
+    return found | {part: pretrained_hash(recipe, part) for part in recipe.parts if is_pretrained(recipe, part)}
+
+
+def pretrained_hash(recipe: Recipe, part: str) -> str:
+    """What pins a part that comes pretrained; see `priors.transformers_text.digest`."""
+    from ..priors.transformers_text import digest
+
+    return digest(recipe.parts[part]["source"])
 
 
 def save_measured(folder: Path, command: str, figures: dict[str, float], **facts: Any) -> None:
@@ -209,8 +223,14 @@ def load_part(folder: Path, recipe: Recipe, part: str, device: Any = "cpu", dtyp
     """Builds a part and loads its weights strictly; in evaluation mode, gradients off.
 
     Nothing of the part takes memory before its names and shapes are known to be those of the weights. Raises
-    ModelError where they differ, and where a part that reads text was built for other captions than lie beside it.
+    ModelError where they differ, and where a part that reads text was built for other captions than lie beside it. One
+    that comes pretrained is read from where it lies.
     """
+    if is_pretrained(recipe, part):
+        with torch.device("meta"):
+            module = build(recipe, part)
+        module.load()
+        return module.to(device=device, dtype=dtype).eval().requires_grad_(False)
     weights = load_weights(folder, part)
     _check_shapes(folder, recipe, part, weights)
     module = build(recipe, part)

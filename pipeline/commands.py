@@ -68,7 +68,8 @@ def reproduce(
     """Paint a picture again from what its PNG carries, and compare; exit with 1 where the two differ visibly."""
     from . import gallery
     from .images import psnr, read_metadata, read_picture
-    from .text_to_image import check_facts, find_by_hash, repaint
+    from .known_models import find_by_hash
+    from .text_to_image import check_facts, repaint
 
     facts, before = check_facts(read_metadata(file)), read_picture(file)
     paths = gallery.targets(out, 1)
@@ -124,8 +125,8 @@ def demo(out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = P
     """Paint a grid with every shipped model, best of 8 for each caption; its path is the last line."""
     from . import gallery
     from .checkpoint import ModelError
+    from .known_models import SHIPPED
     from .terminal import progress_bar
-    from .text_to_image import SHIPPED
 
     shipped = [name for name in gallery.DEMO if (SHIPPED / name / "card.json").is_file()]
     if not shipped:

@@ -9,6 +9,7 @@ It does not know how parts are loaded, ranked or trained.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol, Unpack
@@ -75,14 +76,16 @@ class CodeDrawing:
 class DiffusionDrawing:
     """A diffusion prior's: latents (B, C, h, w), or pixels where the recipe has no tokenizer.
 
-    A prior that reads no captions draws anything, whatever they say. A negative prompt takes the null caption's place.
-    One that reads 1 + C channels more than it draws `fills`: a mask, and the latents of a picture without what is
-    masked, stand beside what it denoises (as in Stable Diffusion's inpainting).
+    A prior of classes reads their numbers, as "7"; one that reads nothing draws anything, whatever the captions say. A
+    negative prompt takes the null caption's place. One that reads 1 + C channels more than it draws `fills`: a mask,
+    and the latents of a picture without what is masked, stand beside what it denoises (as in Stable Diffusion's
+    inpainting).
     """
 
     def __init__(self, recipe: Recipe, parts: dict[str, Any], captions: CaptionTokenizer | None) -> None:
-        self.recipe, self.prior, self.captions = recipe, parts["prior"], captions
+        self.recipe, self.prior = recipe, parts["prior"]
         self.text, self.tokenizer = parts.get("text"), parts.get("tokenizer")
+        self.captions = getattr(self.text, "captions", captions)  # its own, where it comes with a tokenizer
         side, channels = recipe.image_size, self.prior.in_channels
         self.shape = (3, side, side) if self.tokenizer is None else tuple(self.tokenizer.spec.shape)
         wanted = self.shape[0]
@@ -139,22 +142,31 @@ class DiffusionDrawing:
             raise RecipeError("a negative prompt and the other knobs of guidance need a guidance_scale other than 1")
         if scale == 1:
             return denoise
-        if self.text is None:
+        told = condition.labels if condition.tokens is None else condition.tokens
+        if told is None:
             raise RecipeError(f"{self.recipe.name} reads no captions to be guided by; leave guidance_scale at 1")
-        assert condition.tokens is not None
-        batch = len(condition.tokens)
+        batch = len(told)
         null = self.condition([negative] * batch) if negative else self.null(batch)
         null = null._replace(image=condition.image)
         return Guided(denoise, null, scale, (low, math.inf if high is None else high), rescale)
 
     def condition(self, captions: Sequence[str]) -> Condition:
-        """What the prior reads of captions; one that fills has the whole picture to fill."""
+        """What the prior reads of captions or numbers of classes; one that fills has the whole picture to fill."""
         image = self.beside(None, None).expand(len(captions), -1, -1, -1) if self.fills else None
         if self.text is None or self.captions is None:
-            return self.prior.null_condition(len(captions))._replace(image=image)
+            null = self.prior.null_condition(len(captions))._replace(image=image)
+            return null if null.labels is None else null._replace(labels=self.labels(captions).to(null.labels))
         text = self.text.frame(*self.captions.encode(captions)).to(next(self.text.parameters()).device)  # (B, T)
         tokens, mask = self.text(text)
         return Condition(tokens=tokens, mask=mask, image=image)
+
+    def labels(self, captions: Sequence[str]) -> Tensor:
+        """The classes that captions name by number, int64 (B,)."""
+        last, words = self.prior.num_classes - 1, [caption.strip() for caption in captions]
+        for word in words:
+            if not re.fullmatch("[0-9]{1,9}", word) or int(word) > last:
+                raise RecipeError(f"{self.recipe.name} paints classes: say a number from 0 to {last}, got {word!r:.40}")
+        return torch.tensor([int(word) for word in words])
 
     def null(self, batch: int) -> Condition:
         """What it reads of no caption, as in training."""

@@ -34,9 +34,11 @@ PARTS: dict[str, dict[str, tuple[str, str]]] = {
     "text": {
         "caption_encoder": ("priors.caption_encoder", "CaptionEncoder"),
         "clip_text": ("priors.caption_encoder", "CLIPText"),
+        "transformers_text": ("priors.transformers_text", "TransformersText"),
     },
     "clip": {"clip": ("tokenizers.clip_towers", "CLIP")},
 }
+PRETRAINED = ("transformers_text",)  # kinds that come with their weights, which stay where they lie
 
 
 _HALVES = ("encoder", "decoder")
@@ -119,7 +121,8 @@ class Diffusion(Section):
 class Recipe(Section):
     """One system. `parts` maps a part's name to its kind and constructor arguments.
 
-    sampling: of the section that SAMPLING has for its prior.
+    sampling: of the section that SAMPLING has for its prior. frozen: parts that stay as they are where training could
+    take them along, as the text encoder of a diffusion prior.
     """
 
     name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9.]+)*/[a-z0-9]+([-.][a-z0-9]+)*$")
@@ -127,6 +130,7 @@ class Recipe(Section):
     image_size: int = Field(ge=8)
     captions: Captions = Captions()
     parts: dict[str, dict[str, Any]]
+    frozen: tuple[str, ...] = ()
     licence: str = "Apache-2.0"
     sampling: dict[str, Any] = {}
     diffusion: Diffusion = Diffusion()
@@ -177,6 +181,9 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
     recipe = validate(Recipe, tree, where)
     for part, arguments in recipe.parts.items():
         _check_part(part, arguments, where)
+    for part in recipe.frozen:
+        if part not in recipe.parts:
+            raise RecipeError(f"{where}: frozen: there is no part {part!r}; {nearest(part, list(recipe.parts))}")
     return recipe.model_copy(update={"sampling": sampling_knobs(recipe, {}, f"{where}: sampling")})
 
 
@@ -240,6 +247,22 @@ def build(recipe: Recipe, part: str) -> Any:
     kind = arguments.pop("kind")
     arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     return _constructor(part, kind)(**arguments)
+
+
+def is_frozen(recipe: Recipe, part: str) -> bool:
+    """Whether no stage trains a part, nor takes it along: the recipe says so, or it comes pretrained."""
+    return part in recipe.frozen or is_pretrained(recipe, part)
+
+
+def is_pretrained(recipe: Recipe, part: str) -> bool:
+    """Whether a part is of a kind that comes with its weights, which no model folder holds."""
+    return recipe.parts.get(part, {}).get("kind") in PRETRAINED
+
+
+def reads_captions(recipe: Recipe) -> bool:
+    """Whether a part reads captions by the own caption tokenizer."""
+    readers = [part for part in ("text", "clip") if part in recipe.parts and not is_pretrained(recipe, part)]
+    return bool(readers) or recipe.parts.get("prior", {}).get("kind") == "dalle"
 
 
 def defaults(part: str, kind: str) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from . import checkpoint
 from .images import fit, grid, to_pil
+from .known_models import find_model
 from .recipe import nearest
-from .text_to_image import find_model
 
 WEIGHTS, FACTS = "attributes.safetensors", "attributes.json"
 STEPS = (0.0, 0.5, 1.0, 1.5)  # of the strength, in a row of `sheet`

@@ -11,8 +11,6 @@ B pictures of a micro-batch, T text tokens, H x W picture.
 It does not know how any part was trained.
 """
 
-import hashlib
-import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,14 +25,14 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..tokenizers.captions import CaptionTokenizer
-from . import checkpoint, editing, interpolation, published, stable_diffusion
+from . import checkpoint, editing, interpolation, stable_diffusion
 from .drawing import DRAWINGS, Progress, share_of
 from .images import to_pil
+from .known_models import find_model, model_hash
 from .memory import spare
-from .recipe import Recipe, nearest, sampling_knobs
+from .recipe import Recipe, reads_captions, sampling_knobs
 from .rerank import clip_scores, rank
 
-SHIPPED = Path(__file__).parent / "models"
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 MAX_MICRO_BATCH = 4096
 
@@ -55,40 +53,6 @@ class Painting:
     seed: int
     clip_score: float | None
     facts: dict[str, Any]
-
-
-def known_models() -> dict[str, Path]:
-    """Model folders by name: shipped ones, then those trained under ./runs.
-
-    One whose card is unreadable is left out with a warning.
-    """
-    return {name: folder for name, folder in _folders().items() if _has_card(folder)}
-
-
-def _folders() -> dict[str, Path]:
-    shipped = {str(p.parent.relative_to(SHIPPED)): p.parent for p in sorted(SHIPPED.glob("*/*/card.json"))}
-    runs = {str(p.parent): p.parent for p in sorted(Path("runs").glob("**/model/card.json"))}
-    return shipped | runs
-
-
-def _has_card(folder: Path) -> bool:
-    try:
-        checkpoint.read_card(folder)
-    except (ValueError, OSError, RecursionError) as error:
-        warnings.warn(f"{folder} is left out: {error}", stacklevel=3)
-        return False
-    return True
-
-
-def find_model(name: str) -> Path:
-    """A model by shipped name, path or hf-hub:OWNER/NAME. Raises ModelError naming the nearest known model."""
-    known = _folders()
-    if name in known or Path(name).exists():
-        return known.get(name, Path(name))
-    if name.startswith(published.HUB):
-        return published.fetch(name)
-    hint = nearest(name, list(known)) if known else "no model is here yet: train one with `kartina train shapes/dalle`"
-    raise checkpoint.ModelError(f"no model {name!r}; {hint}")
 
 
 class TextToImage:
@@ -132,14 +96,15 @@ class TextToImage:
         card, recipe = checkpoint.read_card(folder), checkpoint.load_recipe(folder)
         if "prior" not in recipe.parts:
             raise checkpoint.ModelError(f"{folder}: its recipe has no prior, so it paints nothing; name another model")
-        hashes = {part: entry["hash"] for part, entry in card["parts"].items()}
-        reads = recipe.parts["prior"]["kind"] == "dalle" or not {"text", "clip"}.isdisjoint(recipe.parts)
+        hashes, reads = checkpoint.hashes(card, recipe), reads_captions(recipe)
         if reads:
             hashes["captions"] = checkpoint.file_hash(folder / "captions.json")
         for part, entry in card["parts"].items():
             for other, digest in entry.get("trained_against", {}).items():
                 if hashes.get(other) != digest:
-                    raise checkpoint.ModelError(f"{folder}: {part} was trained against another {other}; train it again")
+                    raise checkpoint.ModelError(
+                        f"{folder}: {part} was trained against another {other}; put that one back, or train again"
+                    )
         for part in checkpoint.built_otherwise(card, recipe):
             raise checkpoint.ModelError(f"{folder}: recipe.yaml builds another {part} than was trained; copy again")
         needed = [str(part) for part in ("tokenizer", "text", "prior") if part in recipe.parts]
@@ -329,20 +294,6 @@ _FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "row": (lambda v: _is_integer(v) and 0 <= v < MAX_MICRO_BATCH, f"an integer from 0 to {MAX_MICRO_BATCH - 1}"),
     "knobs": (lambda v: isinstance(v, dict), "a table"),
 }
-
-
-def model_hash(card: dict[str, Any]) -> str:
-    """One sha256 for a whole model: over the hashes of its parts."""
-    hashes = {part: entry["hash"] for part, entry in card["parts"].items()}
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
-
-
-def find_by_hash(wanted: str) -> Path:
-    """The known model folder with this hash. Raises ModelError where there is none."""
-    for folder in known_models().values():
-        if model_hash(checkpoint.read_card(folder)) == wanted:
-            return folder
-    raise checkpoint.ModelError(f"no known model has the hash {wanted[:12]}...; `kartina models` lists the known ones")
 
 
 def metadata(painting: Painting) -> dict[str, Any]:

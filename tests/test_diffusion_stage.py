@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from kartina.pipeline import checkpoint
 from kartina.pipeline.denoising import denoiser_of, schedule_of
-from kartina.pipeline.recipe import RecipeError
+from kartina.pipeline.recipe import RecipeError, build
 from kartina.tokenizers.autoencoder_kl import AutoencoderKL
+from kartina.tokenizers.captions import CaptionTokenizer
 from kartina.tokenizers.patch_dvae import PatchDVAE
 from kartina.training import run as runs
 from kartina.training.sources import source_of
@@ -66,6 +68,25 @@ def test_classes_are_dropped_for_the_null_one(tmp_path):
     without, shapes = stage_of(tmp_path, classes="10")
     with pytest.raises(ValueError, match="needs data with labels"):
         list(without.updates(shapes.read([0, 1]), 0))
+
+
+def test_a_frozen_text_encoder_is_the_folders_and_does_not_train(tmp_path):
+    reading = SMALL.replace("attn_levels: []", "attn_levels: [1]").replace("context_dim: null", "context_dim: 16")
+    text = "parts.text={kind: clip_text, text_vocab: 302, text_length: 14, width: 16, depth: 1, num_heads: 2}"
+    words = ["captions={vocab_size: 300, context_length: 12}", text, "frozen=[text]"]
+    recipe, training = runs.load("shapes/ddpm", [reading.replace("NONE", "null"), *words])
+    source, encoder = source_of(recipe, training.data), build(recipe, "text")
+    checkpoint.save_part(tmp_path, recipe, "text", checkpoint.export(encoder, torch.float32))
+    CaptionTokenizer.train(source.captions(range(50)), 300, 12).save(tmp_path / "captions.json")
+    stage = DiffusionStage(recipe, training.stages["prior"], source, tmp_path, 0, torch.device("cpu"))
+    assert stage.network is stage.prior and list(stage.exported()) == ["prior"]
+    assert stage.needs(recipe) == ("captions", "text")
+    batch, seen = source.read(range(4)), []
+    stage.forward["prior"] = lambda x_t, t, condition, draws: seen.append(condition) or torch.zeros_like(x_t)
+    list(stage.updates(batch, 0))
+    tokens, _ = encoder.eval()(stage.text.frame(*stage.captions.encode(batch.captions)))
+    same = (seen[0].tokens - tokens).abs().amax(dim=(1, 2)) < 1e-5
+    assert same.any() and not seen[0].tokens.requires_grad
 
 
 def test_latents_must_have_a_measured_scale():

@@ -121,3 +121,14 @@ def test_parts_of_two_systems_are_refused(tmp_path):
     parts = LATENT | {"prior": LATENT["prior"] | {"context_dim": 24}}
     with pytest.raises(checkpoint.ModelError, match="looks at tokens of width 24"):
         TextToImage.load(write_model(tmp_path / "model", parts))
+
+
+def test_classes_are_painted_by_their_number(tmp_path):
+    system = TextToImage.load(write_model(tmp_path / "classes", {"prior": PIXEL["prior"] | {"num_classes": 10}}))
+    one, other, null = (pixels(system(word, seed=5)) for word in ("7", "3", " 7 "))
+    assert (one != other).any() and (one == null).all()
+    guided = pixels(system("7", seed=5, guidance_scale=3.0))
+    assert (guided != one).any() and (pixels(system("7", seed=5, guidance_scale=3.0, negative="3")) != guided).any()
+    for word in ("10", "-1", "seven", "٣"):
+        with pytest.raises(ValueError, match="tests/tiny paints classes: say a number from 0 to 9, got"):
+            system(word)

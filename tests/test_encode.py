@@ -221,7 +221,7 @@ def test_embeddings_are_those_of_the_models_clip(shards, tmp_path):
 
 
 def trainer_model():
-    from kartina.pipeline.text_to_image import SHIPPED
+    from kartina.pipeline.known_models import SHIPPED
 
     return SHIPPED / "shapes" / "dalle"
 

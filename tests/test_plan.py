@@ -14,11 +14,13 @@ from typer.testing import CliRunner
 
 from kartina import cli
 from kartina.pipeline.recipe import PARTS, RecipeError, build
-from kartina.training import footprint, plan
+from kartina.priors.transformers_text import PACKAGES
+from kartina.training import footprint, passes, plan
 from kartina.training import run as runs
 from kartina.training.optim import EMA, build_optimizers
 
-BATCH, FSDP = 4, "training.shard=fsdp"
+BATCH, FSDP, FROZEN = 4, "training.shard=fsdp", "frozen=[text]"
+PRETRAINED = "parts.text={kind: transformers_text, source: tiny, text_length: 11}"
 DVAE = "parts.tokenizer={kind: dvae, image_size: 32, num_codes: 64, width: 16, init_width: 16, num_groups: 2}"
 SMALL = ["parts.prior.depth=2", "parts.prior.attention=[conv, causal]", "parts.clip.vision_depth=1"]
 _LAYOUT = "image_size: 32, width: 16, channel_mult: [1, 2], norm_groups: 4"
@@ -33,17 +35,26 @@ LATENT = [
     f"parts.tokenizer={{kind: autoencoder_kl, {_LAYOUT}}}",
     "captions.context_length=9",
     "sampling={}",
-    "parts.text={kind: clip_text, text_length: 9, text_vocab: 100, width: 16, depth: 1, num_heads: 2}",
+    "parts.text={kind: clip_text, text_length: 11, text_vocab: 100, width: 16, depth: 1, num_heads: 2}",
     "parts.prior={kind: unet, width: 16, channel_mult: [1, 2], attn_levels: [1], context_dim: 16, norm_groups: 4}",
 ]
 KINDS = pytest.mark.parametrize(
     ("overrides", "part"),
     [
         *[([], "tokenizer"), (SMALL, "prior"), (SMALL, "clip"), ([DVAE], "tokenizer"), (LATENT, "prior")],
+        *[([*LATENT, FROZEN], "prior"), ([*LATENT, PRETRAINED], "prior")],
         *[([f"parts.tokenizer={{kind: {kind}, {sizes}}}"], "tokenizer") for kind, sizes in RECONSTRUCTING.items()],
     ],
-    ids=["patch_dvae", "dalle", "clip", "dvae", "unet", *RECONSTRUCTING],
+    ids=["patch_dvae", "dalle", "clip", "dvae", "unet", "unet_frozen", "unet_pretrained", *RECONSTRUCTING],
 )
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """A pretrained encoder's sizes; where it lies does not matter."""
+    sizes = {"vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"model_type": "bert", "intermediate_size": 32, "max_position_embeddings": 16}
+    monkeypatch.setitem(PACKAGES, "tiny", ("none", "none", sizes))
 
 
 @functools.cache
@@ -62,17 +73,17 @@ def counted(recipe, part: str, bf16: bool = False) -> footprint.Footprint:
         return footprint.measure(recipe, part, footprint.build_fake(recipe, part), BATCH, bf16=bf16)
 
 
-def real(recipe, part: str, bf16: bool = False, hold: bool = True) -> footprint.Setting:
+def real(recipe, part: str, bf16: bool = False, hold: bool = True) -> passes.Setting:
     """What `counted` counts, to be computed. hold: the network's outputs stay alive, as in a stage."""
-    network, outputs = build(recipe, part), []
+    network, outputs = passes.build_trained(recipe, part), []
 
     def forward(*inputs):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             outputs.append(convert_to_fp32(network(*inputs)))
         return outputs[-1] if hold else outputs.pop()
 
-    frozen = {other: build(recipe, other) for other in footprint.frozen_parts(recipe, part)}
-    return footprint.Setting(recipe, network, forward, {}, 1, frozen)
+    frozen = {other: build(recipe, other) for other in passes.frozen_parts(recipe, part)}
+    return passes.Setting(recipe, network, forward, {}, 1, frozen)
 
 
 def profiled(work, tmp_path) -> tuple[float, list[int], object]:
@@ -95,12 +106,12 @@ def test_every_kind_of_part_can_be_planned():
     trained = {
         part: kinds for part, kinds in PARTS.items() if part not in ("discriminator", "text")
     }  # in others' stages
-    assert {kind for kinds in trained.values() for kind in kinds} == set(footprint.PASSES)
+    assert {kind for kinds in trained.values() for kind in kinds} == set(passes.PASSES)
 
 
 def test_a_kind_without_an_entry_is_one_clear_error(monkeypatch):
-    monkeypatch.delitem(footprint.PASSES, "clip")
-    with pytest.raises(RecipeError, match=r"parts\.clip: .*'clip'.*expected one of dvae.*footprint\.py"):
+    monkeypatch.delitem(passes.PASSES, "clip")
+    with pytest.raises(RecipeError, match=r"parts\.clip: .*'clip'.*expected one of dvae.*passes\.py"):
         planned("shapes/dalle", stage="clip")
 
 
@@ -133,7 +144,7 @@ def test_flops_of_the_dvae_against_the_profiler(overrides, tmp_path):
     """Backward takes twice the forward pass, but for the first convolution, whose input needs no gradient."""
     recipe, _ = runs.load("shapes/dalle", overrides)
     setting = real(recipe, "tokenizer")
-    forward, _, _ = profiled(lambda: footprint.PASSES["dvae"][1](setting, BATCH), tmp_path)
+    forward, _, _ = profiled(lambda: passes.PASSES["dvae"][1](setting, BATCH), tmp_path)
     assert counted(recipe, "tokenizer").flops == pytest.approx(3 * forward, rel=0.1)
 
 
@@ -141,7 +152,7 @@ def test_flops_of_the_dvae_against_the_profiler(overrides, tmp_path):
 @KINDS
 def test_activations_and_peak_against_the_allocator(overrides, part, bf16, tmp_path):
     recipe, _ = runs.load("shapes/dalle", overrides)
-    loss_of = footprint.PASSES[recipe.parts[part]["kind"]][1]
+    loss_of = passes.PASSES[recipe.parts[part]["kind"]][1]
     found, setting = counted(recipe, part, bf16), real(recipe, part, bf16, hold=False)
     _, alive, loss = profiled(lambda: loss_of(setting, BATCH), tmp_path)
     assert found.saved == pytest.approx(alive[-1], rel=0.02)  # what the loss holds on to, and the loss
@@ -168,7 +179,7 @@ def test_a_micro_batch_adds_what_each_of_its_samples_takes():
 @KINDS
 def test_optimizer_and_moving_average_are_as_large_as_the_real_ones(overrides, part):
     recipe, training = runs.load("shapes/dalle", overrides)
-    network, config = build(recipe, part), training.stages[part]
+    network, config = passes.build_trained(recipe, part), training.stages[part]
     optimizers, ema = build_optimizers(network, config.optimizer), EMA(network, config.ema)
     for parameter in network.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -253,7 +264,7 @@ def test_flops_of_the_unet_against_the_profiler(tmp_path):
     """Without attention and transposed convolutions, which the profiler does not count: backward is twice forward."""
     part = "{prior: {kind: unet, in_channels: 3, width: 16, channel_mult: [1], attn_levels: [], mid_attention: false"
     recipe, _ = runs.load("shapes/dalle", [f"parts={part}, context_dim: null, norm_groups: 4}}}}", "sampling={}"])
-    forward, _, _ = profiled(lambda: footprint.PASSES["unet"][1](real(recipe, "prior"), BATCH), tmp_path)
+    forward, _, _ = profiled(lambda: passes.PASSES["unet"][1](real(recipe, "prior"), BATCH), tmp_path)
     assert counted(recipe, "prior").flops == pytest.approx(3 * forward, rel=0.05)
 
 
@@ -261,8 +272,29 @@ def test_a_published_diffusion_model_is_planned_by_the_parts_that_have_a_stage()
     found = planned("paper/ddpm-cifar10")
     assert list(found["stages"]) == ["prior"] and found["stages"]["prior"]["parameters"] == 35_746_307
     found = planned("shapes/dalle", *LATENT, "training={}")
-    assert "text" in found["parameters"] and "text" not in found["stages"]
-    assert found["stages"]["prior"]["flops_per_sample"]["frozen"] > 0
+    assert "text" not in found["stages"] and found["stages"]["prior"]["parts"] == ["prior", "text"]
+    both = found["parameters"]["prior"] + found["parameters"]["text"]
+    assert found["stages"]["prior"]["parameters"] == both and "not planned" not in plan.report(found)
+    alone = planned("shapes/dalle", *LATENT, FROZEN, "training={}")
+    assert alone["stages"]["prior"]["parameters"] == found["parameters"]["prior"]
+    assert f"not planned: text {found['parameters']['text']:,d}" in plan.report(alone)
+
+
+def test_flops_of_a_text_encoder_that_trains_with_its_prior():
+    """Of CLIP's, for the 9 tokens of a caption and the 2 of its frame: a frozen one takes a forward pass alone."""
+    recipe, _ = runs.load("shapes/dalle", LATENT)
+    frozen, _ = runs.load("shapes/dalle", [*LATENT, FROZEN])
+    tokens, width = 11, 16
+    products, attention = 2 * tokens * 12 * width**2, 2 * tokens**2 * width
+    reading = [
+        p
+        for name, p in build(recipe, "prior").named_parameters()
+        if name.endswith(("attn2.k.weight", "attn2.v.weight"))
+    ]
+    into = 2 * tokens * sum(p.numel() for p in reading)  # from keys and values back to the tokens
+    with_text, without = counted(recipe, "prior"), counted(frozen, "prior")
+    assert without.frozen_flops - with_text.frozen_flops == BATCH * (products + 2 * attention)
+    assert with_text.flops - without.flops == BATCH * (3 * products + 7 * attention + into)
 
 
 @pytest.mark.parametrize(

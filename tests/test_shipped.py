@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from kartina.pipeline import checkpoint
-from kartina.pipeline.text_to_image import SHIPPED, TextToImage, known_models
+from kartina.pipeline.known_models import SHIPPED, known_models
+from kartina.pipeline.text_to_image import TextToImage
 from kartina.training.evaluation.shapes_suite import evaluate
 
 NAMES = [name for name, folder in known_models().items() if folder.is_relative_to(SHIPPED)]

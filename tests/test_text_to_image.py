@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kartina.pipeline import checkpoint, images, text_to_image
+from kartina.pipeline import checkpoint, images, known_models
 from kartina.pipeline.recipe import Recipe, build
 from kartina.pipeline.text_to_image import TextToImage, check_facts, metadata, repaint
 from kartina.tokenizers.captions import CaptionTokenizer
@@ -223,16 +223,16 @@ def test_without_a_clip_nothing_is_ranked(tmp_path):
 
 def test_one_unreadable_card_does_not_hide_the_other_models(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(text_to_image, "SHIPPED", tmp_path / "none")
+    monkeypatch.setattr(known_models, "SHIPPED", tmp_path / "none")
     good = write_model(tmp_path / "runs" / "good" / "model", ["tokenizer", "prior"])
     bad = tmp_path / "runs" / "bad" / "model"
     bad.mkdir(parents=True)
     (bad / "card.json").write_text("{")
     with pytest.warns(UserWarning, match="runs/bad/model is left out"):
-        assert [path.resolve() for path in text_to_image.known_models().values()] == [good]
+        assert [path.resolve() for path in known_models.known_models().values()] == [good]
     card = json.loads((good / "card.json").read_text())
     with pytest.warns(UserWarning, match="left out"):
-        assert text_to_image.find_by_hash(text_to_image.model_hash(card)).resolve() == good
+        assert known_models.find_by_hash(known_models.model_hash(card)).resolve() == good
     with pytest.raises(checkpoint.ModelError, match="not readable as JSON"):
         TextToImage.load("runs/bad/model")
 

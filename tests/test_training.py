@@ -7,7 +7,8 @@ import torch
 
 from kartina.pipeline import checkpoint
 from kartina.pipeline.images import read_metadata
-from kartina.pipeline.text_to_image import SHIPPED, TextToImage
+from kartina.pipeline.known_models import SHIPPED
+from kartina.pipeline.text_to_image import TextToImage
 from kartina.training import __main__ as trainer
 from kartina.training import loop, state
 from kartina.training import run as runs

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline import checkpoint
-from ..pipeline.recipe import Recipe, RecipeError, dump, nearest
+from ..pipeline.recipe import Recipe, RecipeError, dump, is_frozen, is_pretrained, nearest
 from . import cache
 from . import run as runs
 from .sources import source_of, validation_of
@@ -111,12 +111,14 @@ def _has_card(model: Path) -> bool:
     return (model / "card.json").exists()
 
 
-def _against(model: Path, depends: tuple[str, ...]) -> dict[str, str]:
+def _against(recipe: Recipe, model: Path, depends: tuple[str, ...]) -> dict[str, str]:
     """The hashes of what a stage depends on. Raises ModelError where one is not trained yet."""
     hashes = {}
     for other in depends:
         if other == "captions":
             hashes[other] = checkpoint.file_hash(model / "captions.json")
+        elif is_pretrained(recipe, other):
+            hashes[other] = checkpoint.pretrained_hash(recipe, other)
         else:
             checkpoint.load_weights(model, other)
             hashes[other] = checkpoint.read_card(model)["parts"][other]["hash"]
@@ -129,6 +131,8 @@ def _stage(recipe: Recipe, name: str) -> Any:
 
     if name not in recipe.parts:
         raise RecipeError(f"training.stages: no part {name!r} to train; {nearest(name, list(recipe.parts))}")
+    if is_frozen(recipe, name):
+        raise RecipeError(f"training.stages.{name}: {name} is frozen; leave out this stage, or take it out of `frozen`")
     kind = recipe.parts[name]["kind"]
     if kind not in STAGES or STAGES[kind].part != name:
         raise RecipeError(f"training.stages.{name}: nothing trains {name} of the kind {kind!r} yet")
@@ -220,7 +224,7 @@ def _train(
     accelerator.wait_for_everyone()
     for name in names:
         kind, config = _stage(recipe, name), training.stages[name]
-        against = _against(model, kind.needs(recipe))
+        against = _against(recipe, model, kind.needs(recipe))
         source = sources[training.data_of(name)]
         identity = runs.identity(recipe, training, name, source.fingerprint, against, kind.beside)
         if _finished(model, name, identity, name in extended):

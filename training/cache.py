@@ -28,7 +28,10 @@ from .samples import BadSample, Index, load_index, read_encoded
 from .stream import Batch, ShardSource, Source
 
 FORMAT = 1
-PART = {"codes": "tokenizer", "latents": "tokenizer", "image_embedding": "clip", "text_embedding": "clip"}
+PART = {
+    "codes": "tokenizer", "latents": "tokenizer", "image_embedding": "clip", "text_embedding": "clip",
+    "text_tokens": "text",
+}  # fmt: skip
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -126,10 +129,11 @@ def source_for(stage: Any, source: Source, data: Data, against: dict[str, str], 
     that differ and the command that makes it anew, for a cache of other parts, preprocessing, captions or shards, or
     one that is not whole.
     """
-    if data.cache is None or not stage.cached:
+    names = [name for name in stage.cached if PART[name] in against]
+    if data.cache is None or not names or names[0] != stage.cached[0]:
         return source
     assert isinstance(source, ShardSource)  # `check_data` refuses a cache of anything else
-    folder, names = Path(data.cache), list(stage.cached)
+    folder = Path(data.cache)
     manifest = read_manifest(folder)
     words = ["data", "encode", str(data.shards), "FOLDER", "--model", str(model), *(f"--what={n}" for n in names)]
     anew = f"make it with `kartina {shlex.join(words)}` and set training.data.cache=FOLDER"

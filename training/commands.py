@@ -92,8 +92,8 @@ def evaluate(
     """
     from ..pipeline import gallery
     from ..pipeline.checkpoint import load_recipe, save_measured
+    from ..pipeline.known_models import find_model
     from ..pipeline.terminal import progress_bar
-    from ..pipeline.text_to_image import find_model
     from .data.labelled import read_fields
     from .evaluation import emoji_suite, shapes_suite
 
@@ -135,7 +135,7 @@ def evaluate(
 
 def _evaluate_tokenizer(model: str, options: dict[str, Any], device: str, save: bool, as_json: bool) -> None:
     from ..pipeline.checkpoint import save_measured
-    from ..pipeline.text_to_image import find_model
+    from ..pipeline.known_models import find_model
     from .evaluation import reports, shapes_suite
 
     folder = find_model(model)
@@ -150,9 +150,9 @@ def _evaluate_tokenizer(model: str, options: dict[str, Any], device: str, save: 
 
 def _evaluate_attributes(model: str, data: Path, per_move: int | None, device: str, save: bool, as_json: bool) -> None:
     from ..pipeline.checkpoint import save_measured
+    from ..pipeline.known_models import find_model
     from ..pipeline.resynthesis import Resynthesis
     from ..pipeline.terminal import progress_bar
-    from ..pipeline.text_to_image import find_model
     from .evaluation import attributes_suite as suite
 
     place = device_named(device)
@@ -172,7 +172,7 @@ def directions(
     device: Device = "auto",
 ) -> None:
     """Find the directions of attributes in a model's latents, for `kartina resynthesise`, and keep them beside it."""
-    from ..pipeline.text_to_image import find_model
+    from ..pipeline.known_models import find_model
     from .directions import find_directions
 
     folder = find_model(model)

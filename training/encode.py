@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from ..pipeline import checkpoint
-from ..pipeline.recipe import nearest
+from ..pipeline.known_models import find_model
+from ..pipeline.recipe import is_pretrained, nearest, reads_captions
 from ..pipeline.terminal import progress_bar
-from ..pipeline.text_to_image import find_model
 from ..tokenizers.captions import CaptionTokenizer
 from .cache import FORMAT, PART, describe_source, differing, read_manifest
 from .samples import BadSample, Entry, Index, find_shards, is_marked_bad, load_index, read_encoded, read_sample
@@ -55,6 +55,12 @@ def _latents(tokenizer: Any, image: Tensor, text: Tensor) -> Tensor:
     return torch.stack(tokenizer.posterior(image), dim=1)
 
 
+def _text_tokens(encoder: Any, image: Tensor, text: Tensor) -> Tensor:
+    """(B, T, D), zeros where its mask has no token."""
+    tokens, mask = encoder(text)
+    return tokens if mask is None else tokens * mask[:, :, None]
+
+
 def _expect(kind: str, wanted: str) -> None:
     if kind != wanted:
         raise ValueError(f"the model's tokenizer gives {kind}, not {wanted}; encode --what {kind}")
@@ -67,6 +73,7 @@ ENCODERS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "latents": _latents,
     "image_embedding": lambda clip, image, text: clip.encode_image(image),
     "text_embedding": lambda clip, image, text: clip.encode_text(text),
+    "text_tokens": _text_tokens,
 }
 
 
@@ -97,10 +104,13 @@ class _Encoder:
             raise checkpoint.ModelError(f"{folder}: recipe.yaml builds another {part} than was trained; copy again")
         names = {PART[name] for name in what}
         self.parts = {part: checkpoint.load_part(folder, recipe, part, device) for part in sorted(names)}
-        self.captions = CaptionTokenizer.load(folder / "captions.json")
-        self.hashes = {part: card["parts"][part]["hash"] for part in self.parts}
-        self.hashes["captions"] = checkpoint.file_hash(folder / "captions.json")
-        for part in self.parts:
+        self.captions: Any = CaptionTokenizer.load(folder / "captions.json") if reads_captions(recipe) else None
+        pretrained = [part for part in self.parts if is_pretrained(recipe, part)]
+        self.hashes = {part: card["parts"][part]["hash"] for part in self.parts if part not in pretrained}
+        self.hashes |= {part: checkpoint.pretrained_hash(recipe, part) for part in pretrained}
+        if self.captions is not None:
+            self.hashes["captions"] = checkpoint.file_hash(folder / "captions.json")
+        for part in self.parts.keys() - pretrained:
             for other, digest in card["parts"][part].get("trained_against", {}).items():
                 if self.hashes.get(other, digest) != digest:
                     raise checkpoint.ModelError(f"{folder}: {part} was trained against another {other}; train it again")
@@ -108,10 +118,12 @@ class _Encoder:
     @torch.no_grad()
     def __call__(self, image: Tensor, captions: list[str]) -> dict[str, np.ndarray]:
         """image (B, 3, S, S) and B captions -> arrays (B, ...) by name."""
-        image, text = image.to(self.device), torch.zeros(0)
+        image, text = image.to(self.device), {"tokenizer": torch.zeros(0)}
         if "clip" in self.parts:
-            text = self.parts["clip"].with_end(*self.captions.encode(captions)).to(self.device)  # (B, T)
-        made = {name: ENCODERS[name](self.parts[PART[name]], image, text) for name in self.what}
+            text["clip"] = self.parts["clip"].with_end(*self.captions.encode(captions)).to(self.device)  # (B, T)
+        if encoder := self.parts.get("text"):
+            text["text"] = encoder.frame(*getattr(encoder, "captions", self.captions).encode(captions)).to(self.device)
+        made = {name: ENCODERS[name](self.parts[PART[name]], image, text[PART[name]]) for name in self.what}
         return {name: array.cpu().numpy() for name, array in made.items()}
 
     def describe(self, shards: Sequence[Path]) -> dict[str, Any]:
@@ -202,15 +214,9 @@ def _worker(*job: Any) -> None:
 
 
 def _write_share(
-    report: Callable[[], None],
-    shards: Sequence[Path],
-    out: Path,
-    folder: Path,
-    what: Sequence[str],
-    device: str,
-    number: int,
-    many: int,
-) -> None:
+    report: Callable[[], None], shards: Sequence[Path], out: Path, folder: Path, what: Sequence[str], device: str,
+    number: int, many: int,
+) -> None:  # fmt: skip
     """Writes every shard that no other process writes, those of its own number first."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

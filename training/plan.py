@@ -14,7 +14,7 @@ A stage's step is `passes` forward and backward passes of `micro_batch` samples 
   the devices, or where these hold parts of the network, all are computed on every one.
   A small network takes longer than that: its kernels are over before the next one is launched.
 
-It does not know what a pass is made of (`footprint` does), nor the speed of a network between devices.
+It does not know what a pass costs (`footprint` counts it), nor the speed of a network between devices.
 """
 
 import functools
@@ -28,7 +28,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..pipeline.recipe import Recipe, RecipeError, count_halves, count_parameters, nearest
+from ..pipeline.recipe import Recipe, RecipeError, count_halves, count_parameters, is_frozen, nearest
 from . import run as runs
 
 FULL = 0.9  # of a device's memory
@@ -70,8 +70,8 @@ def plan(
 ) -> dict[str, Any]:
     """The plan as plain values, under "stages" by stage. stage: plan only this one.
 
-    Bytes and seconds. Without a training section: every part that is trained by itself, so neither a discriminator nor
-    a text encoder, one sample a device, AdamW; no steps, no days.
+    Bytes and seconds. Without a training section: every part that is trained by itself, so no discriminator, and a text
+    encoder with its prior; one sample a device, AdamW; no steps, no days.
     Raises RecipeError for an unknown device or stage, a utilisation that is none, and as `run.division`.
     """
     if device not in DEVICES:
@@ -107,9 +107,9 @@ def plan(
 
 
 def _trained_alone(recipe: Recipe) -> list[str]:
-    from .footprint import PASSES
+    from .passes import PASSES
 
-    return [part for part, arguments in recipe.parts.items() if arguments["kind"] in PASSES]
+    return [part for part, section in recipe.parts.items() if section["kind"] in PASSES and not is_frozen(recipe, part)]
 
 
 def _unstated(devices: int) -> runs.Stage:
@@ -134,6 +134,7 @@ class _Setting:
 def _stage(setting: _Setting, name: str, config: runs.Stage, stated: bool) -> dict[str, Any]:
     from .footprint import build_fake, fake, measure
     from .parallel import blocks_of, recompute_blocks
+    from .passes import trained_along
 
     try:
         micro, passes = runs.division(config, setting.devices)
@@ -167,6 +168,7 @@ def _stage(setting: _Setting, name: str, config: runs.Stage, stated: bool) -> di
     seconds = compute / setting.utilisation, touched / setting.device.bandwidth
     days = sum(seconds) * config.steps / _DAY
     return {
+        "parts": [name, *trained_along(setting.recipe, name)],
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "flops_per_sample": {"trained": cost.flops / micro, "frozen": cost.frozen_flops / micro},
         "flops_per_update": update["flops"],
@@ -282,7 +284,8 @@ def report(plan: dict[str, Any]) -> str:
         f"{plan['precision']} at {device['peak_flops'] / 1e12:g} TFLOP/s ({device['source']}), "
         f"of which {100 * plan['utilisation']:g} % are assumed to be used"
     )
-    others = [f"{part} {count:,d}" for part, count in plan["parameters"].items() if part not in stages]
+    planned = {part for stage in stages.values() for part in stage["parts"]}
+    others = [f"{part} {count:,d}" for part, count in plan["parameters"].items() if part not in planned]
     if others:
         console.print(f"parameters of parts that are not planned: {', '.join(others)}")
     for part, halves in plan["halves"].items():

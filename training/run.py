@@ -22,6 +22,7 @@ class Data(Section):
 
     kind: Literal["shapes", "shards", "digits"]
     levels: tuple[str, ...] = Field(("S1", "S2"), description="of `shapes`; one that is named twice counts twice")
+    languages: tuple[Literal["en", "ru"], ...] = Field(("en", "ru"), min_length=1, description="of `shapes`")
     jitter: float = Field(0.02, ge=0, description="of `shapes`: deviation of the shift of each colour")
     shards: str | None = None
     validation: str | None = Field(None, description="a folder of shards on which the headline metric is measured")

@@ -26,7 +26,13 @@ from ..pipeline.checkpoint import file_hash, write_text
 
 _FORMAT = 2  # of the index
 PICTURES = ("jpg", "jpeg", "png", "webp")
-ARRAYS = ("codes", "latents", "image_embedding", "text_embedding")  # members NAME.npy of a cache, see `cache`
+ARRAYS = (
+    "codes",
+    "latents",
+    "image_embedding",
+    "text_embedding",
+    "text_tokens",
+)  # members NAME.npy of a cache, see `cache`
 MEMBER_LIMIT = 64 * 2**20  # bytes of one member
 PIXEL_LIMIT = 64_000_000  # below Pillow's own limit, which stays on
 

@@ -16,7 +16,8 @@ def source_of(recipe: Recipe, data: Data) -> Any:
     if data.kind == "shapes":
         from .data.shapes import ShapesSource
 
-        return ShapesSource(size=recipe.image_size, seed=data.seed, levels=data.levels, jitter=data.jitter)
+        size, languages = recipe.image_size, data.languages
+        return ShapesSource(size, data.seed, data.levels, languages=languages, jitter=data.jitter)
     if data.kind == "digits":
         from .data.digits import DigitsSource
 
@@ -35,7 +36,8 @@ def validation_of(recipe: Recipe, data: Data) -> Any:
     if data.kind == "shapes":
         from .data.shapes import ShapesSource
 
-        return ShapesSource(size=recipe.image_size, seed=data.seed, split="S2none", jitter=data.jitter)
+        size, languages = recipe.image_size, data.languages
+        return ShapesSource(size, data.seed, split="S2none", languages=languages, jitter=data.jitter)
     from .data.digits import DigitsSource
     from .stream import ShardSource
 

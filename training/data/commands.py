@@ -76,7 +76,7 @@ def encode(
     shards: Path,
     out: Path,
     model: Annotated[str, typer.Option(help="a model's name or folder")],
-    what: Annotated[list[str] | None, typer.Option(help="codes, latents, image_embedding, text_embedding")] = None,
+    what: Annotated[list[str] | None, typer.Option(help="codes, latents, text_tokens, image_embedding ...")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="one for each core or GPU if absent")] = None,
     device: Device = "auto",
 ) -> None:

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from ...pipeline import checkpoint
 from ...pipeline.images import to_uint8
-from ...pipeline.text_to_image import find_model
+from ...pipeline.known_models import find_model
 from ..data.shapes import JITTER, ShapesSource
 from ..data.shapes_scenes import Facts
 from ..features import RULER, ruler

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from ...pipeline import checkpoint
 from ...pipeline.images import to_uint8
+from ...pipeline.known_models import find_model
 from ...pipeline.recipe import Recipe
-from ...pipeline.text_to_image import TextToImage, find_model
+from ...pipeline.text_to_image import TextToImage
 from ..data.shapes import JITTER, ShapesSource
 from ..data.shapes_captions import LANGUAGES, caption, wrong_captions
 from ..data.shapes_scenes import Facts

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...layers.precision import full
 from ...pipeline import checkpoint
 from ...pipeline.images import grid, to_pil
-from ...pipeline.text_to_image import find_model
+from ...pipeline.known_models import find_model
 from ..__main__ import source_of
 from ..objectives.dvae import codebook_use, counts_by_image
 from ..run import Data

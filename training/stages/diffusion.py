@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...layers import random
 from ...pipeline import checkpoint
 from ...pipeline.denoising import denoiser_of
-from ...pipeline.recipe import Recipe, RecipeError, build
+from ...pipeline.recipe import Recipe, RecipeError, build, is_frozen, is_pretrained
 from ...priors.caption_encoder import Captioned
 from ...priors.condition import Condition
 from ...priors.denoiser import Clipped, Denoise
@@ -31,7 +31,7 @@ _PREVIEW_STEPS = 50
 class DiffusionStage(TrainingStage):
     """Fits a network that denoises (arXiv:2006.11239, algorithm 1), with conditions dropped for guidance.
 
-    A recipe's text encoder trains along, as one network with it (arXiv:2112.10752, section 4.3.1).
+    A recipe's text encoder trains along, as one network with it (arXiv:2112.10752, section 4.3.1), unless it is frozen.
 
     target: in which terms the error is taken, by default what the network predicts. weighting, gamma: see
     `objectives.diffusion.snr_weight`. bound_weight: of the variational bound in bits per dimension, where variances are
@@ -40,9 +40,9 @@ class DiffusionStage(TrainingStage):
 
     part = "prior"
     higher_is_better = False
-    depends: tuple[str, ...] = ("tokenizer", "captions")
+    depends: tuple[str, ...] = ("tokenizer", "captions", "text")
     beside: tuple[str, ...] = ("text",)
-    cached: tuple[str, ...] = ("latents",)
+    cached: tuple[str, ...] = ("latents", "text_tokens")
     knobs: ClassVar = {
         "target": Knob(choices=("eps", "x_0", "v")),
         "weighting": Knob(choices=objective.WEIGHTINGS),
@@ -57,31 +57,38 @@ class DiffusionStage(TrainingStage):
         encodes = "tokenizer" in recipe.parts
         self.tokenizer = checkpoint.load_part(model, recipe, "tokenizer", device) if encodes else None
         _check_latents(recipe, self.tokenizer)
-        self.prior, self.text, self.captions = build(recipe, self.part), None, None
+        self.prior = build(recipe, self.part)
+        self.text: Any = None
         if self.prior.embedding_dim is not None:
             raise RecipeError(f"{recipe.name}: this stage has no image embeddings; leave parts.prior.embedding_dim out")
         if "text" in recipe.parts:
-            self.captions = CaptionTokenizer.load(model / "captions.json")
-            self.text = build(recipe, "text")
-            checkpoint.check_captions(model, recipe, "text", self.text)
+            self.text = _text(recipe, model, device)
+            own = getattr(self.text, "captions", None)
+            self.captions = own or CaptionTokenizer.load(model / "captions.json")
         if getattr(self.text, "width", None) != self.prior.context_dim:
             raise RecipeError(
                 f"{recipe.name}: parts.prior.context_dim must be the width of parts.text, or null where there is none, "
                 f"got {self.prior.context_dim} and {getattr(self.text, 'width', None)}"
             )
-        self.hold(self.prior if self.text is None else Captioned(self.prior, self.text))
+        self.along = self.text is not None and not is_frozen(recipe, "text")
+        self.hold(Captioned(self.prior, self.text) if self.along else self.prior)
         self.recipe, self.config, self.seed = recipe, config, seed
         self.schedule = self._denoiser().schedule
         self.metrics = ("error",) if self.tokenizer else ("error", "bits_per_dim")
 
     @classmethod
     def needs(cls, recipe: Recipe) -> tuple[str, ...]:
-        """A tokenizer where the recipe has one, and captions where it reads them."""
-        return tuple(name for name, part in (("tokenizer", "tokenizer"), ("captions", "text")) if part in recipe.parts)
+        """A tokenizer where the recipe has one, captions where it reads them, and a text encoder that is frozen."""
+        read = {
+            "tokenizer": "tokenizer" in recipe.parts,
+            "captions": "text" in recipe.parts and not is_pretrained(recipe, "text"),
+            "text": "text" in recipe.parts and is_frozen(recipe, "text"),
+        }
+        return tuple(name for name in cls.depends if read[name])
 
     def exported(self) -> dict[str, nn.Module]:
-        """The text encoder too."""
-        return ({} if self.text is None else {"text": self.text}) | {self.part: self.prior}
+        """The text encoder too, where it trained along."""
+        return ({"text": self.text} if self.along else {}) | {self.part: self.prior}
 
     def _denoiser(self, draws: random.Draws | None = None) -> Denoise:
         """The network that trains, dropping out by `draws`; without them the network as it is."""
@@ -114,14 +121,21 @@ class DiffusionStage(TrainingStage):
     def _read(self, batch: Batch) -> Tensor:
         """Pixels or latents, (B, C, h, w)."""
         if batch.encoded:
-            return batch.encoded["latents"]
+            return self.tokenizer.scale(batch.encoded["latents"][:, 0])  # the posterior's mean, as `encode` gives it
         return batch.image if self.tokenizer is None else self.tokenizer.encode(batch.image)
 
     def _condition(self, batch: Batch) -> Any:
-        """What the network is conditioned on: framed captions, int64 (B, T), or classes, or nothing."""
+        """What the network is conditioned on: framed captions, int64 (B, T), of an encoder that trains along, what a
+        frozen one makes of them, or classes, or nothing.
+        """
+        if "text_tokens" in batch.encoded:
+            tokens = batch.encoded["text_tokens"]
+            mask = (tokens != 0).any(dim=2)
+            mask[:, 0] = True  # of a sample that could not be read too
+            return Condition(tokens=tokens, mask=mask)
         if self.text is not None:
-            assert self.captions is not None
-            return self.text.frame(*self.captions.encode(batch.captions)).to(batch.image.device)
+            text = self.text.frame(*self.captions.encode(batch.captions)).to(batch.image.device)
+            return text if self.along else self._encoded(text)
         if self.prior.num_classes is None:
             return Condition()
         if batch.labels is None:
@@ -130,9 +144,17 @@ class DiffusionStage(TrainingStage):
 
     def _dropped(self, condition: Any, drop: Tensor) -> Any:
         """The same with the null one in the place of samples where `drop`, bool (B,)."""
-        if self.text is not None:
+        if self.along:
             return torch.where(drop[:, None], self.text.null_text(len(drop)), condition)
-        return condition.dropped(drop, self.prior.null_condition(len(drop)))
+        null = Condition() if self.text is None else self._encoded(self.text.null_text(1))
+        tokens, mask = (None if each is None else each.expand(len(drop), *each.shape[1:]) for each in null[1:3])
+        return condition.dropped(drop, self.prior.null_condition(len(drop), tokens, mask))
+
+    @torch.no_grad()
+    def _encoded(self, text: Tensor) -> Condition:
+        """What a frozen encoder makes of framed captions, int64 (B, T)."""
+        tokens, mask = self.text(text)
+        return Condition(tokens=tokens, mask=mask)
 
     def _bits(self, x_0: Tensor, guess: Tensor, share: Tensor | None, t: Tensor) -> Tensor:
         """The term of the bound at t, in bits per dimension, (B,); variances that are not learned are beta_tilde."""
@@ -186,6 +208,15 @@ class DiffusionStage(TrainingStage):
         self.network.train(was_training)
         images = z if self.tokenizer is None else self.tokenizer.decode(z).float()
         return contact_sheet(images, batch.captions[:16] if self.text is not None else None)
+
+
+def _text(recipe: Recipe, model: Path, device: torch.device) -> Any:
+    """The recipe's text encoder: fresh, or the trained one where it is frozen."""
+    if is_frozen(recipe, "text"):
+        return checkpoint.load_part(model, recipe, "text", device)
+    text = build(recipe, "text")
+    checkpoint.check_captions(model, recipe, "text", text)
+    return text
 
 
 def _check_latents(recipe: Recipe, tokenizer: object) -> None:

@@ -1,0 +1,63 @@
+"""The models that can be named: shipped ones, those trained under ./runs, folders, the hub's; and a model's one hash.
+
+It does not know what a model is made of.
+"""
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint, published
+from .recipe import nearest
+
+SHIPPED = Path(__file__).parent / "models"
+
+
+def known_models() -> dict[str, Path]:
+    """Model folders by name: shipped ones, then those trained under ./runs.
+
+    One whose card is unreadable is left out with a warning.
+    """
+    return {name: folder for name, folder in _folders().items() if _has_card(folder)}
+
+
+def _folders() -> dict[str, Path]:
+    shipped = {str(p.parent.relative_to(SHIPPED)): p.parent for p in sorted(SHIPPED.glob("*/*/card.json"))}
+    runs = {str(p.parent): p.parent for p in sorted(Path("runs").glob("**/model/card.json"))}
+    return shipped | runs
+
+
+def _has_card(folder: Path) -> bool:
+    try:
+        checkpoint.read_card(folder)
+    except (ValueError, OSError, RecursionError) as error:
+        warnings.warn(f"{folder} is left out: {error}", stacklevel=3)
+        return False
+    return True
+
+
+def find_model(name: str) -> Path:
+    """A model by shipped name, path or hf-hub:OWNER/NAME. Raises ModelError naming the nearest known model."""
+    known = _folders()
+    if name in known or Path(name).exists():
+        return known.get(name, Path(name))
+    if name.startswith(published.HUB):
+        return published.fetch(name)
+    hint = nearest(name, list(known)) if known else "no model is here yet: train one with `kartina train shapes/dalle`"
+    raise checkpoint.ModelError(f"no model {name!r}; {hint}")
+
+
+def model_hash(card: dict[str, Any]) -> str:
+    """One sha256 for a whole model: over the hashes of its parts."""
+    hashes = {part: entry["hash"] for part, entry in card["parts"].items()}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def find_by_hash(wanted: str) -> Path:
+    """The known model folder with this hash. Raises ModelError where there is none."""
+    for folder in known_models().values():
+        if model_hash(checkpoint.read_card(folder)) == wanted:
+            return folder
+    raise checkpoint.ModelError(f"no known model has the hash {wanted[:12]}...; `kartina models` lists the known ones")
