@@ -55,7 +55,7 @@ class DiffusionStage(TrainingStage):
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
     ) -> None:
         encodes = "tokenizer" in recipe.parts
-        self.tokenizer = checkpoint.load_part(model, recipe, "tokenizer", device) if encodes else None
+        self.tokenizer: Any = checkpoint.load_part(model, recipe, "tokenizer", device) if encodes else None
         _check_latents(recipe, self.tokenizer)
         self.prior = build(recipe, self.part)
         self.text: Any = None
