@@ -1,6 +1,8 @@
 """Tensors out of what torch.save wrote (`.ckpt`, `.pt`, `.pkl`, `.bin`): the zip archive, and the format before torch
 1.6.
 
+The texts and tables of JSON that lie beside them are read here too, within a limit.
+
 Tensors are read last, and only those asked for, so that the autoencoder of a large system takes no more memory than
 itself. What the pickle inside says is read by `unpickle`, which runs nothing of it.
 
@@ -8,6 +10,7 @@ It does not know which model the tensors are of.
 """
 
 import io
+import json
 import math
 import mmap
 import struct
@@ -17,13 +20,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from .unpickle import Record, Storage, StoredTensor, WeightsError, run
 
 _PICKLE_LIMIT = 2**23  # bytes; names and shapes of the largest published systems take less than 1 MiB
+_TEXT_LIMIT = 2**26  # bytes of one file; those of CLIP take 4 MiB
 _DEPTH, _MOST = 32, 100_000  # of modules in modules, and of their number
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the format before torch 1.6
 _DAMAGE = (ValueError, LookupError, TypeError, EOFError, AttributeError, OverflowError, RuntimeError, struct.error)
@@ -52,6 +56,37 @@ def load(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}); download it again") from None
+
+
+def names(path: Path) -> set[str]:
+    """The names of the tensors in a safetensors file. Raises WeightsError where it is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is not a whole safetensors file ({error}); download it again") from None
+
+
+def text(path: Path) -> str:
+    """What a text file holds. Raises WeightsError for one that is too large to be of a published model."""
+    if path.stat().st_size > _TEXT_LIMIT:
+        raise WeightsError(
+            f"{path}: expected at most {_TEXT_LIMIT} bytes, got {path.stat().st_size}; download it again"
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def table(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds; of no file, nothing. Raises WeightsError for what is none."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(text(path))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise WeightsError(f"{path} is not readable as JSON ({error}); download it again") from None
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path} is no JSON object; download it again")
+    return found
 
 
 def find(folder: Path, *stems: str) -> Path:

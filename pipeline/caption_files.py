@@ -14,9 +14,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..tokenizers.captions import CLIP_END, CLIP_START, CaptionTokenizer
+from . import archive
 from .unpickle import WeightsError
-
-_LIMIT = 2**26  # bytes of one file; those of CLIP take 4 MiB
 
 
 def read(folder: Path, context_length: int) -> tuple[CaptionTokenizer, int]:
@@ -24,12 +23,12 @@ def read(folder: Path, context_length: int) -> tuple[CaptionTokenizer, int]:
 
     context_length: of captions, without start and end. Raises WeightsError where the folder holds neither form whole.
     """
-    settings = {**_table(folder / "special_tokens_map.json"), **_table(folder / "tokenizer_config.json")}
+    settings = {**archive.table(folder / "special_tokens_map.json"), **archive.table(folder / "tokenizer_config.json")}
     given = settings.get("pad_token") or CLIP_END
     pad = str(given.get("content") if isinstance(given, dict) else given)
     try:
         if (folder / "tokenizer.json").is_file():
-            whole = _table(folder / "tokenizer.json")
+            whole = archive.table(folder / "tokenizer.json")
             model = whole["model"]
             if model.get("end_of_word_suffix") != "</w>":
                 number = int(model["vocab"][pad])
@@ -37,8 +36,8 @@ def read(folder: Path, context_length: int) -> tuple[CaptionTokenizer, int]:
             pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
             vocab = {**model["vocab"], **{each["content"]: each["id"] for each in whole.get("added_tokens", [])}}
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            vocab = _table(folder / "vocab.json")
-            lines = _text(folder / "merges.txt").splitlines()
+            vocab = archive.table(folder / "vocab.json")
+            lines = archive.text(folder / "merges.txt").splitlines()
             pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         else:
             raise WeightsError(
@@ -106,22 +105,3 @@ def _framing(vocab: dict[str, int]) -> dict[str, Any]:
     special = {word: {"id": word, "ids": [vocab[word]], "tokens": [word]} for word in (CLIP_START, CLIP_END)}
     piece = [start, {"Sequence": {"id": "A", "type_id": 0}}, end]
     return {"type": "TemplateProcessing", "single": piece, "pair": piece, "special_tokens": special}
-
-
-def _text(path: Path) -> str:
-    if path.stat().st_size > _LIMIT:
-        raise WeightsError(f"{path}: expected at most {_LIMIT} bytes, got {path.stat().st_size}; download it again")
-    return path.read_text(encoding="utf-8")
-
-
-def _table(path: Path) -> dict[str, Any]:
-    """A JSON object of a file; of none, nothing."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(_text(path))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise WeightsError(f"{path} is not readable as JSON ({error}); download it again") from None
-    if not isinstance(found, dict):
-        raise WeightsError(f"{path} is no JSON object; download it again")
-    return found

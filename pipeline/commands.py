@@ -172,6 +172,10 @@ def convert(
         for each, weights in system.weights.items():
             typer.echo(f"{each}: {sum(value.numel() for value in weights.values()):,d} numbers")
     else:
+        if prediction is not None or tokenizer is not None:
+            raise ValueError(
+                "--prediction and --tokenizer are of a whole Stable Diffusion, not of a tokenizer; leave them out"
+            )
         section, weights = published.load(path, image_size)
         recipe = published.recipe_of(name or "imported/tokenizer", section, licence)
         digest = save_part(out, recipe, "tokenizer", weights, source=Path(source).name)

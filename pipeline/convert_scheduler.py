@@ -1,7 +1,8 @@
 """The scheduler_config.json of diffusers to the noise and the sampler of a recipe, and back.
 
-A config comes from anyone: noise that ours does not make is an error, never passed over. What it says of the steps
-themselves (their spacing, an offset, the order of a solver) is left to our sampler of that name.
+A config comes from anyone: noise that ours does not make is an error. What it says of the steps themselves (their
+spacing, an offset, the order of a solver) is left to our sampler of that name. The other way, what their class would do
+otherwise than ours is an error too; guidance is no part of a config.
 """
 
 import inspect
@@ -31,9 +32,12 @@ _BETWEEN = {"euler", "euler_ancestral", "heun"}  # step between timesteps, by de
 
 def noise_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The section `diffusion` of a recipe. Raises ValueError for betas or a prediction that ours has no word for."""
+    if "beta_schedule" not in config or config.get("use_flow_sigmas"):
+        name = config.get("_class_name")
+        raise ValueError(f"the scheduler must make its noise from betas, got {name!r:.40} of flow matching or EDM")
     schedules = {theirs: ours for ours, theirs in _SCHEDULES.items()}
     predictions = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
-    kind, predicted = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
+    kind, predicted = config["beta_schedule"], config.get("prediction_type", "epsilon")
     if config.get("trained_betas") is not None or kind not in schedules or predicted not in predictions:
         raise ValueError(
             f"the scheduler must have no trained_betas, a beta_schedule among {', '.join(schedules)} and a "
@@ -61,14 +65,22 @@ def sampler_of(config: Mapping[str, Any]) -> str:
 def scheduler_config(recipe: Recipe) -> dict[str, Any]:
     """A scheduler of diffusers with the recipe's noise, that takes the steps of its sampler.
 
-    Raises ValueError where that class cannot be set so, and for steps that begin at timestep 0, which their pipeline
-    of Stable Diffusion moves by one.
+    Raises ValueError where that class takes others: it cannot be set so, its steps begin at timestep 0 ("leading"),
+    which their pipeline of Stable Diffusion moves by one, it rounds timesteps that ours does not ("linspace" of the
+    samplers from timestep to timestep), or the recipe names one of their classes, which has a spacing of its own here.
     """
     import diffusers  # slow to import
 
     noise, knobs = recipe.diffusion, recipe.sampling
     sampler, spacing = knobs.get("sampler", _DEFAULT), knobs.get("spacing")
-    name, settings = _CLASSES[sampler] if sampler in SAMPLERS else (sampler, {})
+    if sampler not in SAMPLERS:
+        raise ValueError(
+            f"{recipe.name}: sampling.sampler {sampler} has its own steps; set one of {', '.join(SAMPLERS)}"
+        )
+    eta = knobs.get("eta") or 0.0
+    if eta:
+        raise ValueError(f"{recipe.name}: sampling.eta is {eta}, which no config of diffusers holds; leave it out")
+    name, settings = _CLASSES[sampler]
     spacing = spacing or ("linspace" if sampler in _BETWEEN else "trailing")
     parameters = inspect.signature(SCHEDULES[noise.schedule]).parameters
     ends = {
@@ -84,9 +96,8 @@ def scheduler_config(recipe: Recipe) -> dict[str, Any]:
         "steps_offset": 1,  # of "leading" alone; their pipeline warns of any other number
         **({"rescale_betas_zero_snr": True} if noise.zero_terminal else {}),
     }
-    known = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-    lacking = [key for key in config if known is None or key not in inspect.signature(known).parameters]
-    if lacking or spacing == "leading":
-        what = lacking[0] if lacking else "timestep_spacing 'leading' that begins at 0"
+    lacking = [key for key in config if key not in inspect.signature(getattr(diffusers, name)).parameters]
+    if lacking or spacing == "leading" or (spacing == "linspace" and sampler not in _BETWEEN):
+        what = lacking[0] if lacking else f"timestep_spacing {spacing!r} that takes the steps of {sampler}"
         raise ValueError(f"{recipe.name}: {name} of diffusers has no {what}; set another sampling.sampler or spacing")
     return {"_class_name": name, **config}

@@ -168,6 +168,10 @@ def clip_text_arguments(config: Config) -> dict[str, Any]:
         raise _refused("hidden_act", config["hidden_act"], "gelu or quick_gelu")
     if config["intermediate_size"] != 4 * config["hidden_size"]:
         raise _refused("intermediate_size", config["intermediate_size"], "four times hidden_size")
+    if config.get("layer_norm_eps", 1e-5) != 1e-5:
+        raise _refused("layer_norm_eps", config["layer_norm_eps"], "1e-5")
+    if config.get("use_attention_mask"):
+        raise _refused("use_attention_mask", config["use_attention_mask"], "none: pads are looked at")
     return {ours: config[key] for key, ours in _CLIP.items()} | {"quick_gelu": config["hidden_act"] == "quick_gelu"}
 
 

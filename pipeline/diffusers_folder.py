@@ -1,4 +1,5 @@
-"""A diffusion model of ours as a folder of which diffusers makes a `StableDiffusionPipeline`, that paints the same.
+"""A diffusion model of ours as a folder of which diffusers makes a `StableDiffusionPipeline`, or for a prior that fills
+a mask its inpainting form, that paints the same.
 
 It does not know how such a folder is read, see `stable_diffusion`. Guidance and the number of steps are arguments of
 their pipeline, which such a folder cannot hold.
@@ -31,6 +32,7 @@ def save(model: Path, out: Path) -> None:
             "diffusers' StableDiffusionPipeline needs a tokenizer autoencoder_kl, a text clip_text and a prior unet, "
             f"{recipe.name} has {', '.join(f'{part} {kind}' for part, kind in kinds.items())}; export another model"
         )
+    scheduler = scheduler_config(recipe)  # before anything is written: not every recipe has one
     sizes = {part: {key: value for key, value in recipe.parts[part].items() if key != "kind"} for part in kinds}
     weights = {part: checkpoint.load_weights(model, part) for part in kinds}
     text = checkpoint.outline(recipe, "text", len(weights["text"]))
@@ -40,10 +42,10 @@ def save(model: Path, out: Path) -> None:
     _write(out / "text_encoder", clip_text_config(sizes["text"]), "model", clip_text_to_transformers(weights["text"]))
     captions = CaptionTokenizer.load(model / "captions.json")
     reader = caption_files.write(out / "tokenizer", captions, text.text_vocab, text.pad)
-    scheduler = scheduler_config(recipe)
     _json(out / "scheduler" / "scheduler_config.json", scheduler)
+    fills = prior["in_channels"] > 2 * prior["out_channels"]  # a mask and a picture stand beside the latents
     index = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": "StableDiffusionInpaintPipeline" if fills else "StableDiffusionPipeline",
         "vae": ["diffusers", "AutoencoderKL"],
         "unet": ["diffusers", prior["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],

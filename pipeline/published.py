@@ -47,12 +47,15 @@ def fetch(name: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    folders = ("", "vae/", "vqvae/", "unet/", "text_encoder/", "tokenizer/", "scheduler/")
-    files = ("*.json", "merges.txt", "diffusion_pytorch_model.safetensors", "model.safetensors")
-    wanted = [f"{folder}{file}" for folder in folders for file in files if folder or file != "model.safetensors"]
+    homes = ("", "vae/", "vqvae/", "unet/")  # of a U-Net or a tokenizer; one alone lies at the top
+    weights = [f"diffusion_pytorch_model{half}.safetensors" for half in ("", ".fp16")]
+    wanted = ["model_index.json", *(f"{home}{file}" for home in homes for file in ("config.json", *weights))]
+    wanted += ["text_encoder/config.json", "text_encoder/model.safetensors", "text_encoder/model.fp16.safetensors"]
+    captions = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    wanted += [*(f"tokenizer/{file}" for file in captions), "scheduler/scheduler_config.json"]
     try:
         return Path(snapshot_download(name.removeprefix(HUB), allow_patterns=wanted))
-    except (OSError, ValueError) as error:  # of the client: no such repository, no network
+    except Exception as error:  # whatever the client meets: no such repository, no network, a proxy
         raise WeightsError(f"{name!r} could not be fetched from the hub ({error!s:.200}); give a folder") from None
 
 
@@ -165,11 +168,8 @@ def _renamed(home: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise WeightsError(f"{path} is not readable as JSON ({error}); download it again") from None
-    name = config.get("_class_name") if isinstance(config, dict) else None
+    config = archive.table(path)
+    name = config.get("_class_name")
     if name not in _CLASSES:
         raise WeightsError(f"{path} is of {name!r:.60}; expected one of {', '.join(_CLASSES)}")
     fixed = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "norm_type": "group"}

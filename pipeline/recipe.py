@@ -9,6 +9,7 @@ It knows no optimizer, no data and no weights.
 import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -118,6 +119,9 @@ class Diffusion(Section):
     prediction: Literal["eps", "x_0", "v"] = "eps"
 
 
+_NAME = r"^[a-z0-9]+(-[a-z0-9.]+)*/[a-z0-9]+([-.][a-z0-9]+)*$"
+
+
 class Recipe(Section):
     """One system. `parts` maps a part's name to its kind and constructor arguments.
 
@@ -125,7 +129,7 @@ class Recipe(Section):
     take them along, as the text encoder of a diffusion prior.
     """
 
-    name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9.]+)*/[a-z0-9]+([-.][a-z0-9]+)*$")
+    name: str = Field(pattern=_NAME)
     paper: str
     image_size: int = Field(ge=8)
     captions: Captions = Captions()
@@ -135,6 +139,12 @@ class Recipe(Section):
     sampling: dict[str, Any] = {}
     diffusion: Diffusion = Diffusion()
     training: dict[str, Any] = {}
+
+
+def check_name(name: str) -> None:
+    """Raises RecipeError unless a recipe may be called so."""
+    if re.fullmatch(_NAME, name) is None:
+        raise RecipeError(f"a name is of the form word/word, in lower case, as shapes/dalle, got {name!r:.60}")
 
 
 def nearest(word: str, valid: list[str]) -> str:

@@ -7,14 +7,12 @@ A safety checker and what else lies there is left out.
 It does not know how tensors are renamed, nor how the system is sampled.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..priors.schedules import new_schedule
@@ -23,7 +21,7 @@ from . import archive, caption_files, checkpoint, convert_unet, published
 from .convert_scheduler import noise_of, sampler_of
 from .convert_unet_config import clip_text_arguments, unet_arguments
 from .denoising import denoiser_of
-from .recipe import Captions, Diffusion, Recipe
+from .recipe import Captions, Diffusion, Recipe, check_name
 from .unpickle import StoredTensor, WeightsError
 
 Weights = dict[str, Tensor]
@@ -82,8 +80,7 @@ def is_system(path: Path) -> bool:
     if path.is_dir():
         return not (path / "card.json").exists() and ((path / "model_index.json").is_file() or (path / "unet").is_dir())
     if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            names = set(file.keys())
+        names = archive.names(path)
     else:
         names = set()
 
@@ -110,6 +107,11 @@ def load(
     CLIP's tokenizer for a file, by default that of open_clip. Raises WeightsError for what is missing or of another
     model.
     """
+    if path.is_dir() and (prediction is not None or tokenizer is not None):
+        raise ValueError(
+            f"{path} says itself what it predicts and has a tokenizer; leave --prediction and --tokenizer out"
+        )
+    check_name(name)
     try:
         found = _folder(path, image_size) if path.is_dir() else _file(path, image_size, prediction, tokenizer)
         text = found.sections["text"]
@@ -140,6 +142,11 @@ def _check(recipe: Recipe, weights: dict[str, Weights], captions: CaptionTokeniz
     for part, tensors in weights.items():
         for tensor, asked, held in checkpoint.misfits(recipe, part, tensors)[:1]:
             raise WeightsError(f"its {part} does not fit: {tensor:.80}: expected {asked}, got {held}")
+        for tensor, value in tensors.items():
+            if not value.is_floating_point():
+                raise WeightsError(
+                    f"its {part} must have weights of floating point, got {value.dtype} for {tensor:.80}"
+                )
     known, given = captions.vocab_size, recipe.captions.vocab_size
     if known > given or (known < given and not captions.padded):  # start and end follow at once
         raise WeightsError(
@@ -200,7 +207,10 @@ def _file(path: Path, image_size: int | None, prediction: str | None, tokenizer:
             "512 pixels) or v (of 768), as in `kartina convert FILE OUT --prediction v`"
         )
     prediction = prediction or "eps"
-    if "betas" in stored and not torch.allclose(stored["betas"].double(), new_schedule("scaled_linear").betas):
+    betas = stored.get("betas", torch.empty(0))
+    near = 4 * torch.finfo(betas.dtype).eps if betas.is_floating_point() else 0.0  # they may be stored as halves
+    known = new_schedule("scaled_linear").betas
+    if "betas" in stored and not (betas.shape == known.shape and torch.allclose(betas.double(), known, near)):
         raise WeightsError("its betas are not those of Stable Diffusion, linear in their roots from 0.00085 to 0.012")
     first_stage = weights["tokenizer"] | ({"scale_factor": stored["scale_factor"]} if "scale_factor" in stored else {})
     vae, first_stage = published.from_names(path, first_stage, image_size or (512 if prediction == "eps" else 768))
@@ -241,6 +251,11 @@ def _text_sizes(weights: Weights, first: bool) -> dict[str, Any]:
     places = "embeddings.position_embedding.weight" if first else "positional_embedding"
     blocks = _numbers(plain, r"encoder\.layers\.(\d+)\." if first else r"transformer\.resblocks\.(\d+)\.")
     vocab, width = plain[words].shape
+    if not first and not {"text_projection", "logit_scale"} & plain.keys():
+        raise WeightsError(
+            "its text encoder has neither text_projection nor logit_scale, so it was changed, and whether it still has "
+            "the last block, which Stable Diffusion 2 does not read, cannot be told; take the file as published"
+        )
     return {
         "kind": "clip_text",
         "text_vocab": vocab,
@@ -274,7 +289,4 @@ def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise WeightsError(f"{path.parent.name}/{path.name} is missing; download the whole folder")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise WeightsError(f"{path} is no JSON object; download it again")
-    return found
+    return archive.table(path)

@@ -34,7 +34,7 @@ from .recipe import Recipe, reads_captions, sampling_knobs
 from .rerank import clip_scores, rank
 
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
-MAX_MICRO_BATCH = 4096
+MAX_MICRO_BATCH, _MAX_TILE = 4096, 4096
 
 
 class Scorer(Protocol):
@@ -92,7 +92,8 @@ class TextToImage:
         folder = find_model(str(name))
         if stable_diffusion.is_system(folder):
             whole = stable_diffusion.load(folder)
-            return cls(whole.recipe, whole.build(device, dtype), whole.captions, model_hash(whole.card), reranker)
+            parts = whole.build(device, dtype)
+            return cls(whole.recipe, parts, whole.captions, model_hash(whole.card), reranker)._sound(folder)
         card, recipe = checkpoint.read_card(folder), checkpoint.load_recipe(folder)
         if "prior" not in recipe.parts:
             raise checkpoint.ModelError(f"{folder}: its recipe has no prior, so it paints nothing; name another model")
@@ -111,13 +112,17 @@ class TextToImage:
         needed += ["clip"] if "clip" in card["parts"] and reranker is None else []
         parts = {part: checkpoint.load_part(folder, recipe, part, device, dtype) for part in needed}
         captions = CaptionTokenizer.load(folder / "captions.json") if reads else None
-        system = cls(recipe, parts, captions, model_hash(card), reranker)
-        seen = parts["clip"].image_size if "clip" in parts else recipe.image_size
-        if seen != recipe.image_size:
-            raise checkpoint.ModelError(f"{folder}: the clip reads {seen} px, the recipe paints {recipe.image_size}")
-        if system.draw.problem:
-            raise checkpoint.ModelError(f"{folder}: {system.draw.problem}")
-        return system
+        return cls(recipe, parts, captions, model_hash(card), reranker)._sound(folder)
+
+    def _sound(self, folder: Path) -> "TextToImage":
+        """Itself, where its parts are of one system. Raises ModelError where they are not."""
+        painted = self.recipe.image_size
+        seen = self.parts["clip"].image_size if "clip" in self.parts else painted
+        if seen != painted:
+            raise checkpoint.ModelError(f"{folder}: the clip reads {seen} px, the recipe paints {painted}")
+        if self.draw.problem:
+            raise checkpoint.ModelError(f"{folder}: {self.draw.problem}")
+        return self
 
     def __call__(
         self,
@@ -206,6 +211,7 @@ class TextToImage:
             "dtype": str(weight.dtype).removeprefix("torch."),
             "knobs": knobs,
             "micro_batch": len(rows),
+            **({"tile": tile} if (tile := getattr(self.parts.get("tokenizer"), "tile", None)) else {}),
         }
         return [
             Painting(picture, prompt, seed, score, {**shared, "row": row, "candidate": candidate})
@@ -241,6 +247,9 @@ def repaint(system: TextToImage, facts: Any) -> Painting:
     if wanted["model_hash"] != system.model_hash:
         hashes = f"{wanted['model_hash'][:12]}..., not by {system.model_hash[:12]}..."
         raise ValueError(f"the picture was painted by the model {hashes}; load that one (`find_by_hash`)")
+    tokenizer = system.parts.get("tokenizer")
+    if tokenizer is not None and hasattr(tokenizer, "tile"):
+        tokenizer.tile = wanted["tile"]
     row = (wanted["prompt"], wanted["seed"], wanted["candidate"])
     knobs = sampling_knobs(system.recipe, wanted["knobs"], "knobs of painting")
     return system._paint([row] * wanted["micro_batch"], knobs, None)[wanted["row"]]
@@ -250,7 +259,8 @@ def check_facts(facts: Any) -> dict[str, Any]:
     """What `repaint` needs out of a painting's `metadata`, checked: a PNG is untrusted, so nothing in it is believed.
 
     -> prompt, seed, candidate, model_hash, device, dtype (a key of DTYPES), micro_batch, row, knobs (a table, which the
-    model checks). Raises ValueError for what is missing, of another type or out of range.
+    model checks), tile (None where the picture was decoded whole). Raises ValueError for what is missing, of another
+    type or out of range.
     """
     if not isinstance(facts, dict) or not _FACTS.keys() <= facts.keys():
         names = ", ".join(_FACTS)
@@ -264,7 +274,12 @@ def check_facts(facts: Any) -> dict[str, Any]:
             raise ValueError(f"a painting's {name} must be {expected}, got {facts[name]!r:.60}; the facts were altered")
     if facts["row"] >= facts["micro_batch"]:
         raise ValueError(f"a painting's row must lie below micro_batch {facts['micro_batch']}, got {facts['row']}")
-    return {name: facts[name] for name in _FACTS}
+    tile = facts.get("tile")
+    if tile is not None and not (_is_integer(tile) and 1 <= tile <= _MAX_TILE):
+        raise ValueError(
+            f"a painting's tile must be a side from 1 to {_MAX_TILE}, got {tile!r:.60}; the facts were altered"
+        )
+    return {name: facts[name] for name in _FACTS} | {"tile": tile}
 
 
 def _is_text(value: Any) -> bool:

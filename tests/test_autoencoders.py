@@ -174,3 +174,9 @@ def test_tiles_of_what_sees_one_place_make_the_whole():
         torch.testing.assert_close(decode_tiles(decode, z, side, overlap), decode(z))
     with pytest.raises(ValueError, match="0 <= overlap < side"):
         decode_tiles(decode, z, 2, 2)
+    wide = torch.full((1, 4, 64, 64), 0.5, dtype=torch.float16)  # half has no room for the sums of wide fades
+
+    def decode_wide(latents):
+        return torch.nn.functional.interpolate(latents[:, :3], scale_factor=16)
+
+    torch.testing.assert_close(decode_tiles(decode_wide, wide, 48, 32), decode_wide(wide), atol=1e-2, rtol=0)

@@ -112,8 +112,14 @@ def test_diffusers_has_no_other_kinds(tmp_path):
     with pytest.raises(ValueError, match="needs a tokenizer autoencoder_kl, a text clip_text and a prior unet"):
         run("export", folder, tmp_path / "there")
     assert not (tmp_path / "there").exists()
-    with pytest.raises(ValueError, match="has no timestep_spacing 'leading'"):
-        scheduler_config(recipe.model_copy(update={"sampling": {"spacing": "leading"}}))
+    for sampling, message in (
+        ({"spacing": "leading"}, "has no timestep_spacing 'leading'"),
+        ({"sampler": "ddim", "spacing": "linspace"}, "has no timestep_spacing 'linspace' that takes the steps of ddim"),
+        ({"sampler": "DDIMScheduler"}, "DDIMScheduler has its own steps; set one of ddpm, ddim"),
+        ({"sampler": "ddim", "eta": 1.0}, "eta is 1.0, which no config of diffusers holds"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scheduler_config(recipe.model_copy(update={"sampling": sampling}))
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))

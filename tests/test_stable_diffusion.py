@@ -18,7 +18,7 @@ from kartina import cli
 from kartina.layers.random import normal
 from kartina.pipeline import checkpoint, stable_diffusion
 from kartina.pipeline.convert_unet import unet_to_compvis
-from kartina.pipeline.text_to_image import TextToImage
+from kartina.pipeline.text_to_image import TextToImage, check_facts, metadata, repaint
 from kartina.pipeline.unpickle import WeightsError
 
 SHAPE, SEED, PROMPT = (4, 4, 4), 3, "a Red ring, and the cat's hat!"
@@ -213,6 +213,13 @@ def test_where_memory_ends_attention_is_sliced_and_then_the_picture_decoded_in_t
     with pytest.warns(UserWarning, match="decoding in tiles"):
         tiled = ours(system)
     assert system.parts["tokenizer"].tile == 2 and tiled.shape == picture.shape and (tiled != picture).any()
+    monkeypatch.setattr(system, "_paint", paint)
+    painting = system(PROMPT, seed=SEED, num_steps=4, guidance_scale=3.0)[0]
+    again = repaint(TextToImage.load(folder), metadata(painting))
+    assert metadata(painting)["tile"] == 2 and (np.asarray(again.image) == tiled).all()
+    with pytest.raises(ValueError, match="tile must be a side"):
+        check_facts(metadata(painting) | {"tile": 10**9})
+    monkeypatch.setattr(system, "_paint", fail_at_first)
     fails[:] = [True]
     with pytest.raises(torch.OutOfMemoryError):
         ours(system)
@@ -249,6 +256,10 @@ def drop_tensor(path):
     save_file(weights, path)
 
 
+def to_integers(path):
+    save_file({name: tensor.int() for name, tensor in load_file(path).items()}, path)
+
+
 UNET, SCHEDULER = "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"
 BAD = {
     "a part": (lambda f: shutil.rmtree(f / "vae"), "it has no vae, of unet, vae, text_encoder, tokenizer, scheduler"),
@@ -266,6 +277,17 @@ BAD = {
     "no tokenizer": (lambda f: (f / "tokenizer/tokenizer.json").unlink(), "needs tokenizer.json, or vocab.json"),
     "another width": (lambda f: edit(f / "unet/config.json", cross_attention_dim=32), "expected shape"),
     "no end": (lambda f: edit(f / "unet/config.json", layers_per_block=10**9), "more tensors than the file holds"),
+    "noise of another kind": (
+        lambda f: (f / SCHEDULER).write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler"})),
+        "must make its noise from betas, got 'FlowMatchEulerDiscreteScheduler'",
+    ),
+    "flow sigmas": (lambda f: edit(f / SCHEDULER, use_flow_sigmas=True), "of flow matching or EDM"),
+    "masked pads": (lambda f: edit(f / "text_encoder/config.json", use_attention_mask=True), "use_attention_mask"),
+    "another eps": (lambda f: edit(f / "text_encoder/config.json", layer_norm_eps=0.5), "layer_norm_eps"),
+    "whole numbers": (
+        lambda f: to_integers(f / UNET),
+        "its prior must have weights of floating point, got torch.int32",
+    ),
     "another vocabulary": (lambda f: edit(f / "text_encoder/config.json", vocab_size=600), "expected shape"),
 }
 
@@ -296,6 +318,21 @@ def test_a_single_file_that_does_not_tell_enough_is_refused(published, tmp_path)
         save_file(weights | change, tmp_path / "changed.safetensors")
         with pytest.raises(WeightsError, match=message):
             stable_diffusion.load(tmp_path / "changed.safetensors", **more)
+    save_file({name: value.half() for name, value in weights.items()}, tmp_path / "half.safetensors")
+    assert stable_diffusion.load(tmp_path / "half.safetensors", **more).recipe.diffusion.prediction == "v"
+    if kind == "sd2":  # without what follows the text encoder, nothing tells which of its blocks is the last one
+        left = {name: value for name, value in weights.items() if not name.endswith(("projection", "logit_scale"))}
+        save_file(left, tmp_path / "changed.safetensors")
+        with pytest.raises(WeightsError, match="neither text_projection nor logit_scale"):
+            stable_diffusion.load(tmp_path / "changed.safetensors", **more)
+    (tmp_path / "damaged.safetensors").write_bytes(b"x" * 99)
+    for load in (TextToImage.load, stable_diffusion.is_system):
+        with pytest.raises(WeightsError, match="not a whole safetensors file"):
+            load(tmp_path / "damaged.safetensors")
+    with pytest.raises(ValueError, match="leave --prediction and --tokenizer out"):
+        stable_diffusion.load(folder, prediction="v")
+    with pytest.raises(ValueError, match="of the form word/word"):
+        stable_diffusion.load(folder, name="Foo")
     with pytest.raises(WeightsError, match="has 518 ids|ids and its text encoder"):
         stable_diffusion.load(path, prediction="v", image_size=32)  # open_clip's vocabulary is the published one
     run("convert", path, tmp_path / "t", "--part", "tokenizer", "--image-size", 32)

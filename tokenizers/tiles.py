@@ -51,4 +51,4 @@ def _starts(length: int, side: int, overlap: int) -> list[int]:
 def _fade(size: int, over: int, like: Tensor) -> Tensor:
     """Rises from the edge over so many pixels, and falls to the other one; never 0."""
     place = torch.arange(1, size + 1, dtype=like.dtype, device=like.device)
-    return torch.minimum(place, place.flip(0)).clamp(max=max(over, 1))
+    return torch.minimum(place, place.flip(0)).clamp(max=max(over, 1)) / max(over, 1)  # to 1: half has no room for more

@@ -63,22 +63,23 @@ def orthogonalise_all(matrices: Sequence[Tensor]) -> list[Tensor]:
     Each process then sends its share to the others, so that all hold the same numbers to the bit.
     """
     world = distributed.get_world_size() if distributed.is_initialized() else 1
-    owners = shares([matrix.shape for matrix in matrices], world)
-    here = distributed.get_rank() if world > 1 else 0
-    found = {i: orthogonalise(matrices[i]) for i, owner in enumerate(owners) if owner == here}
-    for owner in range(world if world > 1 else 0):
-        theirs = [i for i, of in enumerate(owners) if of == owner]
-        if not theirs:
-            continue
-        if owner == here:
-            sent = torch.cat([found[i].flatten() for i in theirs])
-        else:
-            size, device = sum(matrices[i].numel() for i in theirs), matrices[0].device
-            sent = torch.empty(size, dtype=newton_schulz_dtype(device), device=device)
-        distributed.broadcast(sent, src=owner)
-        pieces = sent.split([matrices[i].numel() for i in theirs])
-        found |= {i: piece.view(matrices[i].shape) for i, piece in zip(theirs, pieces, strict=True)}
-    return [found[i] for i in range(len(matrices))]
+    if world == 1:
+        return [orthogonalise(matrix) for matrix in matrices]
+    owners, here = shares([matrix.shape for matrix in matrices], world), distributed.get_rank()
+    sizes = [sum(m.numel() for m, of in zip(matrices, owners, strict=True) if of == owner) for owner in range(world)]
+    own = [orthogonalise(matrix).flatten() for matrix, owner in zip(matrices, owners, strict=True) if owner == here]
+    device = matrices[0].device
+    sent = torch.zeros(max(sizes), dtype=newton_schulz_dtype(device), device=device)  # of one length from everywhere
+    if own:
+        sent[: sizes[here]] = torch.cat(own)
+    found = sent.new_empty(world, len(sent))
+    distributed.all_gather_into_tensor(found.view(-1), sent)
+    places = [0] * world
+    updates = []
+    for matrix, owner in zip(matrices, owners, strict=True):
+        updates.append(found[owner, places[owner] : places[owner] + matrix.numel()].view(matrix.shape))
+        places[owner] += matrix.numel()
+    return updates
 
 
 def shares(shapes: Sequence[Sequence[int]], world: int) -> list[int]:

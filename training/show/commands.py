@@ -115,7 +115,7 @@ def diffusion(
     timesteps: Annotated[int, typer.Option(help="that are shown")] = 8,
     steps: Annotated[int | None, typer.Option(help="of the way back; by default the model's own")] = None,
     sampler: Annotated[str | None, typer.Option(help="of the way back; by default the model's own")] = None,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1)] = 0,
     out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = Path("out/diffusion.png"),
     device: Device = "auto",
     as_json: Json = False,
@@ -129,6 +129,8 @@ def diffusion(
 
     path, shown = gallery.targets(out, 1)[0], read_picture(image, PHOTOS)
     if model is None:
+        if prompt or steps is not None or sampler is not None:
+            raise ValueError("--prompt, --steps and --sampler are of a model's way back; name one with --model")
         page, found = drawing.schedules(shown, timesteps, seed)
     else:
         system = load(model, device, "float32")
