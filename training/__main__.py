@@ -191,7 +191,7 @@ def _train(
     recipe: Recipe, training: runs.Training, names: list[str], folder: Path, asked: int, extended: set[str], stop: Any
 ) -> None:
     import torch
-    from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+    from accelerate import Accelerator, PartialState
     from accelerate.utils import parse_flag_from_env, set_seed
 
     from .loop import train_stage
@@ -204,8 +204,7 @@ def _train(
     # The flag that Accelerator reads itself: without it several CPU processes would each stand alone.
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
     precision = training.precision if fast_bf16(device) else "fp32"
-    in_place = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no copy of the gradients
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=[in_place])
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     if precision != training.precision:
         accelerator.print("this device has no fast bfloat16: training in float32")
     if accelerator.num_processes != asked:
