@@ -134,7 +134,8 @@ def test_one_process_two_and_two_passes_are_the_same_run(tiny_kind, trainings, t
         found = logged(folder)
         assert found.keys() == expected.keys(), how
         for key, value in expected.items():
-            tolerance = 1e-3 if key[1].endswith(("norm", "adaptive")) else 1e-5  # of gradients, which round by batch
+            # Norms of gradients, and their ratio, grow the rounding of twenty steps the most.
+            tolerance = 5e-3 if key[1].endswith(("norm", "adaptive")) else 1e-5
             assert found[key] == pytest.approx(value, rel=tolerance, abs=1e-5), (how, key)
         for step in range(STEPS):
             read = [key for rank in facts for s, keys in rank["keys"] if s == step for key in keys]
