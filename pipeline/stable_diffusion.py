@@ -61,7 +61,8 @@ class System:
         parts = {}
         for part, weights in self.weights.items():
             module = checkpoint.outline(self.recipe, part, len(weights))
-            module.load_state_dict(weights, strict=True, assign=True)
+            laid = {name: _laid(weights[name], like) for name, like in module.state_dict().items()}
+            module.load_state_dict(laid, strict=True, assign=True)
             parts[part] = module.to(device=device, dtype=dtype).eval().requires_grad_(False)
         return parts
 
@@ -73,6 +74,13 @@ class System:
         for part, weights in self.weights.items():
             identity = {"part": self.recipe.parts[part]} | (noise if part == "prior" else {})
             checkpoint.save_part(folder, self.recipe, part, weights, source=source, identity=identity)
+
+
+def _laid(value: Tensor, like: Tensor) -> Tensor:
+    """A value in the layout of memory that the module was built with, which for convolutions may be channels last."""
+    if value.stride() == like.stride():
+        return value
+    return torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def is_system(path: Path) -> bool:
