@@ -134,8 +134,9 @@ def test_one_process_two_and_two_passes_are_the_same_run(tiny_kind, trainings, t
         found = logged(folder)
         assert found.keys() == expected.keys(), how
         for key, value in expected.items():
-            # Norms of gradients, and their ratio, grow the rounding of twenty steps the most.
-            tolerance = 5e-3 if key[1].endswith(("norm", "adaptive")) else 1e-5
+            tolerance = 1e-5
+            if key[1].endswith(("norm", "adaptive")):  # of gradients, in which rounding grows from step to step
+                tolerance = 1e-3 if key[0] <= STEPS // 2 else 5e-3
             assert found[key] == pytest.approx(value, rel=tolerance, abs=1e-5), (how, key)
         for step in range(STEPS):
             read = [key for rank in facts for s, keys in rank["keys"] if s == step for key in keys]
