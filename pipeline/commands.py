@@ -46,17 +46,17 @@ def paint(
     from .terminal import progress_bar
 
     texts = gallery.captions(prompts or [], prompts_file)
-    if keep > candidates:
-        raise ValueError(f"--keep must be at most --candidates, got {keep} of {candidates}; paint more candidates")
+    check_keep(keep, candidates)
     paths = gallery.targets(out, len(texts) * keep, grid)
     system = load(model, device, dtype, reranker, reranker_pretrained)
-    given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance}
-    given |= {"num_steps": steps, "sampler": sampler, "eta": eta, "negative": negative}
-    knobs = {name: value for name, value in given.items() if value is not None}
+    knobs = given(
+        temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance, num_steps=steps, sampler=sampler,
+        eta=eta, negative=negative,
+    )  # fmt: skip
     with progress_bar("painting") as progress:
         paintings = system(texts, seed=seed, candidates=candidates, keep=keep, progress=progress, **knobs)
     for path, entry in gallery.save_grid(paintings, paths[0]) if grid else gallery.save(paintings, paths):
-        typer.echo(json.dumps({"file": str(path), **entry}, ensure_ascii=False) if as_json else str(path))
+        tell(path, entry, as_json)
 
 
 @app.command()
@@ -210,6 +210,22 @@ def export(
 def _check_new(out: Path) -> None:
     if out.exists():
         raise ValueError(f"{out} is there already; give the name of a folder to make")
+
+
+def check_keep(keep: int, candidates: int) -> None:
+    """Raises ValueError before anything is loaded."""
+    if keep > candidates:
+        raise ValueError(f"--keep must be at most --candidates, got {keep} of {candidates}; paint more candidates")
+
+
+def given(**knobs: Any) -> dict[str, Any]:
+    """The options that were given; the others are the model's own."""
+    return {name: value for name, value in knobs.items() if value is not None}
+
+
+def tell(path: Path, facts: dict[str, Any], as_json: bool) -> None:
+    """A line for a picture that was written."""
+    typer.echo(json.dumps({"file": str(path), **facts}, ensure_ascii=False) if as_json else str(path))
 
 
 def load(model: str | Path, device: str, dtype: str, reranker: str | None = None, weights: str | None = None) -> Any:

@@ -3,13 +3,12 @@
 Nothing heavy is imported before a command runs.
 """
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from .commands import OWN, Device, Json, load
+from .commands import OWN, Device, Json, check_keep, given, load, tell
 
 app = typer.Typer()
 
@@ -50,20 +49,19 @@ def edit(
     from .terminal import progress_bar
 
     kept = candidates if keep is None else keep
-    if kept > candidates:
-        raise ValueError(f"--keep must be at most --candidates, got {kept} of {candidates}; paint more candidates")
+    check_keep(kept, candidates)
     picture = read_picture(image, PHOTOS)
     marked = None if mask is None else read_picture(mask, PHOTOS)
     paths = gallery.targets(out, kept)
     system = load(model, device, dtype)
-    knobs = _given(num_steps=steps, sampler=sampler, eta=eta, guidance_scale=guidance, negative=negative)
+    knobs = given(num_steps=steps, sampler=sampler, eta=eta, guidance_scale=guidance, negative=negative)
     how = {"strength": strength, "mask": marked, "invert": invert, "fit": fit}
     with progress_bar("editing") as progress:
         paintings = system.edit(
             picture, prompt, **how, seed=seed, candidates=candidates, keep=kept, progress=progress, **knobs
         )
     for path, entry in gallery.save(paintings, paths):
-        typer.echo(json.dumps({"file": str(path), **entry}, ensure_ascii=False) if as_json else str(path))
+        tell(path, entry, as_json)
 
 
 @app.command()
@@ -90,7 +88,7 @@ def interpolate(
 
     path = gallery.targets(out, 1, grid=True)[0]
     system = load(model, device, dtype)
-    knobs = _given(num_steps=steps, sampler=sampler, guidance_scale=guidance, negative=negative)
+    knobs = given(num_steps=steps, sampler=sampler, guidance_scale=guidance, negative=negative)
     with progress_bar("painting") as progress:
         pictures = system.interpolate(
             first, second, frames=frames, seed=seed, to_seed=to_seed, progress=progress, **knobs
@@ -100,8 +98,4 @@ def interpolate(
     captions = [first, *[""] * (frames - 2), second]
     scale = max(1, gallery.CELL // pictures[0].width)
     save_png(grid(pictures, columns=frames, captions=captions, scale=scale), path, facts)
-    typer.echo(json.dumps({"file": str(path), **facts}, ensure_ascii=False) if as_json else str(path))
-
-
-def _given(**knobs: Any) -> dict[str, Any]:
-    return {name: value for name, value in knobs.items() if value is not None}
+    tell(path, facts, as_json)

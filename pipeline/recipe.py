@@ -40,8 +40,6 @@ PARTS: dict[str, dict[str, tuple[str, str]]] = {
     "clip": {"clip": ("tokenizers.clip_towers", "CLIP")},
 }
 PRETRAINED = ("transformers_text",)  # kinds that come with their weights, which stay where they lie
-
-
 _HALVES = ("encoder", "decoder")
 
 
@@ -290,16 +288,15 @@ def count_parameters(recipe: Recipe) -> dict[str, int]:
 
 
 def count_halves(recipe: Recipe) -> dict[str, dict[str, int]]:
-    """The same of the encoder and the decoder, for each part that has both: {part: {"encoder": n, "decoder": n}}."""
+    """The same of the tokenizer's halves, {"tokenizer": {"encoder": n, "decoder": n}}, or {} where it has none."""
     import torch
 
+    if "tokenizer" not in recipe.parts:
+        return {}
     with torch.device("meta"):
-        parts = {part: build(recipe, part) for part in recipe.parts}
-    return {
-        part: {half: _size(getattr(module, half)) for half in _HALVES}
-        for part, module in parts.items()
-        if all(hasattr(module, half) for half in _HALVES)
-    }
+        module = build(recipe, "tokenizer")
+    found = {half: _size(getattr(module, half)) for half in _HALVES if hasattr(module, half)}
+    return {"tokenizer": found} if len(found) == len(_HALVES) else {}
 
 
 def _size(module: Any) -> int:

@@ -113,7 +113,7 @@ def evaluate(
     if data is None and "prior" not in recipe.parts:
         if candidates > 1:
             raise ValueError(f"{model} has no prior, so it paints no candidates; leave out --candidates")
-        return _evaluate_tokenizer(model, options, device_named(device), save, as_json)
+        return _evaluate_tokenizer(model, folder, options, device_named(device), save, as_json)
     system = load(folder, device, "float32")
     truth = () if data is None else (data,)
     with progress_bar("evaluating") as progress:
@@ -133,12 +133,12 @@ def evaluate(
         save_measured(folder, shlex.join(words), suite.headline(result), **facts)
 
 
-def _evaluate_tokenizer(model: str, options: dict[str, Any], device: str, save: bool, as_json: bool) -> None:
+def _evaluate_tokenizer(
+    model: str, folder: Path, options: dict[str, Any], device: str, save: bool, as_json: bool
+) -> None:
     from ..pipeline.checkpoint import save_measured
-    from ..pipeline.known_models import find_model
     from .evaluation import reports, shapes_suite
 
-    folder = find_model(model)
     result = {"tokenizer": shapes_suite.tokenizer_rate(folder, device=device, **options)}
     typer.echo(json.dumps(result) if as_json else shapes_suite.tokenizer_line(result["tokenizer"]))
     if save:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..pipeline import checkpoint
 from ..pipeline.known_models import find_model
-from ..pipeline.recipe import is_pretrained, nearest, reads_captions
+from ..pipeline.recipe import nearest, reads_captions
 from ..pipeline.terminal import progress_bar
 from ..tokenizers.captions import CaptionTokenizer
 from .cache import FORMAT, PART, describe_source, differing, read_manifest
@@ -105,12 +105,10 @@ class _Encoder:
         names = {PART[name] for name in what}
         self.parts = {part: checkpoint.load_part(folder, recipe, part, device) for part in sorted(names)}
         self.captions: Any = CaptionTokenizer.load(folder / "captions.json") if reads_captions(recipe) else None
-        pretrained = [part for part in self.parts if is_pretrained(recipe, part)]
-        self.hashes = {part: card["parts"][part]["hash"] for part in self.parts if part not in pretrained}
-        self.hashes |= {part: checkpoint.pretrained_hash(recipe, part) for part in pretrained}
+        self.hashes = {part: digest for part, digest in checkpoint.hashes(card, recipe).items() if part in self.parts}
         if self.captions is not None:
             self.hashes["captions"] = checkpoint.file_hash(folder / "captions.json")
-        for part in self.parts.keys() - pretrained:
+        for part in self.parts.keys() & card["parts"]:
             for other, digest in card["parts"][part].get("trained_against", {}).items():
                 if self.hashes.get(other, digest) != digest:
                     raise checkpoint.ModelError(f"{folder}: {part} was trained against another {other}; train it again")

@@ -122,7 +122,7 @@ def diffusion(
 ) -> None:
     """Draw how diffusion noises a picture, in pixels and latents, and how a model finds a picture in noise."""
     from ...pipeline import gallery
-    from ...pipeline.commands import load
+    from ...pipeline.commands import given, load
     from ...pipeline.images import PHOTOS, read_picture, save_png
     from ...pipeline.terminal import progress_bar
     from . import diffusion as drawing
@@ -134,9 +134,10 @@ def diffusion(
         page, found = drawing.schedules(shown, timesteps, seed)
     else:
         system = load(model, device, "float32")
-        knobs = {name: value for name, value in (("num_steps", steps), ("sampler", sampler)) if value is not None}
         with progress_bar("from noise") as progress:
-            page, found = drawing.of_model(shown, system, prompt, timesteps, seed, progress, **knobs)
+            page, found = drawing.of_model(
+                shown, system, prompt, timesteps, seed, progress, **given(num_steps=steps, sampler=sampler)
+            )
     facts = {"model": model, "prompt": prompt, "seed": seed, "timesteps": found}
     save_png(page, path, facts)
     typer.echo(json.dumps({"file": str(path), **facts}) if as_json else f"{drawing.report(found)}{path}")
