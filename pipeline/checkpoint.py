@@ -316,11 +316,10 @@ def check_captions(folder: Path, recipe: Recipe, part: str, module: Any) -> None
             f"{path}: expected {given.vocab_size} tokens and a context of {given.context_length}, as recipe.yaml says, "
             f"got {captions.vocab_size} and {captions.context_length}; copy the folder again"
         )
-    if not captions.padded and getattr(module, "framing", 0) != 2:
+    framing = getattr(module, "framing", 0)  # ids around a caption
+    if not captions.padded and framing != 2:
         raise ModelError(f"{path} is CLIP's, which has no padding; {part} takes ours: train it, or take a clip_text")
-    framing = getattr(module, "framing", 0)  # ids around a caption; CLIP puts an end, of one id more, in its last place
-    ids = (0, 1) if framing == 0 else (framing,)
-    if module.text_length != given.context_length + framing or module.text_vocab - given.vocab_size not in ids:
+    if module.text_length != given.context_length + framing or module.text_vocab != given.vocab_size + framing:
         raise ModelError(
             f"{folder}: {part} reads {module.text_length} tokens of {module.text_vocab}, the captions have "
             f"{given.context_length} of {given.vocab_size}; correct parts.{part} or captions in recipe.yaml"

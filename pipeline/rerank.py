@@ -25,8 +25,8 @@ class _Towers(Protocol):
 def clip_scores(clip: _Towers, images: Tensor, text: Tensor) -> Tensor:
     """The cosine of each picture and its caption.
 
-    images (B, 3, H, W) in [-1, 1] of the CLIP's own size; text (B, T) int64 as the CLIP was trained on it, that is with
-    the end token that `CLIP.with_end` writes. -> (B,) float32 in [-1, 1]. Raises ValueError if the counts differ.
+    images (B, 3, H, W) in [-1, 1] of the CLIP's own size; text (B, T) int64 as the CLIP was trained on it, that is as
+    `CLIP.frame` gives it. -> (B,) float32 in [-1, 1]. Raises ValueError if the counts differ.
     """
     if len(images) != len(text):
         raise ValueError(

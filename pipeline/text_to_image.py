@@ -233,7 +233,7 @@ class _OwnCLIP:
     def score(self, images: Sequence[Image], captions: Sequence[str]) -> Tensor:
         weight = next(self.clip.parameters())
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)  # (B, 3, H, W)
-        text = self.clip.with_end(*self.captions.encode(captions)).to(weight.device)  # (B, T)
+        text = self.clip.frame(*self.captions.encode(captions)).to(weight.device)  # (B, T)
         return clip_scores(self.clip, (pixels.float() / 127.5 - 1).to(weight), text)
 
 

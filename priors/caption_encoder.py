@@ -12,10 +12,9 @@ They do not know what reads their output, nor how captions become numbers.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..layers.attention import TransformerBlock
-from ..layers.clip_transformer import CLIPTransformer
+from ..layers.clip_transformer import CLIPTransformer, frame
 from ..layers.random import Draws
 from .condition import Condition
 
@@ -106,13 +105,11 @@ class CLIPText(nn.Module):
         return list(self.transformer.resblocks)
 
     def frame(self, text: Tensor, lengths: Tensor) -> Tensor:
-        """Ids below text_vocab - 2, int64 (B, T - 2), of which lengths (B,) count -> int64 (B, T): start, the caption,
-        end, pads. The start is text_vocab - 2, the end text_vocab - 1.
+        """Ids of captions, int64 (B, T - 2), of which lengths (B,) count -> int64 (B, T): start, caption, end, pads.
+
+        See `layers.clip_transformer.frame`.
         """
-        place, length = torch.arange(text.shape[1] + 2, device=text.device), lengths.to(text.device)[:, None]
-        text = F.pad(text, (1, 1)).masked_fill(place > length, self.pad)
-        text = text.masked_fill(place == length + 1, self.text_vocab - 1)
-        return text.masked_fill(place == 0, self.text_vocab - 2)
+        return frame(text, lengths, self.text_vocab, self.pad)
 
     def null_text(self, batch: int) -> Tensor:
         """The null caption, int64 (batch, T): framed, as CLIP's own tokenizer encodes an empty string."""

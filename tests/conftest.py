@@ -20,7 +20,7 @@ _PRIOR = [
     *["parts.prior.attention=full", "parts.prior.num_heads=2", "parts.prior.shift=[]"],
 ]
 _CLIP = [
-    *[f"parts.clip.{key}" for key in ("text_vocab=301", "text_length=22", "embed_dim=16", "vision_width=32")],
+    *[f"parts.clip.{key}" for key in ("text_vocab=302", "text_length=24", "embed_dim=16", "vision_width=32")],
     *[f"parts.clip.{key}" for key in ("vision_depth=1", "vision_heads=2", "text_width=32", "text_depth=1")],
     "parts.clip.text_heads=2",
 ]

@@ -30,7 +30,7 @@ def reference():
 def _inputs() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     image = torch.rand(6, 3, 16, 16, generator=generator) * 2 - 1
-    return image, torch.randint(0, 49, (6, 10), generator=generator)
+    return image, torch.randint(0, 48, (6, 10), generator=generator)
 
 
 def _features(batch: int = 6, seed: int = 2, wrong: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -49,7 +49,7 @@ def test_outputs_and_gradients_equal_open_clip(reference):
         k: v.shape for k, v in reference.state_dict().items()
     }
     image, text = _inputs()
-    text = model.with_end(text, torch.tensor([0, 1, 4, 9, 10, 7]))
+    text = model.frame(text[:, 2:], torch.tensor([0, 1, 4, 7, 8, 5]))
     ours, theirs = model(image, text), reference(image, text)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
@@ -133,17 +133,17 @@ def test_logit_scale_is_clamped_at_100():
     assert float(low.detach()) == 1
 
 
-def test_with_end_and_pooling():
+def test_framing_and_pooling():
     model = CLIP(**SIZES).double().eval()
     text = torch.tensor([[5, 6, 0, 0], [5, 6, 7, 8], [9, 9, 9, 9]])
-    ended = model.with_end(text, torch.tensor([2, 4, 0]))
-    assert ended.tolist() == [[5, 6, 49, 0], [5, 6, 7, 49], [49, 0, 0, 0]]
-    padded = torch.nn.functional.pad(ended, (0, 6))
-    torch.testing.assert_close(model.encode_text(ended), model.encode_text(padded), atol=1e-12, rtol=0)
-    with pytest.raises(ValueError, match="end id 49"):
-        model.with_end(torch.tensor([[49, 3]]), torch.tensor([2]))
+    framed = model.frame(text, torch.tensor([2, 4, 0]))
+    assert framed.tolist() == [[48, 5, 6, 49, 0, 0], [48, 5, 6, 7, 8, 49], [48, 49, 0, 0, 0, 0]]
+    padded = torch.nn.functional.pad(framed, (0, 4))
+    torch.testing.assert_close(model.encode_text(framed), model.encode_text(padded), atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="start id 48"):
+        model.frame(torch.tensor([[48, 3]]), torch.tensor([2]))
     with pytest.raises(ValueError, match="lengths"):
-        model.with_end(text, torch.tensor([2, 5, 0]))
+        model.frame(text, torch.tensor([2, 5, 0]))
 
 
 def test_edges_refuse():

@@ -246,7 +246,7 @@ SMALL = [
     "parts.tokenizer={kind: patch_dvae, image_size: 32, num_codes: 64, patch: [4, 4], width: 16, depth: 1}",
     "parts.prior={kind: dalle, text_vocab: 300, text_length: 22, num_codes: 64, grid: [8, 8], width: 64, depth: 2,"
     " num_heads: 2, attention: full, rotary: true, qk_norm: true, norm: rms, zero_init: true}",
-    "parts.clip.text_vocab=301",
+    "parts.clip.text_vocab=302",
     "parts.clip.vision_depth=2",
     "parts.clip.text_depth=1",
     *["training.precision=fp32", "training.trackers=[]", "training.data.levels=[S1]"],

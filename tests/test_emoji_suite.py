@@ -302,7 +302,7 @@ def test_an_untrained_model_goes_the_whole_way(data, gallery, tmp_path):
         "prior": {"kind": "dalle", "text_vocab": 512, "text_length": 64, "num_codes": 16, "grid": [8, 8]}
         | {"width": 16, "depth": 1, "num_heads": 2, "attention": "full"},
         "clip": {"kind": "clip", "embed_dim": 8, "image_size": 64, "patch_size": 16, "vision_width": 8}
-        | {"vision_depth": 1, "vision_heads": 1, "text_vocab": 513, "text_length": 64, "text_width": 8}
+        | {"vision_depth": 1, "vision_heads": 1, "text_vocab": 514, "text_length": 66, "text_width": 8}
         | {"text_depth": 1, "text_heads": 1},
     }
     captions = {"vocab_size": 512, "context_length": 64}

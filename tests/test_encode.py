@@ -214,7 +214,7 @@ def test_embeddings_are_those_of_the_models_clip(shards, tmp_path):
     clip, good = system.parts["clip"], batch.weight > 0
     with torch.no_grad():
         image = clip.encode_image(pictures.image)
-        text = clip.encode_text(clip.with_end(*system.captions.encode(pictures.captions)))
+        text = clip.encode_text(clip.frame(*system.captions.encode(pictures.captions)))
     assert set(batch.encoded) == {"text_embedding", "image_embedding"}
     assert torch.allclose(batch.encoded["image_embedding"][good], image[good], atol=1e-5)
     assert torch.allclose(batch.encoded["text_embedding"][good], text[good], atol=1e-5)

@@ -197,7 +197,17 @@ def test_a_test_split_is_finite_and_follows_its_captions():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"size": 48}, {"levels": ("S9",)}, {"levels": ()}, {"split": "x"}, {"languages": ("de",)}, {"jitter": -1.0}]
+    "bad",
+    [
+        {"size": 48},
+        {"levels": ("S9",)},
+        {"levels": ()},
+        {"split": "x"},
+        {"languages": ("de",)},
+        {"jitter": -1.0},
+        {"contrast": 0},
+        {"split": "S2a", "contrast": 4},
+    ],
 )
 def test_a_wrong_option_is_refused(bad):
     with pytest.raises(ValueError):
@@ -235,6 +245,23 @@ def test_the_opposite_relation_comes_first():
         assert not any(flipped[1:])
         first += flipped[0]
     assert 20 < first < 40  # some are held out
+
+
+@pytest.mark.parametrize("levels", [("S1",), ("S1", "S2"), ("S2", "S3")])
+def test_scenes_of_a_group_are_one_fact_away_from_its_first(levels):
+    plain, grouped = ShapesSource(seed=4, levels=levels), ShapesSource(seed=4, levels=levels, contrast=4)
+    batch = grouped.read(range(200, 1000))
+    assert batch.captions[::4] == plain.captions(range(50, 250))
+    hidden = {f for name in splits.TEST_COUNTS for f in _meanings(name)}
+    for group, first in enumerate(batch.captions[::4]):
+        others = batch.captions[4 * group + 1 : 4 * group + 4]
+        assert [parse_caption(w) for w in others] == grouped.facts(range(201 + 4 * group, 204 + 4 * group))
+        assert set(others) <= set(grouped.wrong([first], [50 + group])[0])
+        assert hidden.isdisjoint(canonical(parse_caption(w)) for w in others)
+    again = ShapesSource(seed=4, levels=levels, contrast=4).read([350, 203])  # in the middle of a group
+    torch.testing.assert_close(batch.image[[150, 3]], again.image, rtol=0, atol=0)
+    assert [batch.captions[150], batch.captions[3]] == again.captions
+    assert grouped.fingerprint != plain.fingerprint
 
 
 def test_the_canonical_wording_means_the_same_in_the_same_language():

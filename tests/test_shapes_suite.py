@@ -168,7 +168,7 @@ class Oracle(torch.nn.Module):
         vector = np.ones(64) if self.blind else np.random.default_rng(seed).normal(size=64)
         return torch.tensor(vector / np.linalg.norm(vector))
 
-    def with_end(self, text, lengths):
+    def frame(self, text, lengths):
         return text
 
     def encode_image(self, image, normalize):
@@ -200,7 +200,7 @@ def folder(tmp_path_factory):
         "prior": {"kind": "dalle", "text_vocab": 512, "text_length": 64, "num_codes": 16, "grid": [4, 4]}
         | {"width": 16, "depth": 1, "num_heads": 2, "attention": "full"},
         "clip": {"kind": "clip", "embed_dim": 8, "image_size": 32, "patch_size": 16, "vision_width": 8}
-        | {"vision_depth": 1, "vision_heads": 1, "text_vocab": 513, "text_length": 64, "text_width": 8}
+        | {"vision_depth": 1, "vision_heads": 1, "text_vocab": 514, "text_length": 66, "text_width": 8}
         | {"text_depth": 1, "text_heads": 1},
     }
     recipe = Recipe(

@@ -19,7 +19,7 @@ PARTS = {
     "prior": {"kind": "dalle", "text_vocab": 300, "text_length": 4, "num_codes": 16, "grid": [4, 4], "width": 16}
     | {"depth": 1, "num_heads": 2, "attention": "full"},
     "clip": {"kind": "clip", "embed_dim": 8, "image_size": 8, "patch_size": 4, "vision_width": 8, "vision_depth": 1}
-    | {"vision_heads": 1, "text_vocab": 301, "text_length": 4, "text_width": 8, "text_depth": 1, "text_heads": 1},
+    | {"vision_heads": 1, "text_vocab": 302, "text_length": 6, "text_width": 8, "text_depth": 1, "text_heads": 1},
 }
 PROMPTS, OTHER = ["a red dot", "два круга", "a blue ring"], "a cat"
 STEPS = 16  # codes of a picture

@@ -28,7 +28,7 @@ TINY = [
     "parts.prior.depth=2",
     "parts.prior.attention=full",
     "parts.prior.num_heads=2",
-    "parts.clip.text_vocab=301",
+    "parts.clip.text_vocab=302",
     "parts.clip.vision_depth=1",
     "parts.clip.text_depth=1",
     *[f"stages.{stage}.{key}" for stage in ("tokenizer", "prior", "clip") for key in ("steps=4", "global_batch=4")],

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers.clip_transformer import CLIPTransformer
+from ..layers.clip_transformer import CLIPTransformer, frame
 
 
 class _VisionTower(nn.Module):
@@ -50,6 +50,7 @@ class CLIP(nn.Module):
     """
 
     outer = ("positional_embedding", "text_projection")
+    framing = 2  # ids that `frame` adds
 
     def __init__(
         self,
@@ -80,29 +81,12 @@ class CLIP(nn.Module):
         self.transformer.start_as_text(self.token_embedding, self.positional_embedding)
         nn.init.normal_(self.text_projection, std=text_width**-0.5)
 
-    def with_end(self, text: Tensor, lengths: Tensor) -> Tensor:
-        """Put the end token, id text_vocab - 1, behind each caption and zeros behind the end token.
+    def frame(self, text: Tensor, lengths: Tensor) -> Tensor:
+        """Ids of captions, int64 (B, T - 2), of which lengths (B,) count -> int64 (B, T): start, caption, end, zeros.
 
-        `encode_text` reads a caption's embedding where its highest id stands. A caption tokenizer that pads with 0 and
-        writes no end token must therefore pass its text through here, and leave id text_vocab - 1 unused.
-
-        text (B, T) int64, lengths (B,) int64 in [0, T] -> (B, T) int64. A caption that fills all T places loses its
-        last token to the end token. Raises ValueError for lengths outside [0, T] or a caption that holds the end id.
+        See `layers.clip_transformer.frame`; `encode_text` reads a caption's embedding at its end.
         """
-        places, end = text.shape[1], self.text_vocab - 1
-        if lengths.shape != text.shape[:1] or ((lengths < 0) | (lengths > places)).any():
-            raise ValueError(
-                f"lengths must be (B,) in [0, T={places}] for text {tuple(text.shape)}, "
-                f"got {tuple(lengths.shape)}: {lengths.tolist()[:8]}; pass each caption's token count"
-            )
-        position = torch.arange(places, device=text.device)
-        last = lengths.to(text.device).clamp(max=places - 1)[:, None]  # (B, 1)
-        if ((position < last) & (text >= end)).any():
-            raise ValueError(
-                f"a caption's ids must lie below the end id {end}, got {int(text.max())}; "
-                "build the CLIP with text_vocab = the caption tokenizer's vocabulary + 1"
-            )
-        return torch.where(position < last, text, torch.where(position == last, end, 0))
+        return frame(text, lengths, self.text_vocab, pad=0)
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """image (B, 3, S, S) in [-1, 1] with S = image_size -> embeddings (B, D), of length 1 if `normalize`.
@@ -120,7 +104,7 @@ class CLIP(nn.Module):
         """text (B, T) int64, T <= text_length -> embeddings (B, D), of length 1 if `normalize`.
 
         The embedding is read at the first place of the highest id, which is the end token's (open_clip's `argmax`
-        pooling); see `with_end`. Attention is causal, so what stands behind that place has no effect.
+        pooling); see `frame`. Attention is causal, so what stands behind that place has no effect.
         Raises ValueError for more than text_length tokens.
         """
         if text.ndim != 2 or not 1 <= text.shape[1] <= self.text_length:

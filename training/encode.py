@@ -118,7 +118,7 @@ class _Encoder:
         """image (B, 3, S, S) and B captions -> arrays (B, ...) by name."""
         image, text = image.to(self.device), {"tokenizer": torch.zeros(0)}
         if "clip" in self.parts:
-            text["clip"] = self.parts["clip"].with_end(*self.captions.encode(captions)).to(self.device)  # (B, T)
+            text["clip"] = self.parts["clip"].frame(*self.captions.encode(captions)).to(self.device)  # (B, T)
         if encoder := self.parts.get("text"):
             text["text"] = encoder.frame(*getattr(encoder, "captions", self.captions).encode(captions)).to(self.device)
         made = {name: ENCODERS[name](self.parts[PART[name]], image, text[PART[name]]) for name in self.what}

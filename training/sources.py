@@ -17,7 +17,9 @@ def source_of(recipe: Recipe, data: Data) -> Any:
         from .data.shapes import ShapesSource
 
         size, languages = recipe.image_size, data.languages
-        return ShapesSource(size, data.seed, data.levels, languages=languages, jitter=data.jitter)
+        return ShapesSource(
+            size, data.seed, data.levels, languages=languages, jitter=data.jitter, contrast=data.contrast
+        )
     if data.kind == "digits":
         from .data.digits import DigitsSource
 

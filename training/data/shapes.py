@@ -74,6 +74,7 @@ class ShapesSource:
         split: str = "train",
         languages: Sequence[str] = ("en", "ru"),
         jitter: float = JITTER,
+        contrast: int = 1,
     ) -> None:
         if size not in IMAGE_SIDES:
             raise ValueError(f"shapes images have a side in {IMAGE_SIDES}, got {size}: set size to one of these")
@@ -86,7 +87,10 @@ class ShapesSource:
         if jitter < 0:
             raise ValueError(f"the colour jitter is a standard deviation, at least 0, got {jitter}: use e.g. 0.02")
         self._side, self._seed, self._jitter = size, seed, jitter
+        if contrast < 1 or (contrast > 1 and split != "train"):
+            raise ValueError(f"contrast is at least 1, and 1 in a test set, got {contrast} in {split!r}: use e.g. 4")
         self._split, self._languages, self._levels = split, tuple(languages), tuple(levels)
+        self._contrast = contrast
         self._tests = None if split == "train" else test_rows(split)
         self._wide = "S3" in levels if self._tests is None else self._tests.shape[1] == WIDE
 
@@ -98,7 +102,8 @@ class ShapesSource:
     @property
     def fingerprint(self) -> str:
         """What the draws depend on, in words."""
-        return f"shapes {self._split} {self._side} px, {self._levels}, {self._languages}, {self._jitter}, {self._seed}"
+        words = f"shapes {self._split} {self._side} px, {self._levels}, {self._languages}, {self._jitter}, {self._seed}"
+        return words if self._contrast == 1 else f"{words}, groups of {self._contrast}"
 
     def scenes(self, positions: Sequence[int]) -> Scenes:
         """The scenes at the positions (B of them), as `read` draws them. IndexError outside the source."""
@@ -106,7 +111,7 @@ class ShapesSource:
         if len(wanted) and (wanted.min() < 0 or (self.size is not None and wanted.max() >= self.size)):
             raise IndexError(f"positions lie in [0, {self.size or 'endless'}), got {wanted.min()} to {wanted.max()}")
         samples = torch.from_numpy(wanted)
-        rows = self._draw(samples) if self._tests is None else self._tests[wanted]
+        rows = self._draw_groups(samples) if self._tests is None else self._tests[wanted]
         draws = placement_draws(self._seed, samples)
         if not self._wide:
             return place(rows, draws, self._side)
@@ -123,6 +128,20 @@ class ShapesSource:
                 mine = (pick % number == i) & (pick // number % len(LEVELS[level]) == j)
                 drawn = draw_rows(part, word[mine])
                 rows[mine, : drawn.shape[1]] = drawn
+        return rows
+
+    def _draw_groups(self, samples: torch.Tensor) -> Rows:
+        """As `_draw`, and where scenes come in groups, the others of a group are one fact away from its first."""
+        rows, numbers = self._draw(samples // self._contrast), samples.tolist()
+        drawn = zip(numbers, rows, strict=True)
+        groups = {number // self._contrast: Facts.from_row(row) for number, row in drawn if number % self._contrast}
+        false = dict(zip(groups, self._false(list(groups.values()), list(groups)), strict=True))
+        for i, number in enumerate(numbers):
+            group, member = divmod(number, self._contrast)
+            if member:
+                near = list(false[group].values())
+                row = near[(member - 1) % len(near)].row()
+                rows[i, : len(row)], rows[i, len(row) :] = row, -1
         return rows
 
     def facts(self, positions: Sequence[int]) -> list[Facts]:
@@ -148,7 +167,8 @@ class ShapesSource:
 
     def _write(self, facts: list[Facts], samples: torch.Tensor) -> list[str]:
         """The captions of facts in the languages that samples (B,) draw."""
-        tongue = random.integers(self._seed, 0, samples, (1,), "shapes language", len(self._languages))[:, 0].tolist()
+        groups = samples // self._contrast
+        tongue = random.integers(self._seed, 0, groups, (1,), "shapes language", len(self._languages))[:, 0].tolist()
         return [write_caption(f, self._languages[t]) for f, t in zip(facts, tongue, strict=True)]
 
     def meaning(self, caption: str) -> Hashable:
@@ -165,7 +185,14 @@ class ShapesSource:
         The opposite relation comes first, where there is one: it is learnt last. In training none is a held-out
         meaning: a CLIP that sees those as false only learns that they are.
         """
-        facts = [parse_caption(caption) for caption in captions]
+        false = self._false([parse_caption(caption) for caption in captions], samples)
+        return [
+            [write_caption(wrong, _language(caption)) for wrong in mine.values()]
+            for caption, mine in zip(captions, false, strict=True)
+        ]
+
+    def _false(self, facts: Sequence[Facts], samples: Sequence[int]) -> list[dict[str, Facts]]:
+        """Of each facts those one fact away by kind: the opposite relation first, the rest as its sample draws."""
         rngs = [np.random.default_rng([self._seed, sample]) for sample in samples]
         found: list[dict[str, Facts]] = [{} for _ in facts]
         for _ in range(_TRIES):
@@ -180,10 +207,10 @@ class ShapesSource:
                 if not bad:
                     mine[kind] = wrong
         result = []
-        for caption, rng, mine in zip(captions, rngs, found, strict=True):
+        for rng, mine in zip(rngs, found, strict=True):
             kinds = [list(mine)[i] for i in rng.permutation(len(mine))]
             kinds.sort(key=lambda kind: kind != "opposite relation")
-            result.append([write_caption(mine[kind], _language(caption)) for kind in kinds])
+            result.append({kind: mine[kind] for kind in kinds})
         return result
 
 

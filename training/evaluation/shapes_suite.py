@@ -252,7 +252,7 @@ def _clip_scores(system: TextToImage, image: Tensor, texts: list[list[str]]) -> 
     clip, flat = system.parts["clip"], [text for row in texts for text in row]
     weight = next(clip.parameters())
     assert system.captions is not None
-    tokens = clip.with_end(*system.captions.encode(flat)).to(weight.device)
+    tokens = clip.frame(*system.captions.encode(flat)).to(weight.device)
     pictures = clip.encode_image(image.to(weight), normalize=True).float()  # (B, D)
     counts = [len(row) for row in texts]
     repeated = pictures.repeat_interleave(torch.tensor(counts, device=weight.device), dim=0)

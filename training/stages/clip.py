@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...layers import random
-from ...pipeline.recipe import Recipe, build
+from ...pipeline.recipe import Recipe, RecipeError, build, defaults, is_frozen
 from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import clip as clip_objective
 from ..run import Stage
@@ -46,12 +46,24 @@ class CLIPStage(TrainingStage):
     ) -> None:
         self.captions = CaptionTokenizer.load(model / "captions.json")
         self.hold(build(recipe, self.part))
-        self.config, self.source, self.seed = config, source, seed
+        self.recipe, self.config, self.source, self.seed = recipe, config, source, seed
+        clip_text = recipe.parts.get("text", {}).get("kind") == "clip_text" and is_frozen(recipe, "text")
+        self.gives_text = clip_text and not (model / "text.safetensors").exists()
+        if self.gives_text:
+            _check_tower(recipe)
 
     @staticmethod
     def coupled(recipe: Recipe, config: Stage) -> str:
         """Always."""
         return "its loss compares the captions of a step"
+
+    def exported(self) -> dict[str, nn.Module]:
+        """Beside CLIP its text tower, where a prior reads one that is frozen and the model folder has none yet."""
+        if not self.gives_text:
+            return super().exported()
+        tower, weights = build(self.recipe, "text"), self.network.state_dict()
+        tower.load_state_dict({name: weights[name] for name in tower.state_dict()})
+        return {"text": tower, **super().exported()}
 
     def updates(self, batch: Batch, step: int) -> Updates:
         yield self.part, *self._loss(batch, step)
@@ -60,10 +72,10 @@ class CLIPStage(TrainingStage):
         clip_objective.clamp_logit_scale(self.network.logit_scale)
         image_features, text_features, scale, wrong = self._features(self.forward[self.part], batch, step)
         meanings = [_number(self.source.meaning(caption)) for caption in batch.captions]
-        groups = torch.tensor(meanings, device=batch.image.device)
-        groups, weight = gather((groups, batch.weight))
-        image_features, text_features = _gather(image_features), _gather(text_features)
-        wrong = None if wrong is None else _gather(wrong)
+        groups = gather(torch.tensor(meanings, device=batch.image.device))
+        rows = [image_features, text_features, *([] if wrong is None else wrong.unbind(1))]  # (B, D) each
+        image_features, text_features, *others = _gather(torch.stack(rows, dim=1)).unbind(1)
+        wrong, weight = torch.stack(others, dim=1) if others else None, gather(batch.weight)
         return clip_objective.clip(image_features, text_features, scale, groups, wrong, weight)
 
     def _features(
@@ -82,7 +94,7 @@ class CLIPStage(TrainingStage):
             rewrite = drawn + [draw for draw in drawn for _ in range(wanted)]
             captions = [self.source.canonical(c) if r else c for c, r in zip(captions, rewrite, strict=True)]
         tokens, lengths = self.captions.encode(captions)
-        text = self.network.with_end(tokens, lengths)[:, : int(lengths.max()) + 1]  # what follows the end is not read
+        text = self.network.frame(tokens, lengths)[:, : int(lengths.max()) + 2]  # what follows the end is not read
         image_features, text_features, scale = towers(batch.image, text.to(batch.image.device))
         own, wrong = text_features[:count], text_features[count:]
         return image_features, own, scale, wrong.view(count, -1, own.shape[1]) if len(wrong) else None
@@ -113,6 +125,19 @@ class CLIPStage(TrainingStage):
         if wrong is not None:
             best = best.maximum(torch.einsum("bd,bwd->bw", image_features.float(), wrong.float()).amax(dim=1))
         return {"accuracy": (right > best).float()}
+
+
+def _check_tower(recipe: Recipe) -> None:
+    """Raises RecipeError unless the recipe's `clip_text` is the text tower of its CLIP."""
+    asked, clip = defaults("text", "clip_text") | recipe.parts["text"], recipe.parts["clip"]
+    given = {name: clip[name] for name in ("text_vocab", "text_length")}
+    given |= {"width": clip["text_width"], "depth": clip["text_depth"], "num_heads": clip["text_heads"]}
+    given["quick_gelu"] = False
+    if wrong := [f"{name}: {value}" for name, value in given.items() if asked[name] != value]:
+        raise RecipeError(
+            f"{recipe.name}: parts.text is frozen and not there, so it becomes the text tower of parts.clip; write "
+            f"{', '.join(wrong)}, or put text.safetensors into the model folder"
+        )
 
 
 def _number(meaning: Hashable) -> int:
