@@ -87,6 +87,8 @@ class CLIPStage(TrainingStage):
         """
         share = 0.0 if step is None else self._canonical_share(step)
         wanted = int(self.config.number("wrong_captions", 0))
+        if step is None:  # as many as training shows, whichever way
+            wanted = max(wanted, (self.config.contrast or 1) - 1)
         wanted = min(wanted, 1) if share == 1 else wanted
         count, captions = len(batch.captions), [*batch.captions, *self._wrong(batch, wanted)]
         if share and step is not None:
