@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from kartina.layers import random
 from kartina.pipeline import checkpoint
 from kartina.pipeline.denoising import denoiser_of, schedule_of
 from kartina.pipeline.recipe import RecipeError, build
 from kartina.tokenizers.autoencoder_kl import AutoencoderKL
 from kartina.tokenizers.captions import CaptionTokenizer
 from kartina.tokenizers.patch_dvae import PatchDVAE
+from kartina.training import __main__ as trainer
 from kartina.training import run as runs
 from kartina.training.sources import source_of
 from kartina.training.stages.diffusion import DiffusionStage, _check_latents
@@ -87,6 +89,42 @@ def test_a_frozen_text_encoder_is_the_folders_and_does_not_train(tmp_path):
     tokens, _ = encoder.eval()(stage.text.frame(*stage.captions.encode(batch.captions)))
     same = (seen[0].tokens - tokens).abs().amax(dim=(1, 2)) < 1e-5
     assert same.any() and not seen[0].tokens.requires_grad
+
+
+def test_a_frozen_text_encoder_is_the_tower_of_the_clip_trained_before(tmp_path, capsys):
+    unet = SMALL.replace("attn_levels: []", "attn_levels: [1]").replace("context_dim: null", "context_dim: 16")
+    clip = "clip: {kind: clip, embed_dim: 8, image_size: 32, patch_size: 16, vision_width: 16, vision_depth: 1,"
+    clip += " vision_heads: 2, text_vocab: 302, text_length: 14, text_width: 16, text_depth: 2, text_heads: 2}"
+    text = "text: {kind: clip_text, text_vocab: 302, text_length: 14, width: 16, depth: 2, num_heads: 2,"
+    parts = unet.replace("NONE", "null")[:-1] + f", {clip}, {text} quick_gelu: GELU}}}}"
+    step = "{steps: 2, global_batch: 4, optimizer: {lr: 0.001}}"
+    command = ["shapes/ddpm", "captions={vocab_size: 300, context_length: 12}", "frozen=[text]", "training.trackers=[]"]
+    command += [f"training.stages={{clip: {step}, prior: {step}}}", "--run", str(tmp_path)]
+    assert trainer.main([*command, parts.replace("GELU", "true")]) == 2
+    assert "becomes the text tower of parts.clip; write quick_gelu: False" in capsys.readouterr().err
+    command.append(parts.replace("GELU", "false"))
+    assert trainer.main([*command[:-2], str(tmp_path / "b"), command[-1]]) == 0
+    weights = {part: checkpoint.load_weights(tmp_path / "b/model", part) for part in ("clip", "text")}
+    for name, tensor in weights["text"].items():
+        assert torch.equal(tensor, weights["clip"][name]), name
+    capsys.readouterr()
+    assert trainer.main([*command[:-2], str(tmp_path / "b"), command[-1]]) == 0
+    assert "prior: already trained" in capsys.readouterr().out
+
+
+def test_timesteps_are_logit_normal_where_the_recipe_says_so(tmp_path):
+    knobs = "stages.prior.objective={timestep_mean: 0.5, timestep_deviation: 0.8}"
+    stage, _ = stage_of(tmp_path, knobs)
+    t = stage._timesteps(random.Draws(0, 3, torch.arange(20_000)))
+    total = stage.schedule.num_timesteps
+    place = torch.special.logit((t.double() + 0.5) / total)
+    assert place.mean() == pytest.approx(0.5, abs=0.02) and place.std() == pytest.approx(0.8, abs=0.02)
+    assert t.dtype == torch.int64 and t.min() >= 0 and t.max() < total
+    even = stage_of(tmp_path)[0]._timesteps(random.Draws(0, 3, torch.arange(20_000)))
+    assert even.double().mean() == pytest.approx((total - 1) / 2, rel=0.02)
+    learned = SMALL.replace("NONE", "null").replace("in_channels: 3", "in_channels: 3, out_channels: 6")
+    with pytest.raises(RecipeError, match="drawn evenly"):
+        stage_of(tmp_path, learned, knobs)
 
 
 def test_latents_must_have_a_measured_scale():
