@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from kartina.layers import random
 from kartina.pipeline import checkpoint
 from kartina.pipeline.denoising import denoiser_of, schedule_of
 from kartina.pipeline.recipe import RecipeError, build
@@ -110,21 +109,6 @@ def test_a_frozen_text_encoder_is_the_tower_of_the_clip_trained_before(tmp_path,
     capsys.readouterr()
     assert trainer.main([*command[:-2], str(tmp_path / "b"), command[-1]]) == 0
     assert "prior: already trained" in capsys.readouterr().out
-
-
-def test_timesteps_are_logit_normal_where_the_recipe_says_so(tmp_path):
-    knobs = "stages.prior.objective={timestep_mean: 0.5, timestep_deviation: 0.8}"
-    stage, _ = stage_of(tmp_path, knobs)
-    t = stage._timesteps(random.Draws(0, 3, torch.arange(20_000)))
-    total = stage.schedule.num_timesteps
-    place = torch.special.logit((t.double() + 0.5) / total)
-    assert place.mean() == pytest.approx(0.5, abs=0.02) and place.std() == pytest.approx(0.8, abs=0.02)
-    assert t.dtype == torch.int64 and t.min() >= 0 and t.max() < total
-    even = stage_of(tmp_path)[0]._timesteps(random.Draws(0, 3, torch.arange(20_000)))
-    assert even.double().mean() == pytest.approx((total - 1) / 2, rel=0.02)
-    learned = SMALL.replace("NONE", "null").replace("in_channels: 3", "in_channels: 3, out_channels: 6")
-    with pytest.raises(RecipeError, match="drawn evenly"):
-        stage_of(tmp_path, learned, knobs)
 
 
 def test_latents_must_have_a_measured_scale():

@@ -14,6 +14,7 @@ from accelerate.utils import gather
 from torch import Tensor, nn
 
 from ...layers import random
+from ...pipeline import checkpoint
 from ...pipeline.recipe import Recipe, RecipeError, build, defaults, is_frozen
 from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import clip as clip_objective
@@ -47,10 +48,7 @@ class CLIPStage(TrainingStage):
         self.captions = CaptionTokenizer.load(model / "captions.json")
         self.hold(build(recipe, self.part))
         self.recipe, self.config, self.source, self.seed = recipe, config, source, seed
-        clip_text = recipe.parts.get("text", {}).get("kind") == "clip_text" and is_frozen(recipe, "text")
-        self.gives_text = clip_text and not (model / "text.safetensors").exists()
-        if self.gives_text:
-            _check_tower(recipe)
+        self.gives_text = _gives_text(recipe, model)
 
     @staticmethod
     def coupled(recipe: Recipe, config: Stage) -> str:
@@ -58,7 +56,7 @@ class CLIPStage(TrainingStage):
         return "its loss compares the captions of a step"
 
     def exported(self) -> dict[str, nn.Module]:
-        """Beside CLIP its text tower, where a prior reads one that is frozen and the model folder has none yet."""
+        """Beside CLIP its text tower, where a prior reads one that is frozen and did not come from elsewhere."""
         if not self.gives_text:
             return super().exported()
         tower, weights = build(self.recipe, "text"), self.network.state_dict()
@@ -129,8 +127,16 @@ class CLIPStage(TrainingStage):
         return {"accuracy": (right > best).float()}
 
 
-def _check_tower(recipe: Recipe) -> None:
-    """Raises RecipeError unless the recipe's `clip_text` is the text tower of its CLIP."""
+def _gives_text(recipe: Recipe, model: Path) -> bool:
+    """Whether the recipe's frozen text encoder is the text tower of its CLIP.
+
+    Raises RecipeError where it cannot be, and the model folder holds no other.
+    """
+    if recipe.parts.get("text", {}).get("kind") != "clip_text" or not is_frozen(recipe, "text"):
+        return False
+    known = checkpoint.read_card(model)["parts"].get("text") if (model / "card.json").exists() else None
+    if known is not None and known.get("identity", {}).get("stage") != "clip":
+        return False
     asked, clip = defaults("text", "clip_text") | recipe.parts["text"], recipe.parts["clip"]
     given = {name: clip[name] for name in ("text_vocab", "text_length")}
     given |= {"width": clip["text_width"], "depth": clip["text_depth"], "num_heads": clip["text_heads"]}
@@ -138,8 +144,9 @@ def _check_tower(recipe: Recipe) -> None:
     if wrong := [f"{name}: {value}" for name, value in given.items() if asked[name] != value]:
         raise RecipeError(
             f"{recipe.name}: parts.text is frozen and not there, so it becomes the text tower of parts.clip; write "
-            f"{', '.join(wrong)}, or put text.safetensors into the model folder"
+            f"{', '.join(wrong)}, or have a text encoder in the model folder"
         )
+    return True
 
 
 def _number(meaning: Hashable) -> int:

@@ -35,9 +35,7 @@ class DiffusionStage(TrainingStage):
 
     target: in which terms the error is taken, by default what the network predicts. weighting, gamma: see
     `objectives.diffusion.snr_weight`. bound_weight: of the variational bound in bits per dimension, where variances are
-    learned. condition_drop: the share of samples that are shown the null condition. timestep_mean, timestep_deviation:
-    of ln(t / (T - t)) where timesteps are drawn logit-normal (Esser 2024, arXiv:2403.03206, section 3.1), which has the
-    noise seen more often at which the caption decides; without a deviation they are drawn evenly.
+    learned. condition_drop: the share of samples that are shown the null condition.
     """
 
     part = "prior"
@@ -51,8 +49,6 @@ class DiffusionStage(TrainingStage):
         "gamma": Knob(),
         "bound_weight": Knob(),
         "condition_drop": Knob(high=1),
-        "timestep_mean": Knob(low=-10, high=10),
-        "timestep_deviation": Knob(),
     }
 
     def __init__(
@@ -73,11 +69,6 @@ class DiffusionStage(TrainingStage):
             raise RecipeError(
                 f"{recipe.name}: parts.prior.context_dim must be the width of parts.text, or null where there is none, "
                 f"got {self.prior.context_dim} and {getattr(self.text, 'width', None)}"
-            )
-        if config.number("timestep_deviation", 0) and self.prior.conv_out.out_channels > self.prior.in_channels:
-            raise RecipeError(
-                f"{recipe.name}: the bound that teaches variances needs timesteps drawn evenly; "
-                "leave objective.timestep_deviation out, or parts.prior.out_channels"
             )
         self.along = self.text is not None and not is_frozen(recipe, "text")
         self.hold(Captioned(self.prior, self.text) if self.along else self.prior)
@@ -111,7 +102,7 @@ class DiffusionStage(TrainingStage):
     def _loss(self, batch: Batch, step: int) -> Loss:
         x_0, config, total = self._read(batch), self.config, self.schedule.num_timesteps
         draws = random.Draws(self.seed, step, batch.samples)
-        t = self._timesteps(draws)
+        t = random.integers(*draws, (), "timestep", total)
         eps = random.normal(*draws, tuple(x_0.shape[1:]), "noise")
         drop = random.uniform(*draws, (), "condition drop") < config.number("condition_drop", 0.1)
         condition = self._dropped(self._condition(batch), drop)
@@ -125,14 +116,6 @@ class DiffusionStage(TrainingStage):
             target=config.word("target", self.recipe.diffusion.prediction), weighting=config.word("weighting", "none"),
             gamma=gamma, bound=bound, bound_weight=config.number("bound_weight", 0.001),
         )  # fmt: skip
-
-    def _timesteps(self, draws: random.Draws) -> Tensor:
-        """A timestep for each sample, int64 (B,)."""
-        total, deviation = self.schedule.num_timesteps, self.config.number("timestep_deviation", 0)
-        if not deviation:
-            return random.integers(*draws, (), "timestep", total)
-        place = random.normal(*draws, (), "timestep") * deviation + self.config.number("timestep_mean", 0)
-        return (place.sigmoid() * total).long().clamp(max=total - 1)
 
     @torch.no_grad()
     def _read(self, batch: Batch) -> Tensor:
