@@ -28,6 +28,7 @@ SCALING_FACTOR = 0.18215  # of KL-f8 in Stable Diffusion: 1 / the deviation of i
 _CLASSES = {"VQModel": "vqgan", "AutoencoderKL": "autoencoder_kl"}
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _HALVES = ("encoder.pkl", "decoder.pkl")
+_FILES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".safetensors")  # endings that no repository is told by
 _OURS = ("card.json", "recipe.yaml")  # what tells a model folder of ours
 _OWN = re.compile(r"(encoder|decoder|quantize|quant_conv|post_quant_conv)\.")
 _TRAINING = ("loss.", "model_ema.")
@@ -39,6 +40,12 @@ _OTHERS = {
     "visual.": "a CLIP",
 }
 _EXPECTED = "a VQ-GAN, a KL autoencoder (of CompVis or diffusers) or a folder with OpenAI's encoder.pkl and decoder.pkl"
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name is of the hub's: hf-hub:OWNER/NAME, or OWNER/NAME that is no path to a file of weights."""
+    named = name.count("/") == 1 and not name.startswith(".") and Path(name).suffix.lower() not in _FILES
+    return name.startswith(HUB) or named
 
 
 def fetch(name: str) -> Path:
