@@ -15,7 +15,7 @@ from kartina.training import run as runs
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-RECIPES = sorted(runs.RECIPES.rglob("*.yaml"))
+RECIPES = sorted((ROOT / "training" / "recipes").rglob("*.yaml"))
 STAND_INS = {"RECIPE": "shapes/dalle", "N": "1"}  # for the words that stand for anything
 
 
