@@ -162,9 +162,11 @@ def convert(
     if part not in (None, "tokenizer"):
         raise ValueError(f"--part {part!r:.40} is unknown; valid: tokenizer")
     path = Path(source)
-    if not path.exists() and (source.startswith(published.HUB) or source.count("/") == 1):
+    if not path.exists():
+        if not published.is_repository(source):
+            raise ValueError(f"there is no file or folder {source!r:.80}; for the hub write {published.HUB}OWNER/NAME")
         path = published.fetch(source)
-    if path.exists() and part is None and stable_diffusion.is_system(path):
+    if part is None and stable_diffusion.is_system(path):
         system = stable_diffusion.load(
             path, name or "imported/stable-diffusion", licence, image_size, prediction, tokenizer
         )

@@ -20,7 +20,7 @@ from ..tokenizers.dvae import openai_state_dict
 from . import archive
 from .checkpoint import misfits
 from .convert import from_compvis, from_diffusers, to_diffusers
-from .recipe import Recipe, defaults
+from .recipe import PARTS, Recipe, defaults
 from .unpickle import StoredTensor, WeightsError
 
 HUB = "hf-hub:"
@@ -28,6 +28,8 @@ SCALING_FACTOR = 0.18215  # of KL-f8 in Stable Diffusion: 1 / the deviation of i
 _CLASSES = {"VQModel": "vqgan", "AutoencoderKL": "autoencoder_kl"}
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _HALVES = ("encoder.pkl", "decoder.pkl")
+_FILES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".safetensors")  # endings that no repository is told by
+_OURS = ("card.json", "recipe.yaml")  # what tells a model folder of ours
 _OWN = re.compile(r"(encoder|decoder|quantize|quant_conv|post_quant_conv)\.")
 _TRAINING = ("loss.", "model_ema.")
 _OTHERS = {
@@ -40,21 +42,37 @@ _OTHERS = {
 _EXPECTED = "a VQ-GAN, a KL autoencoder (of CompVis or diffusers) or a folder with OpenAI's encoder.pkl and decoder.pkl"
 
 
+def is_repository(name: str) -> bool:
+    """Whether a name is of the hub's: hf-hub:OWNER/NAME, or OWNER/NAME that is no path to a file of weights."""
+    named = name.count("/") == 1 and not name.startswith(".") and Path(name).suffix.lower() not in _FILES
+    return name.startswith(HUB) or named
+
+
 def fetch(name: str) -> Path:
     """The folder of a hub repository, OWNER/NAME or hf-hub:OWNER/NAME: weights as safetensors, configs, vocabularies.
 
+    A model folder of ours may hold no links, as the cache of the hub does: it gets a copy of its own beside that.
     Raises WeightsError where it cannot be had.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     homes = ("", "vae/", "vqvae/", "unet/")  # of a U-Net or a tokenizer; one alone lies at the top
     weights = [f"diffusion_pytorch_model{half}.safetensors" for half in ("", ".fp16")]
     wanted = ["model_index.json", *(f"{home}{file}" for home in homes for file in ("config.json", *weights))]
     wanted += ["text_encoder/config.json", "text_encoder/model.safetensors", "text_encoder/model.fp16.safetensors"]
     captions = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    wanted += [*(f"tokenizer/{file}" for file in captions), "scheduler/scheduler_config.json"]
+    wanted += [*(f"tokenizer/{file}" for file in captions), "scheduler/scheduler_config.json", *_OURS]
+    # By name: *.safetensors would take whatever checkpoint lies there.
+    ours = [*_OURS, "captions.json", "attributes.json", "LICENSES/*"]
+    ours += [f"{part}.safetensors" for part in (*PARTS, "attributes")]
+    repository = name.removeprefix(HUB)
     try:
-        return Path(snapshot_download(name.removeprefix(HUB), allow_patterns=wanted))
+        folder = Path(snapshot_download(repository, allow_patterns=wanted))
+        if all((folder / file).is_file() for file in _OURS):
+            copy = Path(constants.HF_HOME, "kartina", repository)
+            snapshot_download(repository, revision=folder.name, allow_patterns=ours, local_dir=copy)
+            return copy
+        return folder
     except Exception as error:  # whatever the client meets: no such repository, no network, a proxy
         raise WeightsError(f"{name!r} could not be fetched from the hub ({error!s:.200}); give a folder") from None
 

@@ -3,6 +3,11 @@
 This half knows what a system is made of; `kartina.training.run` reads the `training` section. A recipe may come from an
 untrusted model folder, so it names entries of the closed table PARTS only, never a module, a package or a path.
 
+The one exception is `parts.text.source` of the kind `transformers_text`: NAME or OWNER/NAME, two words of letters,
+digits, `_`, `-` and inner dots. It is a name of that module's closed table of packages, or else a folder of that name
+below $KARTINA_TEXT_ENCODERS (below the current folder where that is not set), or else a repository in the cache of the
+hub. Nothing is downloaded for it, no code of it runs and no pickle of it is read; the card's hash pins what it holds.
+
 It knows no optimizer, no data and no weights.
 """
 

@@ -125,14 +125,6 @@ class Schedule:
         alpha, sigma = self.at(t, x_0)
         return alpha * full(x_0) + sigma * full(eps)
 
-    def noise_once(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """A draw of q(x_t | x_{t-1}) for x_{t-1} and eps (B, ...) and t int64 (B,) (Ho 2020, equation 2).
-
-        The variance is beta_t, so eps is multiplied by sqrt(beta_t).
-        """
-        keep, add = (_pick(table.sqrt(), t, x) for table in (1 - self.betas, self.betas))
-        return keep * full(x) + add * full(eps)
-
     def posterior_terms(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """a, b and the variance of q(x_{t-1} | x_t, x_0), whose mean is a x_0 + b x_t (Ho 2020, equations 6 and 7).
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kartina.tokenizers import kmeans as module
 from kartina.tokenizers.dvae import DiscreteVAE
 from kartina.tokenizers.kmeans import kmeans
 
@@ -14,6 +15,24 @@ def test_clusters_far_apart_are_found():
     assert torch.cdist(true, centres).amin(1).max() < 0.1
     assert counts.tolist() == [50] * 4
     assert torch.equal(kmeans(points, 4, seed=1)[0], centres)
+
+
+def test_a_round_moves_each_centre_to_the_mean_of_its_points_whatever_is_held_at_once(monkeypatch):
+    points = torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
+    start, own = kmeans(points, 40, seed=1, rounds=0)[0], []
+    for point in points:
+        own.append(min(range(40), key=lambda k: float((point - start[k]).square().sum())))
+    groups = [points[torch.tensor(own) == k] for k in range(40)]
+    centres, counts = kmeans(points, 40, seed=1, rounds=1)
+    assert counts.tolist() == [len(group) for group in groups] and min(counts) > 0
+    torch.testing.assert_close(centres, torch.stack([group.mean(0) for group in groups]))
+    whole = kmeans(points, 40, seed=1)
+    sizes, addmm = [], torch.addmm
+    monkeypatch.setattr(module, "_DISTANCES", 40 * 7)  # uneven parts
+    monkeypatch.setattr(torch, "addmm", lambda *a, **k: sizes.append(addmm(*a, **k)) or sizes[-1])
+    parts = kmeans(points, 40, seed=1)
+    assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
+    assert max(part.numel() for part in sizes) == 40 * 7
 
 
 def test_more_centres_than_points_are_refused():

@@ -233,6 +233,16 @@ def test_wrong_checkpoints_are_one_clear_error(tmp_path):
         published.load(tmp_path)
 
 
+@pytest.mark.parametrize("source", ["models/vqgan.ckpt", "models/vqgan.SAFETENSORS", "./vqgan", "a/b/c", "vqgan"])
+def test_a_path_to_nothing_is_not_sought_on_the_hub(tmp_path, monkeypatch, source):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: pytest.fail(f"{name} was asked for"))
+    with pytest.raises(ValueError, match=f"no file or folder '{source}'; for the hub write hf-hub:OWNER/NAME"):
+        run("convert", source, tmp_path / "m")
+    assert published.is_repository("stabilityai/stable-diffusion-2.1") and published.is_repository(f"hf-hub:{source}")
+
+
 def test_wrong_folders_of_diffusers_are_one_clear_error(tmp_path):
     section, folder = load_section(tmp_path), tmp_path / "vae"
     published.save_diffusers(folder, section, model("kl").state_dict())

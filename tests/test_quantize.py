@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from kartina.layers import random
-from kartina.tokenizers import quantize
-from kartina.tokenizers.quantize import FSQ, GumbelQuantizer, VectorQuantizer, as_vectors, nearest
+from kartina.tokenizers import kmeans, quantize
+from kartina.tokenizers.kmeans import nearest
+from kartina.tokenizers.quantize import FSQ, GumbelQuantizer, VectorQuantizer, as_vectors
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -26,7 +27,7 @@ def test_nearest_is_what_brute_force_finds(monkeypatch):
     vectors, codebook = normal(300, 6), normal(40, 6, seed=1)
     brute = [min(range(40), key=lambda k: float((z - codebook[k]).square().sum())) for z in vectors]
     assert nearest(vectors, codebook).tolist() == brute
-    monkeypatch.setattr(quantize, "_DISTANCES", 40 * 7)  # uneven parts
+    monkeypatch.setattr(kmeans, "_DISTANCES", 40 * 7)  # uneven parts
     assert nearest(vectors, codebook).tolist() == brute
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert nearest(vectors, codebook).tolist() == brute

@@ -153,6 +153,22 @@ def test_constraints_are_plain_pins_that_meet_the_bounds():
     assert not {re.match(r"[\w-]+", line)[0].lower() for line in wanted} - names
 
 
+def test_what_is_required_is_what_the_library_imports():
+    """Neither more, which every user would have to install, nor less, which would lean on what others require."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {"required": project["dependencies"], **project["optional-dependencies"]}
+    names = {key: {re.match(r"[\w-]+", line)[0].lower() for line in lines} for key, lines in named.items()}
+    distributions, imported = importlib.metadata.packages_distributions(), set()
+    for path in [*room_files(), *(ROOT / name for name in FRONT)]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for module in modules:
+                imported |= {name.lower().replace("_", "-") for name in distributions.get(module.split(".")[0], [])}
+    optional = names["data"] | names["track"] | names["perceptual"] | names["text"]
+    assert names["required"] <= imported - {"kartina"} <= names["required"] | optional
+
+
 def run(*command: str, cwd: Path, **environment: str) -> str:
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=120)

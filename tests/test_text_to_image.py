@@ -1,5 +1,6 @@
 """Painting: batches over prompts and candidates, ranking, and the same picture again from what its PNG carries."""
 
+import fnmatch
 import json
 import shutil
 
@@ -77,6 +78,50 @@ def test_out_of_memory_halves_the_micro_batch_and_says_so(system, monkeypatch):
     monkeypatch.setattr(system, "_paint", lambda rows, *rest: tight([*rows, *rows, *rows], *rest))
     with pytest.raises(torch.OutOfMemoryError):
         system(PROMPTS[:1], micro_batch=1)
+
+
+def test_a_run_folder_stands_for_its_model_folder(folder, system):
+    assert TextToImage.load(folder.parent).model_hash == system.model_hash
+
+
+def test_a_model_folder_comes_from_the_hub(folder, system, tmp_path, monkeypatch):
+    """The stand-in keeps files as the hub's cache does: links of a snapshot to blobs, or files where it is told to."""
+    import huggingface_hub
+
+    stored = tmp_path / "repository"
+    shutil.copytree(folder, stored)
+    (stored / "LICENSES").mkdir()
+    (stored / "LICENSES" / "art.txt").write_text("CC0")
+    (stored / "last.safetensors").write_bytes(b"of a training")
+    commit = "0123456789" * 4
+
+    def fetch(name, allow_patterns, revision=None, local_dir=None):
+        assert name == "someone/tiny" and revision in (None, commit)
+        home = local_dir or tmp_path / "hub" / "models--someone--tiny" / "snapshots" / commit
+        for path in files(stored):
+            inside = path.relative_to(stored)
+            if any(fnmatch.fnmatch(str(inside), pattern) for pattern in allow_patterns):
+                (home / inside).parent.mkdir(parents=True, exist_ok=True)
+                if local_dir is None:
+                    (home / inside).symlink_to(path)
+                else:
+                    shutil.copy(path, home / inside)
+        return str(home)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "home"))
+    again = TextToImage.load("hf-hub:someone/tiny")
+    assert again.model_hash == system.model_hash and bits(again(PROMPTS[:1], seed=3)) == bits(
+        system(PROMPTS[:1], seed=3)
+    )
+    copied = {
+        str(path.relative_to(tmp_path / "home" / "kartina" / "someone" / "tiny")) for path in files(tmp_path / "home")
+    }
+    assert copied == {str(path.relative_to(stored)) for path in files(stored)} - {"last.safetensors"}
+
+
+def files(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 5, 64])

@@ -142,7 +142,10 @@ class CaptionTokenizer:
             "tokenizer": self.definition(),
         }
         whole = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")  # renamed when it is complete
-        whole.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        with open(whole, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(whole, path)
 
     @classmethod

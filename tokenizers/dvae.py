@@ -229,8 +229,9 @@ class DiscreteVAE(GumbelAutoencoder):
         """
         head, stem = self.encoder.head, self.decoder.stem
         to_z, offset = stem.weight[:, :, 0, 0].cpu(), stem.bias.cpu()
-        logits = torch.cat([self.logits(image).cpu().permute(0, 2, 3, 1).flatten(0, 2) for image in images])  # (N, K)
-        centres = kmeans(logits @ to_z.T + offset, self.spec.vocabulary, seed)[0]  # (K, C)
+        logits = (self.logits(image).cpu().permute(0, 2, 3, 1).flatten(0, 2) for image in images)  # (N, K) of a batch
+        points = torch.cat([each @ to_z.T + offset for each in logits])  # (N, C)
+        centres = kmeans(points, self.spec.vocabulary, seed)[0]  # (K, C)
         scale = code_scale(centres, 12.5)
         shifted = scale * (centres - centres.mean(0))  # a constant added to all logits changes nothing
         from_z = shifted @ to_z  # (K, K): new logits from old ones

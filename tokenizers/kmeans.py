@@ -1,4 +1,5 @@
-"""k-means with k-means++ seeding (Arthur 2007, doi:10.5555/1283383.1283494): where a codebook starts.
+"""The nearest of many centres, and k-means with k-means++ seeding (Arthur 2007, doi:10.5555/1283383.1283494): where a
+codebook starts.
 
 N points of D dimensions, K centres.
 
@@ -9,6 +10,19 @@ import torch
 from torch import Tensor
 
 from ..layers import random
+from ..layers.precision import full, without_autocast
+
+_DISTANCES = 2**24  # how many are held at once: 64 MiB
+
+
+@torch.no_grad()
+def nearest(points: Tensor, centres: Tensor) -> Tensor:
+    """The centre nearest to each point (N, D) among (K, D), int64 (N,): argmin of |e|^2 / 2 - z . e, in float32."""
+    with without_autocast(points):
+        points, centres = full(points), full(centres)
+        half_squares = centres.square().sum(1) / 2
+        parts = points.split(max(1, _DISTANCES // len(centres)))
+        return torch.cat([torch.addmm(half_squares, part, centres.T, alpha=-1).argmin(1) for part in parts])
 
 
 @torch.no_grad()
@@ -23,17 +37,17 @@ def kmeans(points: Tensor, num_centres: int, seed: int, rounds: int = 10) -> tup
     points = points.float().cpu()
     draws = random.uniform(seed, 0, torch.arange(num_centres), (1,), "k-means")[:, 0].double()
     centres = points[:1].expand(num_centres, -1).clone()
-    nearest = torch.full((len(points),), torch.inf)  # squared distance to the nearest centre so far
+    distance = torch.full((len(points),), torch.inf)  # squared distance to the nearest centre so far
     pick = int(draws[0] * len(points))
     for k in range(num_centres):
         centres[k] = points[pick]
-        nearest = torch.minimum(nearest, (points - centres[k]).square().sum(1))
-        total = nearest.double().cumsum(0)
+        distance = torch.minimum(distance, (points - centres[k]).square().sum(1))
+        total = distance.double().cumsum(0)
         # The next one is drawn in proportion to its squared distance.
         pick = min(int(torch.searchsorted(total, draws[(k + 1) % num_centres] * total[-1])), len(points) - 1)
     counts = torch.zeros(num_centres, dtype=torch.int64)
     for _ in range(rounds):
-        own = torch.cdist(points, centres).argmin(1)
+        own = nearest(points, centres)
         counts = torch.bincount(own, minlength=num_centres)
         sums = torch.zeros_like(centres).index_add_(0, own, points)
         centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)

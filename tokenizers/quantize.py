@@ -21,19 +21,7 @@ from torch.nn import functional as F
 
 from ..layers.precision import full, without_autocast
 from .dvae import relax
-from .kmeans import kmeans
-
-_DISTANCES = 2**24  # how many are held at once: 64 MiB
-
-
-@torch.no_grad()
-def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """The codeword nearest to each vector (N, D) among (K, D), int64 (N,): argmin of |e|^2 / 2 - z . e, in float32."""
-    with without_autocast(vectors):
-        vectors, codebook = full(vectors), full(codebook)
-        half_squares = codebook.square().sum(1) / 2
-        parts = vectors.split(max(1, _DISTANCES // len(codebook)))
-        return torch.cat([torch.addmm(half_squares, part, codebook.T, alpha=-1).argmin(1) for part in parts])
+from .kmeans import kmeans, nearest
 
 
 def straight_through(latents: Tensor, quantized: Tensor) -> Tensor:

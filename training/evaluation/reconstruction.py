@@ -16,7 +16,6 @@ It does not know how a tokenizer was trained, nor priors.
 """
 
 import io
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from ..data.shapes_scenes import Facts
 from ..features import RULER, ruler
 from ..objectives.dvae import codebook_use
 from ..stream import ShardSource
-from .reports import Result, percent
+from .reports import Result, decibels, percent, psnr
 from .shapes_checker import check
 from .shapes_suite import HELD_OUT
 from .statistics import rate
@@ -135,7 +134,7 @@ class _Tokenizer:
 
     def result(self, true: Tensor, seed: int) -> Result:
         """Its row; true (N, D): features of the pictures."""
-        error, (mean, deviation) = sum(self.errors) / len(self.errors), kid(true, torch.cat(self.features), seed)
+        mean, deviation = kid(true, torch.cat(self.features), seed)
         identity = self.entry.get("identity", {})
         row: Result = {
             "model": self.name,
@@ -143,7 +142,7 @@ class _Tokenizer:
             "latent": list(self.spec.shape),
             "parameters": sum(weight.numel() for weight in self.network.parameters()),
             "trained_on": identity["steps"] * identity["global_batch"] if "steps" in identity else None,
-            "psnr": 10 * math.log10(255**2 / error) if error else None,
+            "psnr": psnr(self.errors),
             "ssim": sum(self.likeness) / len(self.likeness),
             "kid": mean,
             "kid_deviation": deviation,
@@ -256,7 +255,7 @@ def report(result: Result) -> str:
             f"{grid} of {row['vocabulary']}" if "vocabulary" in row else grid,
             f"{row['parameters']:,}",
             "-" if row["trained_on"] is None else f"{row['trained_on']:,}",
-            "exact" if row["psnr"] is None else f"{row['psnr']:.2f} dB",
+            decibels(row["psnr"]),
             f"{row['ssim']:.4f}",
             f"{1000 * row['kid']:.2f} +- {1000 * row['kid_deviation']:.2f}",
             percent(row["facts"]) if "facts" in row else "-",

@@ -4,6 +4,7 @@ It does not know what was judged.
 """
 
 import io
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -33,6 +34,17 @@ def table_text(table: Table) -> str:
     text = io.StringIO()
     Console(file=text, width=120, markup=False, highlight=False).print(table)
     return text.getvalue()
+
+
+def psnr(errors: Sequence[float]) -> float | None:
+    """dB over 8-bit pictures, of the mean of their mean squared errors; None where nothing differs."""
+    error = sum(errors) / len(errors)
+    return 10 * math.log10(255**2 / error) if error else None
+
+
+def decibels(value: float | None) -> str:
+    """What `psnr` gives, in words."""
+    return "exact" if value is None else f"{value:.2f} dB"
 
 
 def percent(entry: Result) -> str:

@@ -12,7 +12,6 @@ It does not know how the model was trained.
 """
 
 import io
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,8 @@ from ..data.shapes import JITTER, ShapesSource
 from ..data.shapes_captions import LANGUAGES, caption, wrong_captions
 from ..data.shapes_scenes import Facts
 from ..data.shapes_splits import TEST_COUNTS, TESTS, test_captions
+from ..objectives.dvae import codebook_use
+from . import reports
 from .reports import Result, check_tests, columns_of, percent, ranking_line, rates_of, rounded, suffix_of, title
 from .shapes_checker import FAILURES, check
 from .statistics import mcnemar, mean_rate, rate
@@ -198,13 +199,13 @@ def tokenizer_rate(
         true, again = to_uint8(image), to_uint8(tokenizer.decode(z))  # (B, S, S, 3)
         errors += (true.double() - again.double()).square().mean((1, 2, 3)).tolist()
         judged[test] += check(again.numpy(), facts)
-    error, share = sum(errors) / len(errors), counts[counts > 0].double() / counts.sum()
+    used = codebook_use(counts.double()) if codes else {}
     return {
         "tests": {test: _tally(verdicts) for test, verdicts in judged.items()},
         **_tally([verdict for verdicts in judged.values() for verdict in verdicts]),
-        "psnr": 10 * math.log10(255**2 / error) if error else None,
-        "codes_used": len(share) / len(counts) if codes else None,
-        "perplexity": float((-(share * share.log()).sum()).exp()) if codes else None,
+        "psnr": reports.psnr(errors),
+        "codes_used": float(used["usage"]) if codes else None,
+        "perplexity": float(used["perplexity"]) if codes else None,
     }
 
 
@@ -314,8 +315,7 @@ def report(result: Result) -> str:
 
 def tokenizer_line(part: Result) -> str:
     """The result of `tokenizer_rate` as a line for people."""
-    psnr = "exact" if part["psnr"] is None else f"{part['psnr']:.2f} dB"
-    line = f"tokenizer: {percent(part)} of {part['n']} pictures keep their facts, {psnr}"
+    line = f"tokenizer: {percent(part)} of {part['n']} pictures keep their facts, {reports.decibels(part['psnr'])}"
     if part["codes_used"] is None:
         return line
     return f"{line}, {part['codes_used']:.1%} of the codes in use, perplexity {part['perplexity']:.1f}"

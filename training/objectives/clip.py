@@ -16,6 +16,9 @@ import math
 import torch
 from torch import Tensor
 
+from ...layers.precision import full, without_autocast
+from .weighting import weighted
+
 
 def clip(
     image_features: Tensor,
@@ -38,37 +41,29 @@ def clip(
     Raises ValueError if shapes disagree.
     """
     _check(image_features, text_features, groups, wrong_text_features, weight)
-    with torch.autocast(image_features.device.type, enabled=False):
-        image, text = _full(image_features), _full(text_features)
+    with without_autocast(image_features):
+        image, text = full(image_features), full(text_features)
         scale = logit_scale.to(image.dtype)
         logits = scale * image @ text.T  # (B, B), a row per image
         barred = _barred(groups, weight)
         by_image = logits.masked_fill(barred, -math.inf)
         by_text = logits.T.masked_fill(barred, -math.inf)
         if wrong_text_features is not None:
-            wrong = scale * torch.einsum("bd,bwd->bw", image, _full(wrong_text_features))
+            wrong = scale * torch.einsum("bd,bwd->bw", image, full(wrong_text_features))
             by_image = torch.cat([by_image, wrong], dim=1)  # (B, B+W)
         right = logits.diagonal()
         loss = (by_image.logsumexp(1) + by_text.logsumexp(1)) / 2 - right  # (B,)
-        weight = weight.to(loss.dtype)
-        total, count = (weight * loss).sum(), weight.sum()
     with torch.no_grad():
         chance = (_ln_candidates(by_image) + _ln_candidates(by_text)) / 2
         own = torch.eye(by_image.shape[0], by_image.shape[1], dtype=torch.bool, device=loss.device)
         found = right > by_image.masked_fill(own, -math.inf).amax(1)
-        mean = weight / count.clamp(min=torch.finfo(weight.dtype).tiny)
-        scalars = {"loss": mean @ loss, "chance": mean @ chance, "accuracy": mean @ found.to(mean.dtype)}
-    return (total, count), scalars
+    return weighted(loss, weight, {"loss": loss, "chance": chance, "accuracy": found.to(loss.dtype)})
 
 
 @torch.no_grad()
 def clamp_logit_scale(log_scale: Tensor, maximum: float = 100.0) -> None:
     """Keep exp(log_scale) <= maximum, in place: call it on the model's `logit_scale` after each step (section 2.5)."""
     log_scale.clamp_(max=math.log(maximum))
-
-
-def _full(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _barred(groups: Tensor, weight: Tensor) -> Tensor:

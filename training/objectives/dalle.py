@@ -11,6 +11,8 @@ It does not know the network, nor where the codes came from.
 import torch.nn.functional as F
 from torch import Tensor
 
+from .weighting import weighted
+
 
 def dalle(
     text_logits: Tensor,
@@ -28,12 +30,8 @@ def dalle(
     """
     text_loss = nats(text_logits, text)  # (B,)
     image_loss = nats(image_logits, codes.flatten(1))
-    weight = weight.float()
-    count = weight.sum()
-    loss = (weight * (text_weight * text_loss + image_weight * image_loss)).sum()
-    shown = {"text_loss": text_loss, "image_loss": image_loss}
-    mean = {name: (weight * each).sum().detach() / count.clamp(min=1e-8) for name, each in shown.items()}
-    return (loss, count), mean
+    loss = text_weight * text_loss + image_weight * image_loss
+    return weighted(loss, weight, {"text_loss": text_loss, "image_loss": image_loss})
 
 
 def nats(logits: Tensor, target: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...tokenizers.dvae import map_pixels
+from .weighting import weighted
 
 
 def logit_laplace_nll(parameters: Tensor, mapped: Tensor) -> Tensor:
@@ -90,17 +91,8 @@ def dvae(
     squared = (torch.sigmoid(parameters[:, :3].float()) - mapped).square().mean(dim=(1, 2, 3))  # (B,)
     kl = uniform_kl(logits if beta != 0 else logits.detach())  # (B, h, w)
     loss = nll + beta * kl.sum(dim=(1, 2)) / image[0].numel() + squared_weight * squared
-    weight = weight.float()
-    count = weight.sum()
-    with torch.no_grad():
-        mean = weight / count.clamp(min=1e-12)
-        scalars = {
-            "nll": (mean * nll).sum(),
-            "squared": (mean * squared).sum(),
-            "kl": (mean * kl.mean(dim=(1, 2))).sum(),
-            **codebook_scalars(logits.argmax(dim=1), logits.shape[1], weight),
-        }
-    return ((weight * loss).sum(), count), scalars
+    total, scalars = weighted(loss, weight, {"nll": nll, "squared": squared, "kl": kl.mean(dim=(1, 2))})
+    return total, scalars | codebook_scalars(logits.argmax(dim=1), logits.shape[1], weight)
 
 
 def anneal(step: int, start: float, end: float, steps: int, shape: str = "cosine") -> float:

@@ -1,6 +1,6 @@
-"""What the objectives of the tokenizers share: weighted sums over the images of a batch, errors of pixels, and a check.
+"""What objectives share: weighted sums over the samples of a batch, errors of pixels, and a check.
 
-B images.
+B samples.
 
 It does not know what is summed.
 """

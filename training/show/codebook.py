@@ -17,9 +17,9 @@ from ...layers.precision import full
 from ...pipeline import checkpoint
 from ...pipeline.images import grid, to_pil
 from ...pipeline.known_models import find_model
-from ..__main__ import source_of
 from ..objectives.dvae import codebook_use, counts_by_image
 from ..run import Data
+from ..sources import source_of
 from ..stages.contract import psnr
 from .panels import Column, bars, page
 
