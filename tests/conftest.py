@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from kartina.training import __main__ as trainer
+from kartina.training import features, footprint, passes
+from kartina.training import run as runs
 
+PLANNED = 4  # samples
 WORKER = Path(__file__).parent / "job_worker.py"
 
 _CAPTIONS = ["captions.vocab_size=300", "captions.context_length=22"]
@@ -228,3 +231,47 @@ def _stable_diffusion(kind):
 def tiny_stable_diffusion():
     """A tiny pipeline of diffusers with random weights, by kind: "sd1" or "sd2"."""
     return _stable_diffusion
+
+
+@pytest.fixture
+def counted():
+    def of(overrides, part: str, bf16: bool = False) -> dict[str, footprint.Footprint]:
+        """What each update of a step takes, by what it trains."""
+        recipe, training = runs.load("shapes/dalle", overrides)
+        config = training.stages[part]
+        with footprint.fake():
+            return footprint.measure(footprint.prepare_fake(recipe, part, config, bf16=bf16), PLANNED, config.steps - 1)
+
+    return of
+
+
+@pytest.fixture
+def real():
+    def of(overrides, part: str, bf16: bool = False) -> passes.Setting:
+        """What `counted` counts, to be computed; a perceptual network has the weights it begins with."""
+        recipe, training = runs.load("shapes/dalle", overrides)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(features, "LOSSES", features._UNTRAINED)
+            return passes.prepare(recipe, part, training.stages[part], bf16=bf16)
+
+    return of
+
+
+@pytest.fixture
+def profiled(tmp_path):
+    def of(work) -> tuple[float, list[int], object]:
+        """FLOPs by torch's formulas, the bytes alive after each allocation and release, and the result."""
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True, with_flops=True) as profiler:
+            result = work()
+        products = {"aten::conv2d", "aten::mm", "aten::addmm", "aten::bmm"}
+        flops = sum(event.flops for event in profiler.events() if event.name in products)
+        profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        events = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+        alive = [0]
+        for event in events:
+            alive.append(alive[-1] + event["args"]["Bytes"])
+        return flops, alive, result
+
+    return of

@@ -9,18 +9,19 @@ import time
 
 import pytest
 import torch
-from accelerate.utils.operations import convert_to_fp32
 from typer.testing import CliRunner
 
 from kartina import cli
 from kartina.pipeline.recipe import PARTS, RecipeError, build
 from kartina.priors.transformers_text import PACKAGES
-from kartina.training import footprint, passes, plan
+from kartina.training import passes, plan
 from kartina.training import run as runs
 from kartina.training.optim import EMA, build_optimizers
+from kartina.training.plan_report import report
 
 BATCH, FSDP, FROZEN = 4, "training.shard=fsdp", "frozen=[text]"
 PRETRAINED = "parts.text={kind: transformers_text, source: tiny, text_length: 11}"
+PLAIN = "stages.tokenizer.objective={}"
 DVAE = "parts.tokenizer={kind: dvae, image_size: 32, num_codes: 64, width: 16, init_width: 16, num_groups: 2}"
 SMALL = ["parts.prior.depth=2", "parts.prior.attention=[conv, causal]", "parts.clip.vision_depth=1"]
 _LAYOUT = "image_size: 32, width: 16, channel_mult: [1, 2], norm_groups: 4"
@@ -31,10 +32,20 @@ RECONSTRUCTING = {
     "vqgan": f"{_LAYOUT}, num_codes: 64, code_dim: 8, latent_channels: 8",
     "vqvae": "image_size: 32, width: 16, residual_width: 16, num_codes: 64, code_dim: 8",
 }
+PATCHES = "parts.discriminator={kind: patch, width: 16, depth: 2, norm: group, norm_groups: 4}"
+JUDGED = {
+    "vqgan": [f"parts.tokenizer={{kind: vqgan, {RECONSTRUCTING['vqgan']}}}", PATCHES],
+    "autoencoder_kl": [f"parts.tokenizer={{kind: autoencoder_kl, {_LAYOUT}}}", PATCHES],
+    "aae": [
+        f"parts.tokenizer={{kind: autoencoder, latent_dim: 2, {_LAYOUT}}}",
+        "parts.discriminator={kind: latent, latent_dim: 2, num_classes: 10, width: 64}",
+    ],
+}
+COMPARING = "stages.tokenizer.objective={perceptual: efficientnet-lite2}"
+OBJECTIVES = {"vqgan": COMPARING, "autoencoder_kl": COMPARING, "aae": "stages.tokenizer.objective={prior: mixture}"}
 LATENT = [
     f"parts.tokenizer={{kind: autoencoder_kl, {_LAYOUT}}}",
-    "captions.context_length=9",
-    "sampling={}",
+    *[PLAIN, "captions.context_length=9", "sampling={}"],
     "parts.text={kind: clip_text, text_length: 11, text_vocab: 100, width: 16, depth: 1, num_heads: 2}",
     "parts.prior={kind: unet, width: 16, channel_mult: [1, 2], attn_levels: [1], context_dim: 16, norm_groups: 4}",
 ]
@@ -43,9 +54,16 @@ KINDS = pytest.mark.parametrize(
     [
         *[([], "tokenizer"), (SMALL, "prior"), (SMALL, "clip"), ([DVAE], "tokenizer"), (LATENT, "prior")],
         *[([*LATENT, FROZEN], "prior"), ([*LATENT, PRETRAINED], "prior")],
-        *[([f"parts.tokenizer={{kind: {kind}, {sizes}}}"], "tokenizer") for kind, sizes in RECONSTRUCTING.items()],
+        *[
+            ([f"parts.tokenizer={{kind: {kind}, {sizes}}}", PLAIN], "tokenizer")
+            for kind, sizes in RECONSTRUCTING.items()
+        ],
+        *[([*words, OBJECTIVES[kind]], "tokenizer") for kind, words in JUDGED.items()],
     ],
-    ids=["patch_dvae", "dalle", "clip", "dvae", "unet", "unet_frozen", "unet_pretrained", *RECONSTRUCTING],
+    ids=[
+        *["patch_dvae", "dalle", "clip", "dvae", "unet", "unet_frozen", "unet_pretrained", *RECONSTRUCTING],
+        *[f"{kind}_judged" for kind in JUDGED],
+    ],
 )
 
 
@@ -68,38 +86,15 @@ def prior(*overrides: str, **options) -> dict:
     return planned("shapes/dalle", *SMALL, *overrides, stage="prior", **options)["stages"]["prior"]
 
 
-def counted(recipe, part: str, bf16: bool = False) -> footprint.Footprint:
-    with footprint.fake():
-        return footprint.measure(recipe, part, footprint.build_fake(recipe, part), BATCH, bf16=bf16)
+def updates_of(setting: passes.Setting):
+    return setting.updates(BATCH, setting.config.steps - 1)
 
 
-def real(recipe, part: str, bf16: bool = False, hold: bool = True) -> passes.Setting:
-    """What `counted` counts, to be computed. hold: the network's outputs stay alive, as in a stage."""
-    network, outputs = passes.build_trained(recipe, part), []
-
-    def forward(*inputs):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            outputs.append(convert_to_fp32(network(*inputs)))
-        return outputs[-1] if hold else outputs.pop()
-
-    frozen = {other: build(recipe, other) for other in passes.frozen_parts(recipe, part)}
-    return passes.Setting(recipe, network, forward, {}, 1, frozen)
-
-
-def profiled(work, tmp_path) -> tuple[float, list[int], object]:
-    """FLOPs by torch's formulas, the bytes alive after each allocation and release, and the result."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, with_flops=True) as profiler:
-        result = work()
-    products = {"aten::conv2d", "aten::mm", "aten::addmm", "aten::bmm"}
-    flops = sum(event.flops for event in profiler.events() if event.name in products)
-    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    events = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
-    alive = [0]
-    for event in events:
-        alive.append(alive[-1] + event["args"]["Bytes"])
-    return flops, alive, result
+def loss_of(setting: passes.Setting) -> torch.Tensor:
+    """Of the part, and only what it holds on to."""
+    loss = next(updates_of(setting))[1]
+    setting.outputs.clear()
+    return loss
 
 
 def test_every_kind_of_part_can_be_planned():
@@ -115,54 +110,70 @@ def test_a_kind_without_an_entry_is_one_clear_error(monkeypatch):
         planned("shapes/dalle", stage="clip")
 
 
-def test_flops_of_the_transformer_by_hand():
-    recipe, _ = runs.load("shapes/dalle", [])
+def test_flops_of_the_transformer_by_hand(counted):
     texts, codes, width, depth, vocabulary, num_codes = 22, 128, 128, 5, 1024, 1024
     places = texts + codes
     products = 2 * (places * depth * 12 * width**2 + width * (texts * vocabulary + codes * num_codes))
     attention = depth * 2 * places**2 * width  # one product of queries and keys: 2 of them forward, 5 backward
     patches = 2 * 128 * (3 * 2 * 4) * num_codes  # the frozen tokenizer's convolution
-    found = counted(recipe, "prior")
+    found = counted([], "prior")["prior"]
     assert found.flops == BATCH * (3 * products + 7 * attention)
     assert found.frozen_flops == BATCH * patches
 
 
-def test_flops_of_clip_by_hand():
-    recipe, _ = runs.load("shapes/dalle", [])
+def test_flops_of_clip_by_hand(counted):
     width, images, texts, embedding = 128, 64 + 1, 22, 128
     blocks = 12 * width**2 * (4 * images + 3 * texts) + 2 * width * embedding
     attention = 2 * width * (4 * images**2 + 3 * texts**2)
     stem = 2 * 64 * (3 * 4 * 4) * width  # has no gradient of its input
     logits = 2 * BATCH * embedding
-    assert counted(recipe, "clip").flops == pytest.approx(
+    assert counted(["stages.clip.objective={}"], "clip")["clip"].flops == pytest.approx(
         BATCH * (3 * (2 * blocks + logits) + 7 * attention + 2 * stem), rel=0.01
     )
 
 
 @pytest.mark.parametrize("overrides", [[], [DVAE]], ids=["patch_dvae", "dvae"])
-def test_flops_of_the_dvae_against_the_profiler(overrides, tmp_path):
+def test_flops_of_the_dvae_against_the_profiler(overrides, counted, real, profiled):
     """Backward takes twice the forward pass, but for the first convolution, whose input needs no gradient."""
-    recipe, _ = runs.load("shapes/dalle", overrides)
-    setting = real(recipe, "tokenizer")
-    forward, _, _ = profiled(lambda: passes.PASSES["dvae"][1](setting, BATCH), tmp_path)
-    assert counted(recipe, "tokenizer").flops == pytest.approx(3 * forward, rel=0.1)
+    setting = real(overrides, "tokenizer")
+    forward, _, _ = profiled(lambda: loss_of(setting))
+    assert counted(overrides, "tokenizer")["tokenizer"].flops == pytest.approx(3 * forward, rel=0.1)
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @KINDS
-def test_activations_and_peak_against_the_allocator(overrides, part, bf16, tmp_path):
-    recipe, _ = runs.load("shapes/dalle", overrides)
-    loss_of = passes.PASSES[recipe.parts[part]["kind"]][1]
-    found, setting = counted(recipe, part, bf16), real(recipe, part, bf16, hold=False)
-    _, alive, loss = profiled(lambda: loss_of(setting, BATCH), tmp_path)
-    assert found.saved == pytest.approx(alive[-1], rel=0.02)  # what the loss holds on to, and the loss
+def test_activations_and_peak_against_the_allocator(overrides, part, bf16, counted, real, profiled):
+    found, setting = counted(overrides, part, bf16), real(overrides, part, bf16)
+    _, alive, loss = profiled(lambda: loss_of(setting))
+    assert found[part].saved == pytest.approx(alive[-1], rel=0.02)  # what the loss holds on to, and the loss
     del loss
-    setting = real(recipe, part, bf16)
-    _, alive, _ = profiled(lambda: loss_of(setting, BATCH).backward(), tmp_path)
-    # A CPU's convolutions in bfloat16 have a workspace of their own.
-    workspace = bf16 and recipe.parts[part]["kind"] in (*RECONSTRUCTING, "unet")
-    assert found.alive == pytest.approx(max(alive), rel=0.1 if workspace else 0.02)
-    assert found.working <= found.alive
+    # A CPU's convolutions in bfloat16 have a workspace of their own; a tiny discriminator has little else.
+    workspace = bf16 and setting.recipe.parts[part]["kind"] in (*RECONSTRUCTING, "unet")
+    setting, held = real(overrides, part, bf16), 0
+    updates = updates_of(setting)
+    for name, cost in found.items():
+        _, alive, made = profiled(lambda: _backward(next(updates)))
+        assert made == name
+        if not (bf16 and name == "discriminator"):
+            assert cost.alive == pytest.approx(held + max(alive), rel=0.1 if workspace else 0.02)
+        assert cost.working <= cost.alive
+        held += alive[-1] - _forget_gradients(setting)
+    assert next(updates, None) is None and list(found) == list(setting.networks)
+
+
+def _backward(update) -> str:
+    name, loss = update
+    loss.backward()
+    return name
+
+
+def _forget_gradients(setting: passes.Setting) -> int:
+    """Their bytes."""
+    parameters = [parameter for network in setting.networks.values() for parameter in network.parameters()]
+    size = sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
+    for parameter in parameters:
+        parameter.grad = None
+    return size
 
 
 def test_a_micro_batch_adds_what_each_of_its_samples_takes():
@@ -242,7 +253,7 @@ def test_a_recipe_without_training_has_no_days(tmp_path):
     (tmp_path / "bare.yaml").write_text(text[: text.index("training:")])
     found = planned(str(tmp_path / "bare.yaml"), stage="tokenizer")
     assert found["stages"]["tokenizer"]["days"] is None and found["stages"]["tokenizer"]["parameters"] == 97_616_006
-    assert "states no training" in plan.report(found)
+    assert "states no training" in report(found)
 
 
 @pytest.mark.parametrize(
@@ -257,15 +268,16 @@ def test_a_plan_lists_encoders_and_decoders(name, halves, others):
     found = plan.plan(recipe, None, stage="tokenizer")
     assert found["halves"] == {"tokenizer": dict(zip(("encoder", "decoder"), halves, strict=True))}
     assert others.items() <= found["parameters"].items()
-    assert f"of the tokenizer: encoder {halves[0]:,d}, decoder {halves[1]:,d}" in plan.report(found)
+    assert f"of the tokenizer: encoder {halves[0]:,d}, decoder {halves[1]:,d}" in report(found)
 
 
-def test_flops_of_the_unet_against_the_profiler(tmp_path):
+def test_flops_of_the_unet_against_the_profiler(counted, real, profiled):
     """Without attention and transposed convolutions, which the profiler does not count: backward is twice forward."""
     part = "{prior: {kind: unet, in_channels: 3, width: 16, channel_mult: [1], attn_levels: [], mid_attention: false"
-    recipe, _ = runs.load("shapes/dalle", [f"parts={part}, context_dim: null, norm_groups: 4}}}}", "sampling={}"])
-    forward, _, _ = profiled(lambda: passes.PASSES["unet"][1](real(recipe, "prior"), BATCH), tmp_path)
-    assert counted(recipe, "prior").flops == pytest.approx(3 * forward, rel=0.05)
+    overrides = [f"parts={part}, context_dim: null, norm_groups: 4}}}}", "sampling={}"]
+    setting = real(overrides, "prior")
+    forward, _, _ = profiled(lambda: loss_of(setting))
+    assert counted(overrides, "prior")["prior"].flops == pytest.approx(3 * forward, rel=0.05)
 
 
 def test_a_published_diffusion_model_is_planned_by_the_parts_that_have_a_stage():
@@ -274,16 +286,15 @@ def test_a_published_diffusion_model_is_planned_by_the_parts_that_have_a_stage()
     found = planned("shapes/dalle", *LATENT, "training={}")
     assert "text" not in found["stages"] and found["stages"]["prior"]["parts"] == ["prior", "text"]
     both = found["parameters"]["prior"] + found["parameters"]["text"]
-    assert found["stages"]["prior"]["parameters"] == both and "not planned" not in plan.report(found)
+    assert found["stages"]["prior"]["parameters"] == both and "not planned" not in report(found)
     alone = planned("shapes/dalle", *LATENT, FROZEN, "training={}")
     assert alone["stages"]["prior"]["parameters"] == found["parameters"]["prior"]
-    assert f"not planned: text {found['parameters']['text']:,d}" in plan.report(alone)
+    assert f"not planned: text {found['parameters']['text']:,d}" in report(alone)
 
 
-def test_flops_of_a_text_encoder_that_trains_with_its_prior():
+def test_flops_of_a_text_encoder_that_trains_with_its_prior(counted):
     """Of CLIP's, for the 9 tokens of a caption and the 2 of its frame: a frozen one takes a forward pass alone."""
     recipe, _ = runs.load("shapes/dalle", LATENT)
-    frozen, _ = runs.load("shapes/dalle", [*LATENT, FROZEN])
     tokens, width = 11, 16
     products, attention = 2 * tokens * 12 * width**2, 2 * tokens**2 * width
     reading = [
@@ -292,7 +303,7 @@ def test_flops_of_a_text_encoder_that_trains_with_its_prior():
         if name.endswith(("attn2.k.weight", "attn2.v.weight"))
     ]
     into = 2 * tokens * sum(p.numel() for p in reading)  # from keys and values back to the tokens
-    with_text, without = counted(recipe, "prior"), counted(frozen, "prior")
+    with_text, without = counted(LATENT, "prior")["prior"], counted([*LATENT, FROZEN], "prior")["prior"]
     assert without.frozen_flops - with_text.frozen_flops == BATCH * (products + 2 * attention)
     assert with_text.flops - without.flops == BATCH * (3 * products + 7 * attention + into)
 

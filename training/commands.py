@@ -67,9 +67,10 @@ def plan(
     """Print what training a recipe takes: parameters, FLOPs, memory, days; nothing is built or trained."""
     from . import plan as plans
     from . import run as runs
+    from .plan_report import report
 
     found = plans.plan(*runs.load(recipe, overrides or []), device, devices, utilisation, stage)
-    typer.echo(json.dumps(found) if as_json else plans.report(found), nl=as_json)
+    typer.echo(json.dumps(found) if as_json else report(found), nl=as_json)
 
 
 @app.command()

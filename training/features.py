@@ -252,7 +252,16 @@ LOSSES: dict[str, Callable[[], PerceptualDistance]] = {
     "efficientnet-lite2": lambda: PerceptualDistance(_efficientnet("lite2")),
     "lpips-vgg": _lpips,
 }
+_UNTRAINED: dict[str, Callable[[], PerceptualDistance]] = {
+    "efficientnet-lite2": lambda: PerceptualDistance(EfficientNetLite(*_SIZES["lite2"][:2])),
+    "lpips-vgg": lambda: PerceptualDistance(VGG16(), [torch.ones(channels) for channels in _VGG_DEPTHS]),
+}
 RULER = "efficientnet-lite0"
+
+
+def distance(name: str, device: torch.device) -> PerceptualDistance:
+    """One of LOSSES on a device; on meta, where there are no values, no file is read. Raises ValueError as these do."""
+    return (_UNTRAINED if device.type == "meta" else LOSSES)[name]().to(device)
 
 
 def ruler() -> EfficientNetLite:

@@ -1,11 +1,11 @@
-"""What one forward and backward pass of a stage costs, counted without computing it: FLOPs and bytes.
+"""What the passes of a stage cost, forward and backward, counted without computing them: FLOPs and bytes.
 
-The pass runs on fake tensors: they have shapes and dtypes but no values, so 12 billion parameters take no memory. They
+They run on fake tensors: they have shapes and dtypes but no values, so 12 billion parameters take no memory. They
 behave as CPU tensors do under bfloat16 autocast; a GPU's autocast keeps a few more operations in float32.
 
 - FLOPs: of matrix products, convolutions and attention, forward and backward, where a multiply-add is two. Attention
   counts every pair of places, masked or not, and in its backward pass also the scores that the kernel computes again.
-  A frozen part counts forward only, since nothing flows back through it. Element-wise work is not counted.
+  Of frozen parts a perceptual network alone passes gradients on. Element-wise work is not counted.
 - `saved`: bytes kept for the backward pass, each storage once, parameters left out. The low-precision copies of the
   weights that autocast makes are among them, and are the part that does not grow with the batch.
 - `working`: the most bytes alive at any moment besides parameters and finished gradients; `alive`: with the gradients
@@ -22,15 +22,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils.operations import convert_to_fp32
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
-from ..pipeline.recipe import Recipe, RecipeError
-from .passes import PASSES, Setting, build_trained, frozen_parts
+from ..pipeline.recipe import Recipe
+from .passes import Setting, prepare
+from .run import Stage
 
 
 @shape_wrapper
@@ -52,15 +52,14 @@ _FORMULAS: dict[Any, Callable[..., int]] = {  # torch's own know a GPU's attenti
 
 @dataclass(frozen=True)
 class Footprint:
-    """What `measure` counted: FLOPs of one micro-batch, bytes of it, and bytes of weights."""
+    """What `measure` counted of one update of a micro-batch: FLOPs and bytes."""
 
-    flops: int  # of the trained part, forward and backward
-    frozen_flops: int  # of frozen parts, forward, in float32
+    flops: int  # of what is trained, forward and backward
+    frozen_flops: int  # of frozen parts, in float32
     saved: int  # bytes kept for the backward pass
     saved_a_sample: float  # of these, what one more sample adds
     working: int  # see the module's legend
     alive: int
-    frozen_weights: int
 
 
 class _Counter(TorchDispatchMode):
@@ -69,16 +68,25 @@ class _Counter(TorchDispatchMode):
     modules: whose weights are left out.
     """
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, setting: Setting, modules: list[nn.Module]) -> None:
         super().__init__()
-        self.flops = self.bytes = self.gradients = self.alive = self.working = 0
-        self.seen = _weights(modules)
+        self.setting, self.bytes = setting, 0
+        self.seen, self.frozen = _weights(modules), _weights(list(setting.frozen.values()))
+        self.begin()
+
+    def begin(self) -> None:
+        """The next update: what the last one left alive is alive still."""
+        self.flops = self.frozen_flops = self.gradients = 0
+        self.alive = self.working = self.bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         formula = _FORMULAS.get(func.overloadpacket)
         if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+            count = formula(*args, **(kwargs or {}), out_val=out)
+            frozen = self.setting.aside or any(isinstance(x, Tensor) and _key(x) in self.frozen for x in args)
+            self.flops += 0 if frozen else count
+            self.frozen_flops += count if frozen else 0
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and _key(tensor) not in self.seen:
                 self._add(tensor.untyped_storage())
@@ -117,12 +125,12 @@ def fake() -> Iterator[None]:
         yield
 
 
-def build_fake(recipe: Recipe, part: str) -> Any:
-    """A part of the recipe, with what is trained along, of fake weights; call it within `fake`."""
-    with unset_fake_temporarily(), torch.device("meta"):
-        network = build_trained(recipe, part)
+def prepare_fake(recipe: Recipe, part: str, config: Stage, world: int = 1, bf16: bool = True) -> Setting:
+    """`passes.prepare` with fake weights; call it within `fake`."""
+    with unset_fake_temporarily():
+        setting = prepare(recipe, part, config, world, bf16, "meta")
     made: dict[int, Any] = {}
-    for module in network.modules():
+    for module in (module for network in _networks(setting) for module in network.modules()):
         for table in (module._parameters, module._buffers):
             for name, old in table.items():
                 if old is not None:
@@ -130,56 +138,51 @@ def build_fake(recipe: Recipe, part: str) -> Any:
                     trained = isinstance(old, nn.Parameter)
                     made.setdefault(id(old), nn.Parameter(new, old.requires_grad) if trained else new)
                     table[name] = made[id(old)]
-    return network
+    return setting
 
 
-def measure(
-    recipe: Recipe, part: str, network: Any, batch: int, world: int = 1, knobs: dict[str, Any] | None = None,
-    bf16: bool = True,
-) -> Footprint:  # fmt: skip
-    """Counts one pass of a stage over `batch` samples; call it within `fake`, with a network of `build_fake`.
+def _networks(setting: Setting) -> list[nn.Module]:
+    return [*setting.networks.values(), *setting.frozen.values()]
 
-    Raises RecipeError for a kind that has no entry in PASSES, or a recipe without a part that the stage reads.
-    """
-    kind = recipe.parts[part]["kind"]
-    if kind not in PASSES:
-        raise RecipeError(
-            f"parts.{part}: what a pass of the kind {kind!r} costs is not known, expected one of {', '.join(PASSES)}; "
-            "add it to PASSES in training/passes.py"
-        )
-    loss_of = PASSES[kind][1]
-    outputs: list[Any] = []
 
-    def forward(*inputs: Any) -> Any:  # as Accelerate wraps it: outputs come back in float32
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            outputs.append(convert_to_fp32(network(*inputs)))  # which a stage holds until the step is done
-        return outputs[-1]
-
-    setting = Setting(recipe, network, forward, knobs or {}, world)
-    setting.frozen = {other: build_fake(recipe, other).requires_grad_(False) for other in frozen_parts(recipe, part)}
-    modules = [network, *setting.frozen.values()]
-    counter = _Counter(modules)
-    setting.flops = lambda: counter.flops
-    for parameter in network.parameters():
-        parameter.register_post_accumulate_grad_hook(counter.finished)
+def measure(setting: Setting, batch: int, step: int) -> dict[str, Footprint]:
+    """Counts each update of a step over `batch` samples, by what it trains; call it within `fake`."""
+    modules = _networks(setting)
+    counter = _Counter(setting, modules)
+    parameters = [parameter for network in setting.networks.values() for parameter in network.parameters()]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]  # a codebook may follow its latents
+    hooks = [parameter.register_post_accumulate_grad_hook(counter.finished) for parameter in trained]
+    more = list(_kept(setting, modules, 2 * batch, step))
+    found: dict[str, Footprint] = {}
     with counter:
+        for (name, loss, saved), (_, _, twice) in zip(_kept(setting, modules, batch, step), more, strict=True):
+            loss.backward()
+            found[name] = Footprint(
+                flops=counter.flops,
+                frozen_flops=counter.frozen_flops,
+                saved=saved,
+                saved_a_sample=(twice - saved) / batch,
+                working=counter.working,
+                alive=counter.alive,
+            )
+            for parameter in trained:
+                parameter.grad = None
+            counter.begin()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _kept(setting: Setting, modules: list[nn.Module], batch: int, step: int) -> Iterator[tuple[str, Tensor, int]]:
+    """The updates of a step: what is trained, its loss, and the bytes that are kept for the backward pass."""
+    updates = setting.updates(batch, step)
+    while True:
         with _saved(modules) as saved:
-            loss = loss_of(setting, batch)
-        loss.backward()
-    frozen = setting.frozen_flops
-    outputs.clear()
-    with _saved(modules) as more:
-        loss_of(setting, 2 * batch)
-    weights = sum(tensor.nbytes for module in setting.frozen.values() for tensor in module.parameters())
-    return Footprint(
-        flops=counter.flops - frozen,
-        frozen_flops=frozen,
-        saved=sum(saved.values()),
-        saved_a_sample=(sum(more.values()) - sum(saved.values())) / batch,
-        working=counter.working,
-        alive=counter.alive,
-        frozen_weights=weights,
-    )
+            update = next(updates, None)
+        if update is None:
+            setting.outputs.clear()
+            return
+        yield *update, sum(saved.values())
 
 
 @contextmanager

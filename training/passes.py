@@ -1,49 +1,87 @@
-"""What one forward pass of a stage computes, on zeros: the networks that take part, and the loss of a micro-batch.
+"""What a step of a stage computes, on zeros: the networks that take part, and the loss of each of its updates.
 
-B samples, T text tokens, N codes, K number of codes.
+A stage that needs no other part runs as it is, discriminator and perceptual network included. Of the others a function
+in PASSES does what their one update does, so that no model folder is needed.
 
-It does not know what a pass costs: `footprint` counts that. A new kind of part is one function in PASSES.
+B samples, T text tokens, N codes.
+
+It does not know what a pass costs: `footprint` counts that. A new kind of part is one entry in PASSES.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate.utils.operations import convert_to_fp32
+from torch import Tensor, nn
 
-from ..pipeline.recipe import Recipe, build, is_frozen
+from ..pipeline.recipe import Recipe, RecipeError, build, is_frozen
 from ..priors.caption_encoder import Captioned
 from ..priors.condition import Condition
-from .objectives import autoencoder as autoencoder_objective
-from .objectives import autoencoder_kl as kl_objective
 from .objectives import clip as clip_objective
 from .objectives import dalle as dalle_objective
-from .objectives import dvae as dvae_objective
-from .objectives import vae as vae_objective
-from .objectives import vqgan as vqgan_objective
-from .objectives import vqvae as vqvae_objective
+from .run import Stage
+from .stages import STAGES
+from .stream import Batch
 
 
 @dataclass
 class Setting:
-    """What a pass may use. forward: the trained network, wrapped. knobs: the objective's. world: number of devices."""
+    """A stage ready for `updates`; see `prepare`.
+
+    world: number of devices. networks: what is trained, the part first. frozen: what stands beside and is not. stage:
+    of a kind that runs as it is. aside: whether a frozen part is at work. outputs: of the network, which a stage holds
+    until its step is done.
+    """
 
     recipe: Recipe
-    network: Any
-    forward: Callable[..., Any]
-    knobs: dict[str, Any]
+    part: str
+    config: Stage
     world: int
-    frozen: dict[str, Any] = field(default_factory=dict)
-    flops: Callable[[], int] = int  # those counted so far
-    frozen_flops: int = 0
+    networks: dict[str, Any]
+    frozen: dict[str, Any]
+    stage: Any = None
+    aside: bool = False
+    outputs: list[Any] = field(default_factory=list)
+
+    @property
+    def network(self) -> Any:
+        return self.networks[self.part]
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        return self.config.objective
+
+    def phases(self) -> list[range]:
+        """The steps, parted where one begins to do more than those before: a discriminator learns, then is heard."""
+        adversary, steps = getattr(self.stage, "adversary", None), self.config.steps
+        judged = adversary is not None and adversary.network is not None
+        starts = {0, adversary.start, adversary.heard} if judged else {0}  # type: ignore[union-attr]
+        marks = [*sorted(start for start in starts if start < steps), steps]
+        return [range(first, end) for first, end in zip(marks, marks[1:], strict=False)]
+
+    def updates(self, batch: int, step: int) -> Iterator[tuple[str, Tensor]]:
+        """The name of what is trained and the loss of a micro-batch, one update after the other."""
+        if self.stage is None:
+            loss_of = PASSES[self.recipe.parts[self.part]["kind"]][1]
+            assert loss_of is not None
+            yield self.part, loss_of(self, batch)
+            return
+        for name, (loss, _), _ in self.stage.updates(_zeros(batch, self.network.image_size), step):
+            yield name, loss
+
+    def forward(self, *inputs: Any) -> Any:
+        self.outputs.append(self.network(*inputs))
+        return self.outputs[-1]
 
     def run_frozen(self, part: str, method: str, *inputs: Tensor) -> Any:
         """A method of another, frozen part, on the inputs: without gradient or autocast, as the stages call it."""
-        before = self.flops()
+        self.aside = True
         with torch.no_grad():
             out = getattr(self.frozen[part], method)(*inputs)
-        self.frozen_flops += self.flops() - before
+        self.aside = False
         return out
 
     def gathered(self, rows: Tensor) -> Tensor:
@@ -51,13 +89,64 @@ class Setting:
         return torch.cat([rows, *[rows.detach()] * (self.world - 1)])
 
 
-def _dvae(setting: Setting, batch: int) -> Tensor:
-    network, knobs = setting.network, setting.knobs
-    image = torch.zeros(batch, 3, network.image_size, network.image_size)
-    noise = torch.zeros(batch, *network.spec.shape, network.spec.vocabulary).permute(0, 3, 1, 2)  # (B, K, h, w)
-    out = setting.forward(image, noise, 1.0)
-    beta, squared = knobs.get("kl_weight", 6.6), knobs.get("squared", 0.0)
-    return dvae_objective.dvae(out["parameters"], out["logits"], image, beta, torch.ones(batch), squared)[0][0]
+def prepare(
+    recipe: Recipe, part: str, config: Stage, world: int = 1, bf16: bool = True, device: str = "cpu"
+) -> Setting:
+    """The stage of a part, with fresh weights on a device; on "meta" a perceptual network needs no file.
+
+    Raises RecipeError for a kind that has no entry in PASSES, or a recipe without a part that the stage reads, and
+    ValueError for what the stage itself refuses.
+    """
+    kind = recipe.parts[part]["kind"]
+    if kind not in PASSES:
+        raise RecipeError(
+            f"parts.{part}: what a pass of the kind {kind!r} costs is not known, expected one of {', '.join(PASSES)}; "
+            "add it to PASSES in training/passes.py"
+        )
+    with torch.device(device):
+        if PASSES[kind][1] is None:
+            setting = _stage_alone(recipe, part, config, world, torch.device(device))
+        else:
+            frozen = {other: build(recipe, other).requires_grad_(False) for other in frozen_parts(recipe, part)}
+            setting = Setting(recipe, part, config, world, {part: build_trained(recipe, part)}, frozen)
+    for network in setting.networks.values():
+        _wrap(network, bf16)
+    return setting
+
+
+def _stage_alone(recipe: Recipe, part: str, config: Stage, world: int, device: torch.device) -> Setting:
+    stage = STAGES[recipe.parts[part]["kind"]](recipe, config, _Zeros(), Path(), 0, device)
+    if getattr(stage, "codebook", None) is not None:
+        stage.codebook.until = 0  # which codes begin anew is asked of values, which a plan has none of
+    distance = getattr(getattr(stage, "likeness", None), "network", None)
+    frozen = {} if distance is None else {"perceptual": distance}
+    return Setting(recipe, part, config, world, dict(stage.networks), frozen, stage)
+
+
+def _wrap(network: nn.Module, bf16: bool) -> None:
+    """As Accelerate wraps it, in place: with autocast, and its outputs come back in float32."""
+    forward = network.forward
+
+    def wrapped(*inputs: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            return convert_to_fp32(forward(*inputs))
+
+    network.forward = wrapped  # type: ignore[method-assign]
+
+
+def _zeros(count: int, size: int = 1) -> Batch:
+    whole = torch.zeros(count, dtype=torch.int64, device="cpu")
+    image = torch.zeros(count, 3, size, size, device="cpu")
+    return Batch(image, [""] * count, [""] * count, whole, torch.ones(count, device="cpu"), labels=whole)
+
+
+class _Zeros:
+    """A source of what a stage asks for before its first step: the classes that there are."""
+
+    size = None
+
+    def read(self, positions: range) -> Batch:
+        return _zeros(len(positions))
 
 
 def _dalle(setting: Setting, batch: int) -> Tensor:
@@ -79,49 +168,6 @@ def _clip(setting: Setting, batch: int) -> Tensor:
     rows = setting.gathered(image_features), setting.gathered(own)
     others = None if others is None else setting.gathered(others)
     return clip_objective.clip(*rows, scale, torch.arange(total), others, torch.ones(total))[0][0]
-
-
-def _image_of(setting: Setting, batch: int) -> tuple[Tensor, Tensor]:
-    """An image of each sample, and the samples' weights."""
-    size = setting.network.image_size
-    return torch.zeros(batch, 3, size, size), torch.ones(batch)
-
-
-def _autoencoder(setting: Setting, batch: int) -> Tensor:
-    image, weight = _image_of(setting, batch)
-    out = setting.forward(image)
-    return autoencoder_objective.autoencoder(out["reconstruction"], image, weight)[0][0]
-
-
-def _vae(setting: Setting, batch: int) -> Tensor:
-    image, weight = _image_of(setting, batch)
-    out = setting.forward(image, torch.zeros(batch, *setting.network.spec.shape))
-    posterior = out["mean"], out["log_variance"]
-    return vae_objective.vae(out["reconstruction"], out["log_scale"], image, *posterior, weight)[0][0]
-
-
-def _vqvae(setting: Setting, batch: int) -> Tensor:
-    image, weight = _image_of(setting, batch)
-    out, codes = setting.forward(image), setting.network.spec.vocabulary
-    quantized = out["latents"], out["codewords"], out["codes"], codes
-    return vqvae_objective.vqvae(out["reconstruction"], image, *quantized, weight)[0][0]
-
-
-def _vqgan(setting: Setting, batch: int) -> Tensor:
-    """Without the discriminator, which takes a pass of its own."""
-    image, weight = _image_of(setting, batch)
-    out, codes = setting.forward(image), setting.network.spec.vocabulary
-    terms = vqvae_objective.quantization(out["latents"], out["codewords"]) if "codewords" in out else None
-    regular = torch.zeros(batch) if terms is None else terms[0] + 0.25 * terms[1]
-    return vqgan_objective.vqgan(out["reconstruction"], image, regular, out["codes"], codes, weight)[0][0]
-
-
-def _autoencoder_kl(setting: Setting, batch: int) -> Tensor:
-    """Without the discriminator, which takes a pass of its own."""
-    image, weight = _image_of(setting, batch)
-    out = setting.forward(image, torch.zeros(batch, *setting.network.spec.shape))
-    posterior = out["mean"], out["log_variance"]
-    return kl_objective.autoencoder_kl(out["reconstruction"], image, *posterior, weight)[0][0]
 
 
 def _unet(setting: Setting, batch: int) -> Tensor:
@@ -150,18 +196,19 @@ def _unet(setting: Setting, batch: int) -> Tensor:
     return setting.forward(x_t, whole, Condition(labels, tokens, mask, embedding, image)).square().mean()
 
 
-# By kind: the frozen parts that the stage reads, and the loss of one micro-batch as the stage computes it.
-PASSES: dict[str, tuple[tuple[str, ...], Callable[[Setting, int], Tensor]]] = {
-    "dvae": ((), _dvae),
-    "patch_dvae": ((), _dvae),
+# By kind: the frozen parts that the stage reads, and the loss of one micro-batch as the stage computes it; None: the
+# stage itself runs.
+PASSES: dict[str, tuple[tuple[str, ...], Callable[[Setting, int], Tensor] | None]] = {
+    "dvae": ((), None),
+    "patch_dvae": ((), None),
     "dalle": (("tokenizer",), _dalle),
     "unet": ((), _unet),
     "clip": ((), _clip),
-    "autoencoder": ((), _autoencoder),
-    "vae": ((), _vae),
-    "vqvae": ((), _vqvae),
-    "vqgan": ((), _vqgan),
-    "autoencoder_kl": ((), _autoencoder_kl),
+    "autoencoder": ((), None),
+    "vae": ((), None),
+    "vqvae": ((), None),
+    "vqgan": ((), None),
+    "autoencoder_kl": ((), None),
 }
 # By kind: the frozen parts that the stage reads too, where the recipe has them.
 _IF_THERE: dict[str, tuple[str, ...]] = {"unet": ("tokenizer", "text")}

@@ -1,6 +1,7 @@
 """What training a recipe takes, before anything is trained: FLOPs, memory per device, time.
 
-A stage's step is `passes` forward and backward passes of `micro_batch` samples on every device, then one update:
+A stage's step is `passes` forward and backward passes of `micro_batch` samples on every device, then one update; then
+the same of a discriminator, if there is one:
 
 - weights, gradients, the optimizers' state (AdamW two values a weight, Muon one) and the moving average are float32.
   With training.shard=fsdp all four are divided over the devices, where there are blocks, and each gathers two blocks
@@ -18,15 +19,9 @@ It does not know what a pass costs (`footprint` counts it), nor the speed of a n
 """
 
 import functools
-import io
 import itertools
-import shutil
 from dataclasses import dataclass
 from typing import Any
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from ..pipeline.recipe import Recipe, RecipeError, count_halves, count_parameters, is_frozen, nearest
 from . import run as runs
@@ -70,8 +65,8 @@ def plan(
 ) -> dict[str, Any]:
     """The plan as plain values, under "stages" by stage. stage: plan only this one.
 
-    Bytes and seconds. Without a training section: every part that is trained by itself, so no discriminator, and a text
-    encoder with its prior; one sample a device, AdamW; no steps, no days.
+    Bytes and seconds. Without a training section: every part that has a stage, a text encoder with its prior and a
+    discriminator with its tokenizer; one sample a device, AdamW, no perceptual network; no steps, no days.
     Raises RecipeError for an unknown device or stage, a utilisation that is none, and as `run.division`.
     """
     if device not in DEVICES:
@@ -132,7 +127,7 @@ class _Setting:
 
 
 def _stage(setting: _Setting, name: str, config: runs.Stage, stated: bool) -> dict[str, Any]:
-    from .footprint import build_fake, fake, measure
+    from .footprint import fake, measure, prepare_fake
     from .parallel import blocks_of, recompute_blocks
     from .passes import trained_along
 
@@ -141,63 +136,113 @@ def _stage(setting: _Setting, name: str, config: runs.Stage, stated: bool) -> di
     except RecipeError as error:
         raise RecipeError(f"stage {name}: {error}; or plan one stage with --stage") from None
     with fake():
-        network = build_fake(setting.recipe, name)
+        prepared = prepare_fake(setting.recipe, name, config, setting.devices, setting.bf16)
+        network = prepared.network
         divided = setting.fsdp and setting.devices > 1 and bool(blocks_of(network))
         if config.recompute:
             recompute_blocks(network)
-        update = _update(network, config.optimizer, 1 if divided else setting.devices)
-        weights = sum(parameter.nbytes for parameter in network.parameters())
-        average = sum(value.nbytes for value in network.state_dict().values())
+        share = setting.devices if divided else 1
+        held = {
+            part: _held(each, config.optimizer_of(part), share if part == name else 1, setting.devices)
+            for part, each in prepared.networks.items()
+        }
+        average = sum(value.nbytes for value in network.state_dict().values()) / share
         if divided and setting.bf16:
             _halve(network)
         gathered = _gathered(network) if divided else 0
-        cost = measure(setting.recipe, name, network, micro, setting.devices, config.objective, setting.bf16)
-    share = setting.devices if divided else 1
-    exchange = weights if setting.devices > 1 and not divided else 0
-    state = (weights + update["state"] + average) / share + cost.frozen_weights + exchange
+        costs = [(len(steps), measure(prepared, micro, steps[-1])) for steps in prepared.phases()]
+        frozen = sum(tensor.nbytes for each in prepared.frozen.values() for tensor in each.parameters())
+    cost = costs[-1][1]
+    exchange = sum(each.weights for each in held.values()) if setting.devices > 1 and not divided else 0
+    state = sum(each.weights + each.optimizer for each in held.values()) + average + frozen + exchange
     whole_pass = divided or passes > 1  # gradients are there, whole, from its start
-    in_pass = weights / share + gathered + cost.working if whole_pass else cost.alive
-    at_update = state + (weights + update["temporary"]) / share
-    peak, most = max(state + in_pass, at_update), FULL * setting.device.memory
-    constant = cost.saved - micro * cost.saved_a_sample
-    a_sample = (cost.working - constant) / micro  # with what backward passes take for a moment
-    room = most - (state + in_pass - micro * a_sample)
-    per_step = micro * passes
-    compute = (cost.flops * passes + update["flops"]) / setting.rate + cost.frozen_flops * passes / setting.device.fp32
-    touched = 2 * (2 * weights + update["state"] + average) / share
-    seconds = compute / setting.utilisation, touched / setting.device.bandwidth
-    days = sum(seconds) * config.steps / _DAY
+    most, peak, largest = FULL * setting.device.memory, 0.0, float("inf")
+    for part, found in cost.items():
+        at_update = state + held[part].weights + held[part].temporary
+        in_pass = state + (held[part].weights + gathered + found.working if whole_pass else found.alive)
+        peak = max(peak, in_pass, at_update)
+        constant = found.saved - micro * found.saved_a_sample
+        a_sample = (found.working - constant) / micro  # with what backward passes take for a moment
+        room = most - (in_pass - micro * a_sample)
+        largest = min(largest, 0 if at_update > most else max(0, int(room // a_sample)))
+    seconds = [(count, _seconds_of(setting, found, held, average, passes)) for count, found in costs]
+    compute, update = seconds[-1][1]
+    days = sum(count * sum(each) for count, each in seconds) / _DAY
+    own, found = held[name], cost[name]
     return {
-        "parts": [name, *trained_along(setting.recipe, name)],
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "flops_per_sample": {"trained": cost.flops / micro, "frozen": cost.frozen_flops / micro},
-        "flops_per_update": update["flops"],
+        "parts": [name, *trained_along(setting.recipe, name), *(part for part in held if part != name)],
+        "parameters": own.parameters,
+        "beside": {
+            part: {
+                "parameters": each.parameters,
+                "flops_per_sample": cost[part].flops / micro,
+                "weights": each.weights,
+                "gradients": each.weights,
+                "optimizer": each.optimizer,
+                "activations": cost[part].saved,
+            }
+            for part, each in held.items()
+            if part != name
+        },
+        "flops_per_sample": {"trained": found.flops / micro, "frozen": found.frozen_flops / micro},
+        "flops_per_update": sum(each.flops for each in held.values()),
         "micro_batch": micro,
         "passes": passes,
-        "global_batch": per_step * setting.devices,
+        "global_batch": micro * passes * setting.devices,
         "memory": {
-            "weights": weights / share,
-            "gradients": weights / share,
-            "optimizer": update["state"] / share,
-            "ema": average / share,
-            "activations": cost.saved,
-            "frozen": cost.frozen_weights,
+            "weights": own.weights,
+            "gradients": own.weights,
+            "optimizer": own.optimizer,
+            "ema": average,
+            "activations": found.saved,
+            "beside": sum(each.weights + each.optimizer for part, each in held.items() if part != name),
+            "frozen": frozen,
             "buckets": exchange,
             "gathered": gathered,
             "peak": peak,
         },
-        "activations_per_sample": cost.saved_a_sample,
-        "activations_constant": constant,
+        "activations_per_sample": found.saved_a_sample,
+        "activations_constant": found.saved - micro * found.saved_a_sample,
         "fits": peak <= most,
-        "largest_micro_batch": 0 if at_update > most else max(0, int(room // a_sample)),
-        "step_seconds": sum(seconds),
-        "compute_seconds": seconds[0],
-        "update_seconds": seconds[1],
+        "largest_micro_batch": int(largest),
+        "step_seconds": compute + update,
+        "compute_seconds": compute,
+        "update_seconds": update,
         "steps": config.steps if stated else None,
         "samples": config.steps * config.global_batch if stated else None,
         "days": days if stated else None,
         "device_hours": 24 * days * setting.devices if stated else None,
     }
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a network takes besides its passes, in bytes on each device; gradients take what weights do."""
+
+    parameters: int  # their number
+    weights: float
+    optimizer: float
+    temporary: float  # for a moment in AdamW's update, on a GPU
+    flops: int  # of an update, on the device that has most of them
+
+
+def _held(network: Any, config: runs.Optimizer, share: int, devices: int) -> _Held:
+    """share: the number of devices that the network is divided over; where it is whole, all share its update."""
+    update = _update(network, config, 1 if share > 1 else devices)
+    weights = sum(parameter.nbytes for parameter in network.parameters())
+    state, temporary = update["state"] / share, update["temporary"] / share
+    count = sum(parameter.numel() for parameter in network.parameters())
+    return _Held(count, weights / share, state, temporary, update["flops"])
+
+
+def _seconds_of(
+    setting: _Setting, cost: dict[str, Any], held: dict[str, _Held], average: float, passes: int
+) -> tuple[float, float]:
+    """Seconds of a step that takes these updates: of its products, and of reading and writing its state."""
+    trained = sum(found.flops * passes + held[part].flops for part, found in cost.items()) / setting.rate
+    frozen = sum(found.frozen_flops * passes for found in cost.values()) / setting.device.fp32
+    touched = 2 * (sum(2 * held[part].weights + held[part].optimizer for part in cost) + average)
+    return (trained + frozen) / setting.utilisation, touched / setting.device.bandwidth
 
 
 def _update(network: Any, config: runs.Optimizer, devices: int) -> dict[str, int]:
@@ -262,81 +307,3 @@ def _gathered(network: Any) -> int:
 
     blocks = blocks_of(network)
     return max(map(in_turn, blocks), default=0) + size(network) - sum(map(size, blocks))
-
-
-def report(plan: dict[str, Any]) -> str:
-    """A plan as a table with a column for each stage, and what the numbers rest on."""
-    stages = plan["stages"]
-    table = Table("per device" if plan["devices"] > 1 else "", *stages, box=box.SIMPLE)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for line, value in _LINES:
-        cells = [value(stage) for stage in stages.values()]
-        if any(cell is not None for cell in cells):
-            table.add_row(line, *("-" if cell is None else cell for cell in cells))
-    text = io.StringIO()
-    width = shutil.get_terminal_size((120, 24)).columns
-    console = Console(file=text, width=width, markup=False, highlight=False)
-    device = plan["device"]
-    how = {"none": "each holds the whole state", "fsdp": "the state divided over them (fsdp)"}[plan["shard"]]
-    console.print(
-        f"{plan['recipe']} on {plan['devices']} x {device['name']}{f', {how}' if plan['devices'] > 1 else ''}: "
-        f"{plan['precision']} at {device['peak_flops'] / 1e12:g} TFLOP/s ({device['source']}), "
-        f"of which {100 * plan['utilisation']:g} % are assumed to be used"
-    )
-    planned = {part for stage in stages.values() for part in stage["parts"]}
-    others = [f"{part} {count:,d}" for part, count in plan["parameters"].items() if part not in planned]
-    if others:
-        console.print(f"parameters of parts that are not planned: {', '.join(others)}")
-    for part, halves in plan["halves"].items():
-        console.print(f"of the {part}: {', '.join(f'{half} {count:,d}' for half, count in halves.items())}")
-    console.print(table)
-    if not plan["states_training"]:
-        console.print("the recipe states no training: one sample a device, AdamW; no steps, hence no days")
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
-
-
-def _bytes(size: float) -> str | None:
-    """None for nothing, which a line leaves out."""
-    gib = size / _GIB
-    return None if size < 1 else f"{gib:,.1f} GiB" if gib >= 1 else f"{1024 * gib:,.1f} MiB"
-
-
-def _memory(key: str) -> Any:
-    return lambda stage: _bytes(stage["memory"][key])
-
-
-def _figure(value: float | None) -> str | None:
-    return None if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
-
-
-_LINES: list[tuple[str, Any]] = [
-    ("parameters", lambda s: f"{s['parameters']:,d}"),
-    ("GFLOP a sample", lambda s: _figure(s["flops_per_sample"]["trained"] / 1e9)),
-    ("  of frozen parts, besides", lambda s: _figure(s["flops_per_sample"]["frozen"] / 1e9 or None)),
-    ("GFLOP of Muon a step", lambda s: _figure(s["flops_per_update"] / 1e9 or None)),
-    ("samples a step", lambda s: f"{s['global_batch']:,d}"),
-    ("  in a pass x passes", lambda s: f"{s['micro_batch']:,d} x {s['passes']:,d}"),
-    ("weights", _memory("weights")),
-    ("gradients", _memory("gradients")),
-    ("optimizer", _memory("optimizer")),
-    ("moving average", _memory("ema")),
-    ("activations", _memory("activations")),
-    ("  of them for each sample", lambda s: _bytes(s["activations_per_sample"])),
-    ("  of them at any batch", lambda s: _bytes(s["activations_constant"])),
-    ("frozen parts", _memory("frozen")),
-    ("DDP's buckets", _memory("buckets")),
-    ("gathered blocks", _memory("gathered")),
-    ("peak", _memory("peak")),
-    ("fits", lambda s: "yes" if s["fits"] else "no"),
-    ("  largest micro-batch", lambda s: f"{s['largest_micro_batch']:,d}"),
-    ("time of a step", lambda s: _seconds(s["step_seconds"])),
-    ("steps", lambda s: None if s["steps"] is None else f"{s['steps']:,d}"),
-    ("samples", lambda s: None if s["samples"] is None else f"{s['samples']:,d}"),
-    ("days", lambda s: _figure(s["days"])),
-    ("device-hours", lambda s: _figure(s["device_hours"])),
-]

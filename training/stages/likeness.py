@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..features import LOSSES
+from ..features import LOSSES, distance
 from ..objectives.weighting import ERRORS
 from ..run import Stage
 from .contract import Knob
@@ -37,7 +37,7 @@ class Likeness:
                 f"{' or '.join(LOSSES)}, or leave it out"
             )
         self.error, self.weight = config.word("error", "l1"), config.number("perceptual_weight", 1.0)
-        self.network = LOSSES[name]().to(device) if name != "none" and self.weight else None
+        self.network = distance(name, device) if name != "none" and self.weight else None
 
     def terms(self, again: Tensor, image: Tensor) -> dict[str, Any]:
         """What the objective takes: the error, and distances (B,) of reconstructions from their images (B, 3, H, W)
