@@ -122,7 +122,7 @@ def test_flops_of_the_transformer_by_hand(counted):
 
 
 def test_flops_of_clip_by_hand(counted):
-    width, images, texts, embedding = 128, 64 + 1, 22, 128
+    width, images, texts, embedding = 128, 64 + 1, 24, 128
     blocks = 12 * width**2 * (4 * images + 3 * texts) + 2 * width * embedding
     attention = 2 * width * (4 * images**2 + 3 * texts**2)
     stem = 2 * 64 * (3 * 4 * 4) * width  # has no gradient of its input

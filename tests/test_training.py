@@ -60,7 +60,7 @@ def test_every_stage_is_exported_with_what_it_was_trained_against(run):
     assert parts["prior"]["trained_against"]["tokenizer"] == parts["tokenizer"]["hash"]
     read = {part: parts[part]["identity"]["data"] for part in parts}
     assert read["tokenizer"] == read["prior"] == "shapes train 32 px, ('S1', 'S2'), ('en', 'ru'), 0.0, 0"
-    assert read["clip"] == "shapes train 32 px, ('S1', 'S2', 'S2', 'S2'), ('en', 'ru'), 0.0, 0"
+    assert read["clip"] == "shapes train 32 px, ('S1', 'S2', 'S2', 'S2'), ('en', 'ru'), 0.0, 0, groups of 4"
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "prior/image_loss" in line] == [1, 2, 3, 4]
     headlines = {"tokenizer": "psnr", "prior": "nats_per_code", "clip": "accuracy"}

@@ -24,7 +24,7 @@ class Data(Section):
     levels: tuple[str, ...] = Field(("S1", "S2"), description="of `shapes`; one that is named twice counts twice")
     languages: tuple[Literal["en", "ru"], ...] = Field(("en", "ru"), min_length=1, description="of `shapes`")
     jitter: float = Field(0.02, ge=0, description="of `shapes`: deviation of the shift of each colour")
-    contrast: int = Field(1, ge=1, description="of `shapes`: scenes in a row of which all but one are a fact away")
+    contrast: int = Field(1, ge=1, description="of `shapes`: samples of a group that differ in a fact, see CLIPStage")
     shards: str | None = None
     validation: str | None = Field(None, description="a folder of shards on which the headline metric is measured")
     validation_share: float = Field(0.02, ge=0, lt=1, description="of `digits`, or `shards` without that: held out")
@@ -70,7 +70,6 @@ class Stage(Section):
     # Numbers first: YAML takes 1e-6, without a dot, for a word.
     objective: dict[str, Annotated[float | str, Field(union_mode="left_to_right")]] = {}
     levels: tuple[str, ...] | None = Field(None, description="of `shapes`, in place of those of training.data")
-    contrast: int | None = Field(None, ge=1, description="of `shapes`, in place of that of training.data")
 
     def optimizer_of(self, network: str) -> Optimizer:
         """That of one of the stage's networks."""
@@ -96,11 +95,12 @@ class Training(Section):
     stages: dict[str, Stage]
 
     def data_of(self, stage: str) -> Data:
-        """What a stage reads; only `shapes` is another for another stage."""
+        """What a stage reads: of `shapes` its own levels, and groups as its objective wants them."""
+        if self.data.kind != "shapes":
+            return self.data
         config = self.stages[stage]
-        own = {"levels": config.levels, "contrast": config.contrast}
-        own = {key: value for key, value in own.items() if value is not None}
-        return self.data.model_copy(update=own) if self.data.kind == "shapes" else self.data
+        contrast = int(config.number("contrast", 1))
+        return self.data.model_copy(update={"levels": config.levels or self.data.levels, "contrast": contrast})
 
 
 def training_of(recipe: Recipe) -> Training:
@@ -164,7 +164,7 @@ def identity(
     parts that are trained along. How often a run logs, previews and saves, and how a batch is split over devices, are
     left out: they may change at resume.
     """
-    left_out = {*_CADENCE, "levels", "contrast"}  # the fingerprint tells of them
+    left_out = {*_CADENCE, "levels"}  # the fingerprint tells of them
     config = training.stages[name].model_dump(mode="json", exclude=left_out)
     shared = {"image_size": recipe.image_size, "seed": training.seed}
     run = {"precision": training.precision, "data": data, "against": dict(against)}

@@ -26,6 +26,10 @@ from .contract import Knob, Loss, TrainingStage, Updates
 class CLIPStage(TrainingStage):
     """Fits CLIP (arXiv:2103.00020); captions of equal meaning are no negatives.
 
+    With `contrast`, a step's samples come in groups of so many, of which all but the first are one fact away from it:
+    pictures and captions are then hard negatives of each other, and none is encoded for that alone. With
+    `wrong_captions`, each picture stands beside so many more captions that are one fact away from its own.
+
     In the first share `canonical` of its steps every caption is read in the one wording of its meaning, beside its
     first wrong caption only; from there to the share `canonical_end` fewer and fewer are. With "A above B" and "B below
     A" equally often from the start, neither the order of the words nor the relation alone tells where A is, and both
@@ -40,6 +44,7 @@ class CLIPStage(TrainingStage):
         "wrong_captions": Knob(grammar=True),
         "canonical": Knob(high=1, grammar=True),
         "canonical_end": Knob(high=1, grammar=True),
+        "contrast": Knob(low=1, high=64, grammar=True),
     }
 
     def __init__(
@@ -86,7 +91,7 @@ class CLIPStage(TrainingStage):
         share = 0.0 if step is None else self._canonical_share(step)
         wanted = int(self.config.number("wrong_captions", 0))
         if step is None:  # as many as training shows, whichever way
-            wanted = max(wanted, (self.config.contrast or 1) - 1)
+            wanted = max(wanted, int(self.config.number("contrast", 1)) - 1)
         wanted = min(wanted, 1) if share == 1 else wanted
         count, captions = len(batch.captions), [*batch.captions, *self._wrong(batch, wanted)]
         if share and step is not None:
