@@ -113,11 +113,13 @@ def logged(folder):
     """Losses, metrics, gradient norms and learning rates by (step, name): what a rounding cannot move by a jump."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     left_out = {"stage", "wait", "seconds", "accuracy", "perplexity", "usage", "active_units"}
+    of_accuracies = {"ema_gain", "ema_gain_error"}
     return {
         (line["step"], name): value
         for line in lines
         for name, value in line.items()
-        if "event" not in line and name.rpartition("/")[2] not in left_out
+        if "event" not in line
+        and name.rpartition("/")[2] not in (left_out | of_accuracies if "valid/accuracy" in line else left_out)
     }
 
 
