@@ -11,6 +11,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from ...layers import random
+from ...layers.precision import full
 from ...pipeline import checkpoint
 from ...pipeline.denoising import denoiser_of
 from ...pipeline.recipe import Recipe, RecipeError, build, is_frozen, is_pretrained
@@ -25,6 +26,7 @@ from ..stream import Batch, Source
 from .contract import Knob, Loss, TrainingStage, Updates, contact_sheet
 
 _LOOKS = 4  # timesteps that each sample is validated at
+_HEARD = 2  # the look at which captions tell most: what is where is decided in the noisier half, and not at its end
 _PREVIEW_STEPS = 50
 
 
@@ -74,7 +76,8 @@ class DiffusionStage(TrainingStage):
         self.hold(Captioned(self.prior, self.text) if self.along else self.prior)
         self.recipe, self.config, self.seed = recipe, config, seed
         self.schedule = self._denoiser().schedule
-        self.metrics = ("error",) if self.tokenizer else ("error", "bits_per_dim")
+        self.metrics: tuple[str, ...] = ("error",) if self.tokenizer else ("error", "bits_per_dim")
+        self.metrics += ("caption_gain",) if self.text else ()
 
     @classmethod
     def needs(cls, recipe: Recipe) -> tuple[str, ...]:
@@ -168,12 +171,13 @@ class DiffusionStage(TrainingStage):
         """`error`: the squared error of eps, at timesteps spread over all; a sample has the same ones each time.
 
         `bits_per_dim`, of pixels: the variational bound, from these timesteps, the first one and the prior's term, with
-        x_0 clipped.
+        x_0 clipped. `caption_gain`, where captions are read: by how much that of the sample before makes the error
+        worse at one of these timesteps, beside `caption_error`, the error there. `moments`, of latents.
         """
         x_0, total, denoise = self._read(batch), self.schedule.num_timesteps, self._denoiser()
-        condition, shape = self._condition(batch), tuple(x_0.shape[1:])
+        own, shape = self._condition(batch), tuple(x_0.shape[1:])
 
-        def look(t: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        def look(t: Tensor, number: int, condition: Any = own) -> tuple[Tensor, Tensor]:
             eps = random.normal(self.seed, number, batch.samples, shape, "validation noise")
             found = denoise(self.schedule.diffuse(x_0, t, eps), t, condition)
             bits = self._bits(x_0, found.x_0.clamp(-1, 1), found.variance_share, t)
@@ -184,12 +188,26 @@ class DiffusionStage(TrainingStage):
         times = 1 + (place * (total - 1)).long().clamp(max=total - 2)
         errors, bits = zip(*(look(times[:, i], i) for i in range(_LOOKS)), strict=True)
         found = {"error": torch.stack(errors).mean(dim=0)}
-        if self.tokenizer is None:
+        if self.text is not None:
+            other = Condition(*map(_before, own)) if isinstance(own, Condition) else _before(own)
+            worse, _ = look(times[:, _HEARD], _HEARD, other)
+            found |= {"caption_error": errors[_HEARD], "caption_gain": worse - errors[_HEARD]}
+        if self.tokenizer is not None:
+            values = full(x_0).flatten(1)
+            found["moments"] = torch.stack([values.mean(dim=1), values.square().mean(dim=1)], dim=1)
+        else:
             _, first = look(torch.zeros_like(times[:, 0]), _LOOKS)
             end = objective.prior_nats(x_0, *self.schedule.at(torch.full_like(times[:, 0], total - 1), x_0))
             between = (total - 1) * torch.stack(bits).mean(dim=0)
             found["bits_per_dim"] = first + between + objective.bits_per_dim(end, x_0)
         return found
+
+    def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
+        """`latent_std`: the deviation of all latents, as the network reads them."""
+        if "moments" not in total:
+            return {}
+        mean, square = total["moments"] / count
+        return {"latent_std": (square - mean.square()).clamp(min=0).sqrt()}
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Image | None:
@@ -208,6 +226,11 @@ class DiffusionStage(TrainingStage):
         self.network.train(was_training)
         images = z if self.tokenizer is None else self.tokenizer.decode(z).float()
         return contact_sheet(images, batch.captions[:16] if self.text is not None else None)
+
+
+def _before(each: Tensor | None) -> Tensor | None:
+    """What the sample before has, in the place of each (B, ...); the first one has the last one's."""
+    return None if each is None else each.roll(1, 0)
 
 
 def _text(recipe: Recipe, model: Path, device: torch.device) -> Any:
