@@ -5,7 +5,9 @@ import torch
 
 from kartina.pipeline import checkpoint
 from kartina.pipeline.denoising import denoiser_of, schedule_of
+from kartina.pipeline.images import to_pil
 from kartina.pipeline.recipe import RecipeError, build
+from kartina.pipeline.text_to_image import TextToImage
 from kartina.tokenizers.autoencoder_kl import AutoencoderKL
 from kartina.tokenizers.captions import CaptionTokenizer
 from kartina.tokenizers.patch_dvae import PatchDVAE
@@ -112,6 +114,23 @@ def test_what_a_caption_brings_is_measured_against_that_of_the_sample_before(tmp
     assert set(found) == {*stage.metrics, "caption_error"} and (found["caption_gain"] != 0).all()
     stage.network = lambda x_t, t, condition: torch.zeros_like(x_t)
     assert (stage.measure(batch)["caption_gain"] == 0).all()
+
+
+def test_a_preview_is_what_users_paint(tmp_path, monkeypatch):
+    """By the recipe's sampler, steps and guidance, from the seeds 0, 1, ... and the captions of the batch."""
+    knobs = "sampling={sampler: ddim, num_steps: 3, eta: 1.0, guidance_scale: 4.0, negative: a blue ring}"
+    stage, source, _ = reading_stage(tmp_path, knobs, "diffusion={prediction: v, zero_terminal: true}")
+    for parameter in stage.network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    batch, shown = source.read(range(4)), []
+    monkeypatch.setattr("kartina.training.stages.diffusion.contact_sheet", lambda images, words: shown.append(images))
+    stage.network.train()
+    stage.preview(batch)
+    assert stage.network.training
+    system = TextToImage(stage.recipe, {"prior": stage.prior.eval(), "text": stage.text}, stage.captions, "")
+    painted = system(batch.captions, seed=[0, 1, 2, 3])
+    assert [picture.tobytes() for picture in to_pil(shown[0])] == [painting.image.tobytes() for painting in painted]
+    assert len({painting.image.tobytes() for painting in painted}) == 4
 
 
 def test_latents_must_have_a_measured_scale():

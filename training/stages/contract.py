@@ -130,6 +130,17 @@ def frozen(network: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Within it a network drops nothing out."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
+
+
 def contact_sheet(images: Tensor, captions: list[str] | None = None) -> Image:
     """images (B, 3, H, W) as one picture, eight in a row, enlarged to 128 pixels a side or more."""
     pictures = to_pil(images)

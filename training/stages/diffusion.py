@@ -14,16 +14,16 @@ from ...layers import random
 from ...layers.precision import full
 from ...pipeline import checkpoint
 from ...pipeline.denoising import denoiser_of
-from ...pipeline.recipe import Recipe, RecipeError, build, is_frozen, is_pretrained
+from ...pipeline.drawing import DiffusionDrawing
+from ...pipeline.recipe import Recipe, RecipeError, build, is_frozen, is_pretrained, sampling_knobs
 from ...priors.caption_encoder import Captioned
 from ...priors.condition import Condition
-from ...priors.denoiser import Clipped, Denoise
-from ...priors.diffusion_samplers import ddim
+from ...priors.denoiser import Denoise
 from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import diffusion as objective
 from ..run import Stage
 from ..stream import Batch, Source
-from .contract import Knob, Loss, TrainingStage, Updates, contact_sheet
+from .contract import Knob, Loss, TrainingStage, Updates, contact_sheet, evaluating
 
 _LOOKS = 4  # timesteps that each sample is validated at
 _HEARD = 2  # the look at which captions tell most: what is where is decided in the noisier half, and not at its end
@@ -211,21 +211,20 @@ class DiffusionStage(TrainingStage):
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Image | None:
-        """Sixteen samples, of the batch's captions or classes where the network reads them."""
-        x_0, condition = self._read(batch)[:16], self._condition(batch)
-        if isinstance(condition, Condition):
-            condition = Condition(*(None if each is None else each[:16] for each in condition))
-        else:
-            condition = condition[:16]
-        denoise = self._denoiser() if self.tokenizer else Clipped(self._denoiser())
-        was_training = self.network.training
-        self.network.eval()
-        seeds = torch.arange(len(x_0), device=x_0.device)
-        steps = min(_PREVIEW_STEPS, self.schedule.num_timesteps)
-        z = ddim(denoise, condition, tuple(x_0.shape[1:]), seeds, num_steps=steps)
-        self.network.train(was_training)
+        """Sixteen samples, of the batch's captions or classes where the network reads them, as users paint, but in no
+        more than 50 steps.
+        """
+        captions = batch.captions[:16]
+        if self.prior.num_classes is not None and batch.labels is not None:
+            captions = [str(label) for label in batch.labels[:16].tolist()]
+        knobs = sampling_knobs(self.recipe, {}, "sampling")
+        knobs["num_steps"] = min(knobs["num_steps"], _PREVIEW_STEPS, self.schedule.num_timesteps)
+        parts = {"prior": self.prior, "text": self.text, "tokenizer": self.tokenizer}
+        draw = DiffusionDrawing(self.recipe, parts, getattr(self, "captions", None))
+        with evaluating(self.network):
+            z = draw(captions, range(len(captions)), knobs, None)
         images = z if self.tokenizer is None else self.tokenizer.decode(z).float()
-        return contact_sheet(images, batch.captions[:16] if self.text is not None else None)
+        return contact_sheet(images, captions if self.text is not None else None)
 
 
 def _before(each: Tensor | None) -> Tensor | None:
