@@ -254,13 +254,18 @@ def read_sample(file: BinaryIO, entry: Entry) -> tuple[Image.Image, str]:
 
 
 def read_caption(file: BinaryIO, entry: Entry) -> str:
-    """The caption of one sample: txt, or `caption` of the json. Raises BadSample with the reason."""
+    """The caption of one sample: txt, or `caption` of the json; "" where that says that it was packed without one.
+
+    Raises BadSample with the reason.
+    """
     caption: Any = None
     if "txt" in entry.members:
         caption = decode("txt", read_member(file, entry, "txt"))
     elif "json" in entry.members:
         content = decode("json", read_member(file, entry, "json"))
         caption = content.get("caption") if isinstance(content, dict) else None
+        if caption is None and isinstance(content, dict) and content.get("captionless") is True:
+            return ""
     if not isinstance(caption, str) or not caption:
         raise BadSample("no caption: expected a .txt, or `caption` in the .json")
     if caption.encode(errors="ignore").decode() != caption:

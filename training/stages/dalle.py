@@ -19,7 +19,7 @@ from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import dalle as dalle_objective
 from ..run import Stage
 from ..stream import Batch, Source
-from .contract import Knob, Loss, TrainingStage, Updates, contact_sheet, evaluating
+from .contract import Knob, Loss, TrainingStage, Updates, captions_of, contact_sheet, evaluating
 
 
 class DALLEStage(TrainingStage):
@@ -55,7 +55,7 @@ class DALLEStage(TrainingStage):
     def _read(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Caption tokens (B, T) and image codes (B, h*w)."""
         codes = batch.encoded["codes"] if batch.encoded else self.tokenizer.encode(batch.image)
-        return self.captions.encode(batch.captions)[0].to(codes.device), codes.flatten(1)
+        return self.captions.encode(captions_of(batch))[0].to(codes.device), codes.flatten(1)
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import diffusion as objective
 from ..run import Stage
 from ..stream import Batch, Source
-from .contract import Knob, Loss, TrainingStage, Updates, contact_sheet, evaluating
+from .contract import Knob, Loss, TrainingStage, Updates, captions_of, contact_sheet, evaluating
 
 _LOOKS = 4  # timesteps that each sample is validated at
 _HEARD = 2  # the look at which captions tell most: what is where is decided in the noisier half, and not at its end
@@ -137,7 +137,7 @@ class DiffusionStage(TrainingStage):
             mask[:, 0] = True  # of a sample that could not be read too
             return Condition(tokens=tokens, mask=mask)
         if self.text is not None:
-            text = self.text.frame(*self.captions.encode(batch.captions)).to(batch.image.device)
+            text = self.text.frame(*self.captions.encode(captions_of(batch))).to(batch.image.device)
             return text if self.along else self._encoded(text)
         if self.prior.num_classes is None:
             return Condition()
