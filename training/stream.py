@@ -35,7 +35,7 @@ FIT = "upright RGB over white, centre square, box to about twice the side, bicub
 _WORD = 2**64 - 1
 NO_CAPTION = (
     "captions are read here, and the sample {} was packed without one; put a .txt beside each picture and pack "
-    "again, or train only what reads none, as --stage tokenizer"
+    "again, or train a recipe that reads none, as shapes/vqvae"
 )
 
 
