@@ -89,7 +89,7 @@ def reproduce(
 
 @app.command()
 def resynthesise(
-    pictures: Annotated[list[Path], typer.Argument(help="PNG pictures")],
+    pictures: Annotated[list[Path], typer.Argument(help="pictures: PNG, JPEG or WebP")],
     model: Annotated[str, typer.Option(help="a model's name or folder")],
     attribute: Annotated[list[str], typer.Option(help="NAME=+1 or NAME=-1, as in glasses=+1")],
     strength: Annotated[float, typer.Option(help="0: not at all, 1: the whole way")] = 1.0,
@@ -98,9 +98,9 @@ def resynthesise(
 ) -> None:
     """Move pictures along attributes of a model's latents: before and after at growing strengths, as one grid."""
     from . import gallery, resynthesis
-    from .images import read_picture, save_png
+    from .images import PHOTOS, read_picture, save_png
 
-    moves, shown = resynthesis.moves_of(attribute), [read_picture(path) for path in pictures]
+    moves, shown = resynthesis.moves_of(attribute), [read_picture(path, PHOTOS) for path in pictures]
     path = gallery.targets(out, 1, grid=True)[0]
     system = resynthesis.Resynthesis.load(model, device_named(device))
     save_png(resynthesis.sheet(system, shown, moves, strength), path, {"moves": moves, "strength": strength})

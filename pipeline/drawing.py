@@ -130,12 +130,16 @@ class DiffusionDrawing:
         return partial(find_sampler(knobs["sampler"]), **walk)
 
     def denoiser(self, condition: Condition, knobs: dict[str, Any] | None = None) -> Denoise:
-        """The prior as samplers call it, guided under a condition as the knobs say, without them not at all."""
+        """The prior as samplers call it, guided under a condition as the knobs say, without them not at all.
+
+        Pixels are clipped last: guidance leads beyond their range what lies within it.
+        """
         denoise: Denoise = denoiser_of(self.recipe, self.prior)
-        if self.tokenizer is None:
-            denoise = Clipped(denoise)
-        if knobs is None:
-            return denoise
+        if knobs is not None:
+            denoise = self._guided(denoise, condition, knobs)
+        return Clipped(denoise) if self.tokenizer is None else denoise
+
+    def _guided(self, denoise: Denoise, condition: Condition, knobs: dict[str, Any]) -> Denoise:
         scale, rescale, negative = knobs["guidance_scale"], knobs["guidance_rescale"], knobs["negative"]
         low, high = knobs["guidance_low"], knobs["guidance_high"]
         if scale == 1 and (negative or rescale or low or high is not None):

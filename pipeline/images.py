@@ -152,11 +152,24 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def read_picture(path: str | Path, formats: tuple[str, ...] = ("PNG",)) -> Image.Image:
-    """The RGB picture of a file, the right way up. Raises OSError for an unreadable or cut file, ValueError for one of
-    another format.
+    """The picture of a file, see `upright`. Raises OSError for an unreadable or cut file, ValueError for one of another
+    format.
     """
     with _opened(path, formats) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return upright(image)
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """A picture in RGB, as training reads it and users give it: turned as its EXIF says, transparency laid over white,
+    16-bit grey scaled to 8 bits. Raises what Pillow does where it cannot be decoded.
+    """
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
 
 
 @contextmanager

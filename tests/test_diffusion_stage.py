@@ -5,7 +5,9 @@ import torch
 
 from kartina.pipeline import checkpoint
 from kartina.pipeline.denoising import denoiser_of, schedule_of
+from kartina.pipeline.images import to_pil
 from kartina.pipeline.recipe import RecipeError, build
+from kartina.pipeline.text_to_image import TextToImage
 from kartina.tokenizers.autoencoder_kl import AutoencoderKL
 from kartina.tokenizers.captions import CaptionTokenizer
 from kartina.tokenizers.patch_dvae import PatchDVAE
@@ -71,23 +73,65 @@ def test_classes_are_dropped_for_the_null_one(tmp_path):
         list(without.updates(shapes.read([0, 1]), 0))
 
 
-def test_a_frozen_text_encoder_is_the_folders_and_does_not_train(tmp_path):
+def reading_stage(tmp_path, *overrides: str):
+    """A stage that reads the tokens of a frozen text encoder of the folder, its source, and that encoder."""
     reading = SMALL.replace("attn_levels: []", "attn_levels: [1]").replace("context_dim: null", "context_dim: 16")
     text = "parts.text={kind: clip_text, text_vocab: 302, text_length: 14, width: 16, depth: 1, num_heads: 2}"
-    words = ["captions={vocab_size: 300, context_length: 12}", text, "frozen=[text]"]
+    words = ["captions={vocab_size: 300, context_length: 12}", text, "frozen=[text]", *overrides]
     recipe, training = runs.load("shapes/ddpm", [reading.replace("NONE", "null"), *words])
     source, encoder = source_of(recipe, training.data), build(recipe, "text")
     checkpoint.save_part(tmp_path, recipe, "text", checkpoint.export(encoder, torch.float32))
     CaptionTokenizer.train(source.captions(range(50)), 300, 12).save(tmp_path / "captions.json")
-    stage = DiffusionStage(recipe, training.stages["prior"], source, tmp_path, 0, torch.device("cpu"))
+    return DiffusionStage(recipe, training.stages["prior"], source, tmp_path, 0, torch.device("cpu")), source, encoder
+
+
+def test_a_frozen_text_encoder_is_the_folders_and_does_not_train(tmp_path):
+    stage, source, encoder = reading_stage(tmp_path, "stages.prior.objective={condition_drop: 0}")
     assert stage.network is stage.prior and list(stage.exported()) == ["prior"]
-    assert stage.needs(recipe) == ("captions", "text")
+    assert stage.needs(stage.recipe) == ("captions", "text")
     batch, seen = source.read(range(4)), []
     stage.forward["prior"] = lambda x_t, t, condition, draws: seen.append(condition) or torch.zeros_like(x_t)
     list(stage.updates(batch, 0))
     tokens, _ = encoder.eval()(stage.text.frame(*stage.captions.encode(batch.captions)))
     same = (seen[0].tokens - tokens).abs().amax(dim=(1, 2)) < 1e-5
-    assert same.any() and not seen[0].tokens.requires_grad
+    assert same.all() and not seen[0].tokens.requires_grad
+
+
+def test_what_a_caption_brings_is_measured_against_that_of_the_sample_before(tmp_path):
+    stage, source, _ = reading_stage(tmp_path)
+    batch, seen = source.read(range(4)), []
+
+    def network(x_t, t, condition):
+        seen.append((x_t, t, condition.tokens))
+        return condition.tokens[:, :, 0].mean(dim=1).view(-1, 1, 1, 1).expand_as(x_t)
+
+    stage.network = network
+    found = stage.measure(batch)
+    again = [k for k, look in enumerate(seen) if not torch.equal(look[2], seen[0][2])]
+    (other,) = again
+    assert torch.equal(seen[other][2], seen[0][2].roll(1, 0))
+    (own,) = [k for k, look in enumerate(seen) if k != other and torch.equal(look[0], seen[other][0])]
+    assert len(seen) == 6 and torch.equal(seen[own][1], seen[other][1])
+    assert set(found) == {*stage.metrics, "caption_error"} and (found["caption_gain"] != 0).all()
+    stage.network = lambda x_t, t, condition: torch.zeros_like(x_t)
+    assert (stage.measure(batch)["caption_gain"] == 0).all()
+
+
+def test_a_preview_is_what_users_paint(tmp_path, monkeypatch):
+    """By the recipe's sampler, steps and guidance, from the seeds 0, 1, ... and the captions of the batch."""
+    knobs = "sampling={sampler: ddim, num_steps: 3, eta: 1.0, guidance_scale: 4.0, negative: a blue ring}"
+    stage, source, _ = reading_stage(tmp_path, knobs, "diffusion={prediction: v, zero_terminal: true}")
+    for parameter in stage.network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    batch, shown = source.read(range(4)), []
+    monkeypatch.setattr("kartina.training.stages.diffusion.contact_sheet", lambda images, words: shown.append(images))
+    stage.network.train()
+    stage.preview(batch)
+    assert stage.network.training
+    system = TextToImage(stage.recipe, {"prior": stage.prior.eval(), "text": stage.text}, stage.captions, "")
+    painted = system(batch.captions, seed=[0, 1, 2, 3])
+    assert [picture.tobytes() for picture in to_pil(shown[0])] == [painting.image.tobytes() for painting in painted]
+    assert len({painting.image.tobytes() for painting in painted}) == 4
 
 
 def test_a_frozen_text_encoder_is_the_tower_of_the_clip_trained_before(tmp_path, capsys):

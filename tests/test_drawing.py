@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from kartina.pipeline import checkpoint
-from kartina.pipeline.recipe import Recipe, build
+from kartina.pipeline.drawing import DiffusionDrawing
+from kartina.pipeline.recipe import Recipe, build, sampling_knobs
 from kartina.pipeline.text_to_image import TextToImage, metadata, repaint
 from kartina.tokenizers.captions import CaptionTokenizer
 
@@ -115,6 +116,23 @@ def test_pixels_are_drawn_without_captions(tmp_path):
     assert painted[0].image.size == (16, 16) and (pixels(system("something else", seed=5)) == pixels(painted)).all()
     with pytest.raises(ValueError, match="no captions to be guided by"):
         system("anything", guidance_scale=2.0)
+
+
+def test_guided_pixels_stay_in_their_range():
+    """Guidance by 3 leads from 0.9 and -0.9 to 4.5; what leaves the denoiser is clipped after it."""
+    recipe = Recipe(name="tests/tiny", paper="none", image_size=8, diffusion={"prediction": "x_0"}, parts={
+        "prior": PIXEL["prior"] | {"num_classes": 10}})  # fmt: skip
+    draw = DiffusionDrawing(recipe, {"prior": build(recipe, "prior")}, None)
+
+    def network(x_t, t, condition):
+        return torch.where(condition.labels == 10, -0.9, 0.9).view(-1, 1, 1, 1).expand_as(x_t)
+
+    draw.prior.forward = network
+    x_t, t, knobs = torch.randn(2, 3, 8, 8), torch.tensor([500, 9]), sampling_knobs(recipe, {"guidance_scale": 3.0}, "")
+    condition = draw.condition(["7", "3"])
+    found = draw.denoiser(condition, knobs)(x_t, t, condition)
+    assert (found.x_0 == 1).all()
+    torch.testing.assert_close(draw.denoiser(condition).schedule.diffuse(found.x_0, t, found.eps), x_t)
 
 
 def test_parts_of_two_systems_are_refused(tmp_path):

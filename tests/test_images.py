@@ -2,12 +2,14 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from kartina.pipeline import images as module
-from kartina.pipeline.images import grid, read_metadata, save_png, to_pil, to_uint8
+from kartina.pipeline.images import PHOTOS, grid, read_metadata, read_picture, save_png, to_pil, to_uint8
+from kartina.training.samples import decode_picture
 
 
 def test_every_byte_survives_the_round_trip():
@@ -155,3 +157,21 @@ def test_foreign_files_are_refused(tmp_path):
         read_metadata(tmp_path / "text.png")
     with pytest.raises(FileNotFoundError, match="no picture"):
         read_metadata(tmp_path / "absent.png")
+
+
+def test_users_pictures_are_read_as_training_reads_them(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    odd = {
+        "clear.png": (Image.new("RGBA", (8, 4), (255, 0, 0, 0)), (255, 255, 255)),
+        "grey.png": (Image.fromarray(np.full((4, 8), 20000, dtype=np.uint16)), (77, 77, 77)),
+        "clear-grey.png": (Image.new("LA", (8, 4), (10, 0)), (255, 255, 255)),
+        "turned.jpg": (Image.new("L", (4, 8), 90), (90, 90, 90)),
+        "lossless.webp": (Image.new("RGB", (8, 4), (200, 10, 30)), (200, 10, 30)),
+    }
+    for name, (picture, color) in odd.items():
+        path = tmp_path / name
+        picture.save(path, lossless=True, **({"exif": exif} if name == "turned.jpg" else {}))
+        found = read_picture(path, PHOTOS)
+        assert (found.mode, found.size, found.getpixel((3, 2))) == ("RGB", (8, 4), color), name
+        assert found.tobytes() == decode_picture(path.read_bytes()).tobytes()

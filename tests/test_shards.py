@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kartina.training import samples, shards
+from kartina.training import samples, shards, stream
+from kartina.training.stages.contract import captions_of
 
 
 def picture(kind: str = "PNG", size: tuple[int, int] = (8, 8), mode: str = "RGB", color=(200, 10, 30), **save) -> bytes:
@@ -203,3 +204,21 @@ def test_a_shard_that_the_manifest_lists_and_that_is_gone_is_a_finding(tmp_path)
     assert report.samples == 3
     with pytest.raises(ValueError, match="no shard at .*nowhere.*data pack"):
         shards.check_shards(tmp_path / "nowhere")
+
+
+def test_pictures_without_captions_are_packed_where_asked_for(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for k in range(4):
+        (folder / f"{k}.png").write_bytes(picture(color=(k, 2, 3)))
+    with pytest.raises(ValueError, match="4 without caption, which --no-captions packs"):
+        shards.pack_folder(folder, tmp_path / "none")
+    report = shards.pack_folder(folder, tmp_path / "out", captionless=True)
+    assert (report.packed, report.captionless, report.no_caption) == (4, 4, [])
+    assert shards.check_shards(tmp_path / "out").bad == {}
+    source = stream.ShardSource(tmp_path / "out", 8, seed=0)
+    batch = source.read(range(4))
+    assert batch.captions == [""] * 4 and batch.weight.tolist() == [1] * 4 and not batch.problems
+    for refused in (lambda: source.captions(range(4)), lambda: captions_of(batch)):
+        with pytest.raises(ValueError, match="shard-000000/00000000. was packed without one; put a .txt beside"):
+            refused()

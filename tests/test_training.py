@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kartina.pipeline import checkpoint
-from kartina.pipeline.images import read_metadata
+from kartina.pipeline.images import read_metadata, to_pil
 from kartina.pipeline.known_models import SHIPPED
 from kartina.pipeline.text_to_image import TextToImage
 from kartina.training import __main__ as trainer
@@ -83,6 +83,19 @@ def test_a_candidate_does_not_depend_on_how_many_are_painted(run):
     assert same.image.tobytes() == alone.image.tobytes()
     scores = [p.clip_score for p in many]
     assert scores == sorted(scores, reverse=True)
+
+
+def test_a_preview_is_what_users_paint(tiny, trained_tokenizer, monkeypatch):
+    given = trainer._arguments([*tiny["dalle"][1], "sampling={temperature: 0.5, guidance_scale: 3.0}"])
+    recipe, training = runs.load(given.recipe, given.overrides)
+    source, folder, shown = ShapesSource(levels=("S1",)), trained_tokenizer / "model", []
+    stage = STAGES["dalle"](recipe, training.stages["prior"], source, folder, 0, torch.device("cpu"))
+    batch = source.read(range(4))
+    monkeypatch.setattr("kartina.training.stages.dalle.contact_sheet", lambda images, words: shown.append(images))
+    stage.preview(batch)
+    system = TextToImage(recipe, {"prior": stage.network.eval(), "tokenizer": stage.tokenizer}, stage.captions, "")
+    painted = system(batch.captions, seed=[0, 1, 2, 3])
+    assert [picture.tobytes() for picture in to_pil(shown[0])] == [painting.image.tobytes() for painting in painted]
 
 
 def test_a_part_trained_against_another_tokenizer_is_refused(run, tmp_path):

@@ -8,10 +8,11 @@ stand at the end of the log, so that what has healed is not told. What the rules
     valid/active_units                  share of latent units whose posterior mean varies over the data by more than
                                         0.01 (Burda 2016, arXiv:1509.00519, section 5.2)
     discriminator/accuracy              how often real and fake are told apart; in its place real_logits and fake_logits
-    valid/diversity                     standard deviation of samples over that of the data, over all dimensions
-    latent_std, of any network          standard deviation of the latents as a prior reads them
+    latent_std, of validation or any    standard deviation of the latents as a prior reads them
+        network
     X/chance beside X/loss              the loss of a model that knows nothing (also image_chance and image_loss)
-    valid/caption_gain                  by how much another sample's caption makes the headline metric worse
+    valid/caption_gain                  by how much another sample's caption makes valid/caption_error worse, or the
+                                        headline metric where there is none
     valid/ema_gain                      by how much averaged weights make the headline metric better, beside
                                         valid/ema_gain_error, the standard error of this mean over samples
 
@@ -34,10 +35,9 @@ _STEPS, _SHARE, _HALF, _LINES = 20, 0.2, 0.5, 10
 _USAGE, _PERPLEXITY_LEFT, _COUNTS = 0.5, 1 / 3, 4  # fewer counts a code leave some out by chance
 _ACTIVE = 0.1
 _WINS, _GAP = 0.97, 8.0  # a gap of 8 between mean logits is 98 % right at the threshold between them
-_DIVERSITY = 0.5
 _STD = (0.8, 1.25)
 _CHANCE = 0.95
-_GAIN = 0.005  # of the headline metric
+_GAIN = 0.005  # of what the caption makes worse
 _YOUNG = 0.05  # of the headline metric
 _LOST, _CLIPPED = 0.5, 0.9
 _WAIT = 0.3
@@ -151,16 +151,6 @@ def discriminator_wins(history: History) -> Found:
         yield "the discriminator wins", seen, advice
 
 
-def mode_collapse(history: History) -> Found:
-    diversity = history.last("valid/diversity")
-    if diversity is not None and diversity < _DIVERSITY and _ripe(history):
-        seen = f"samples vary {diversity:.2f} times as much as the data; at least {_DIVERSITY:g} is expected"
-        advice = (
-            "go back to a checkpoint before it, lower the generator's learning rate, or regularise the discriminator"
-        )
-        yield "mode collapse", seen, advice
-
-
 def latent_scale(history: History) -> Found:
     for name in history.ending("latent_std"):
         std = history.last(name)
@@ -180,9 +170,10 @@ def at_chance(history: History) -> Found:
 
 
 def caption_ignored(history: History) -> Found:
-    gain, value = history.last("valid/caption_gain"), history.last(history.headline or "")
+    name = "valid/caption_error" if "valid/caption_error" in history.curves else history.headline or ""
+    gain, value = history.last("valid/caption_gain"), history.last(name)
     if gain is not None and value is not None and gain < _GAIN * abs(value) and _ripe(history, _HALF):
-        seen = f"with another sample's caption {history.headline} of {value:.3g} is only {gain:.2g} worse"
+        seen = f"with another sample's caption {name} of {value:.3g} is only {gain:.2g} worse"
         advice = "lower caption_drop, and see that captions fit their pictures (kartina data check, previews)"
         yield "caption ignored", seen, advice
 
@@ -252,7 +243,6 @@ RULES: tuple[Callable[[History], Found], ...] = (
     codebook_collapse,
     posterior_collapse,
     discriminator_wins,
-    mode_collapse,
     latent_scale,
     at_chance,
     caption_ignored,

@@ -269,7 +269,8 @@ def _members(file: BinaryIO, entries: Sequence[Entry], encoder: _Encoder) -> Ite
             content = io.BytesIO()
             np.save(content, array[k])
             yield f"{entry.key}.{name}.npy", content.getvalue()
-        yield f"{entry.key}.txt", captions[k].encode()
+        kind, data = ("txt", captions[k].encode()) if captions[k] else ("json", b'{"captionless": true}')
+        yield f"{entry.key}.{kind}", data
 
 
 @contextlib.contextmanager

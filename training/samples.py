@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ..pipeline.checkpoint import file_hash, write_text
+from ..pipeline.images import PHOTOS, upright
 
 _FORMAT = 2  # of the index
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -42,13 +43,12 @@ class BadSample(ValueError):
 
 
 def decode_picture(data: bytes) -> Image.Image:
-    """An upright RGB picture: EXIF rotation applied, transparency laid over white, 16-bit grey scaled to 8 bits."""
+    """The picture of a file's bytes, see `pipeline.images.upright`. Raises BadSample with the reason."""
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as opened:
+        with Image.open(io.BytesIO(data), formats=PHOTOS) as opened:
             if opened.width * opened.height > PIXEL_LIMIT:
                 raise BadSample(f"too large: {opened.width}x{opened.height} is over {PIXEL_LIMIT} pixels")
-            picture = ImageOps.exif_transpose(opened)
-            picture.load()
+            return upright(opened)
     except BadSample:
         raise
     except Image.DecompressionBombError as error:
@@ -57,13 +57,6 @@ def decode_picture(data: bytes) -> Image.Image:
         raise BadSample("undecodable picture: neither JPEG, PNG nor WebP") from error
     except Exception as error:  # decoders of hostile bytes raise anything: SyntaxError, struct.error, EOFError...
         raise BadSample(f"undecodable picture: {error}") from error
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
 
 
 def _decode_text(data: bytes) -> str:
@@ -261,13 +254,18 @@ def read_sample(file: BinaryIO, entry: Entry) -> tuple[Image.Image, str]:
 
 
 def read_caption(file: BinaryIO, entry: Entry) -> str:
-    """The caption of one sample: txt, or `caption` of the json. Raises BadSample with the reason."""
+    """The caption of one sample: txt, or `caption` of the json; "" where that says that it was packed without one.
+
+    Raises BadSample with the reason.
+    """
     caption: Any = None
     if "txt" in entry.members:
         caption = decode("txt", read_member(file, entry, "txt"))
     elif "json" in entry.members:
         content = decode("json", read_member(file, entry, "json"))
         caption = content.get("caption") if isinstance(content, dict) else None
+        if caption is None and isinstance(content, dict) and content.get("captionless") is True:
+            return ""
     if not isinstance(caption, str) or not caption:
         raise BadSample("no caption: expected a .txt, or `caption` in the .json")
     if caption.encode(errors="ignore").decode() != caption:

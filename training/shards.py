@@ -113,6 +113,7 @@ class PackReport:
     """What packing did with each file of the folder, by relative name."""
 
     packed: int = 0
+    captionless: int = 0  # of these
     no_caption: list[str] = field(default_factory=list)
     no_picture: list[str] = field(default_factory=list)
     duplicates: list[str] = field(default_factory=list)
@@ -120,9 +121,12 @@ class PackReport:
     ignored: list[str] = field(default_factory=list)
 
 
-def pack_folder(folder: Path | str, out: Path | str, samples_per_shard: int = 1000) -> PackReport:
+def pack_folder(
+    folder: Path | str, out: Path | str, samples_per_shard: int = 1000, captionless: bool = False
+) -> PackReport:
     """Packs pictures with sibling captions (`x.jpg`, `x.txt`; subfolders too) into shards under `out`, bytes untouched.
 
+    captionless: packs a picture without a caption too, and says in its json that it has none.
     Every file that is not packed is named in the report. Duplicates are packed and named. Raises ValueError where
     nothing can be packed.
     """
@@ -140,14 +144,17 @@ def pack_folder(folder: Path | str, out: Path | str, samples_per_shard: int = 10
                     report.ignored.append(name)
                 continue
             text = texts.get(path.with_suffix(""))
-            if text is None:
+            if text is None and not captionless:
                 report.no_caption.append(name)
                 continue
-            used.add(text)
+            used |= {text} if text else set()
+            members: dict[str, bytes] = {}
             try:
-                data, caption = _packable(path, extension), text.read_bytes()
-                if not decode("txt", caption):
-                    raise BadSample("empty .txt")
+                members[extension] = data = _packable(path, extension)
+                if text is not None:
+                    members["txt"] = text.read_bytes()
+                    if not decode("txt", members["txt"]):
+                        raise BadSample("empty .txt")
             except (BadSample, OSError) as error:
                 report.bad[name] = str(error)
                 continue
@@ -155,13 +162,16 @@ def pack_folder(folder: Path | str, out: Path | str, samples_per_shard: int = 10
             if digest in seen:
                 report.duplicates.append(name)
             first = seen.setdefault(digest, name)  # a split into training and validation keeps equals together
-            writer.write({extension: data, "txt": caption}, name=name, **({"same_as": first} if first != name else {}))
+            facts = {"same_as": first} if first != name else {}
+            writer.write(members, name=name, **facts, **({"captionless": True} if text is None else {}))
+            report.captionless += text is None
         report.packed = writer.count
         report.no_picture = [text.relative_to(folder).as_posix() for text in texts.values() if text not in used]
         if not report.packed:
             raise ValueError(
                 f"nothing to pack in {folder}: expected pictures ({', '.join(PICTURES)}) with a .txt of the same name "
-                f"beside each; {len(report.no_caption)} without caption, {len(report.bad)} broken"
+                f"beside each; {len(report.no_caption)} without caption, which --no-captions packs, {len(report.bad)} "
+                "broken"
             )
     return report
 

@@ -33,6 +33,10 @@ _log = logging.getLogger(__name__)
 _SHARDS, _MEMBERS = 0, 1  # the two uses of Philox, kept apart by its counter
 FIT = "upright RGB over white, centre square, box to about twice the side, bicubic"  # what `fit` reads and does
 _WORD = 2**64 - 1
+NO_CAPTION = (
+    "captions are read here, and the sample {} was packed without one; put a .txt beside each picture and pack "
+    "again, or train a recipe that reads none, as shapes/vqvae"
+)
 
 
 @dataclass
@@ -208,13 +212,15 @@ class ShardSource:
         return Batch(torch.stack(images), list(captions), list(keys), samples, weight, problems)
 
     def captions(self, positions: Sequence[int]) -> list[str]:
-        """The captions at these positions, without those that cannot be read."""
+        """The captions at these positions, without those that cannot be read. Raises ValueError where there is none."""
         found = []
         for position in positions:
             shard, member = self.place(int(position))
             index = self.indexes[shard]
             with open(index.path, "rb") as file, contextlib.suppress(BadSample):
                 found.append(read_caption(file, index.entries[member]))
+            if found and not found[-1]:
+                raise ValueError(NO_CAPTION.format(index.sample_name(member)))
         return found
 
     def meaning(self, caption: str) -> Hashable:

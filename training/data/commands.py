@@ -14,13 +14,19 @@ app = typer.Typer(help="Pack, check and prepare pictures with captions.", no_arg
 
 
 @app.command()
-def pack(folder: Path, out: Path, samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000) -> None:
+def pack(
+    folder: Path,
+    out: Path,
+    samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
+    no_captions: Annotated[bool, typer.Option("--no-captions", help="pack pictures without a .txt too")] = False,
+) -> None:
     """Pack pictures with sibling .txt captions into WebDataset shards."""
     from ...pipeline.terminal import tell
     from ..shards import pack_folder
 
-    report = pack_folder(folder, out, samples_per_shard)
-    typer.echo(f"packed {report.packed} samples into {out}")
+    report = pack_folder(folder, out, samples_per_shard, no_captions)
+    without = f", {report.captionless} of them without a caption" if report.captionless else ""
+    typer.echo(f"packed {report.packed} samples into {out}{without}")
     tell({"no caption": report.no_caption, "no picture": report.no_picture, "duplicate (packed)": report.duplicates})
     tell({"not a picture or caption": report.ignored, "bad": report.bad})
 

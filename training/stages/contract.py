@@ -19,7 +19,7 @@ from ...layers.precision import full
 from ...pipeline.images import grid, to_pil
 from ...pipeline.recipe import Recipe
 from ..run import Stage
-from ..stream import Batch, Source
+from ..stream import NO_CAPTION, Batch, Source
 
 Loss = tuple[tuple[Tensor, Tensor], dict[str, Tensor]]  # (loss_sum, count), scalars
 Update = tuple[str, tuple[Tensor, Tensor], dict[str, Tensor]]
@@ -128,6 +128,25 @@ def frozen(network: nn.Module) -> Iterator[nn.Module]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def captions_of(batch: Batch) -> list[str]:
+    """The captions of a batch. Raises ValueError where a sample that can be read was packed without one."""
+    for key, caption in zip(batch.keys, batch.captions, strict=True):
+        if not caption and key not in batch.problems:
+            raise ValueError(NO_CAPTION.format(key))
+    return batch.captions
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Within it a network drops nothing out."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
 
 
 def contact_sheet(images: Tensor, captions: list[str] | None = None) -> Image:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ...layers import random
 from ...pipeline import checkpoint
-from ...pipeline.recipe import Recipe, build
+from ...pipeline.drawing import CodeDrawing
+from ...pipeline.recipe import Recipe, build, sampling_knobs
 from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import dalle as dalle_objective
 from ..run import Stage
 from ..stream import Batch, Source
-from .contract import Knob, Loss, TrainingStage, Updates, contact_sheet
+from .contract import Knob, Loss, TrainingStage, Updates, captions_of, contact_sheet, evaluating
 
 
 class DALLEStage(TrainingStage):
@@ -37,7 +38,7 @@ class DALLEStage(TrainingStage):
         self.tokenizer = checkpoint.load_part(model, recipe, "tokenizer", device)
         self.captions = CaptionTokenizer.load(model / "captions.json")
         self.hold(build(recipe, self.part))
-        self.config, self.source, self.seed = config, source, seed
+        self.recipe, self.config, self.source, self.seed = recipe, config, source, seed
 
     def updates(self, batch: Batch, step: int) -> Updates:
         yield self.part, *self._loss(batch, step)
@@ -54,7 +55,7 @@ class DALLEStage(TrainingStage):
     def _read(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Caption tokens (B, T) and image codes (B, h*w)."""
         codes = batch.encoded["codes"] if batch.encoded else self.tokenizer.encode(batch.image)
-        return self.captions.encode(batch.captions)[0].to(codes.device), codes.flatten(1)
+        return self.captions.encode(captions_of(batch))[0].to(codes.device), codes.flatten(1)
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, Tensor]:
@@ -74,12 +75,10 @@ class DALLEStage(TrainingStage):
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Image | None:
-        """What is painted for the captions."""
-        from ...priors.code_samplers import sample_codes
-
+        """What is painted for the captions, as users paint."""
         captions = batch.captions[:8]
-        text = self.captions.encode(captions)[0].to(batch.image.device)
-        was_training = self.network.training
-        codes = sample_codes(self.network.eval(), text, list(range(len(captions))))
-        self.network.train(was_training)
+        knobs = sampling_knobs(self.recipe, {}, "sampling")
+        draw = CodeDrawing(self.recipe, {"prior": self.network, "tokenizer": self.tokenizer}, self.captions)
+        with evaluating(self.network):
+            codes = draw(captions, range(len(captions)), knobs, None)
         return contact_sheet(self.tokenizer.decode(codes), captions)

@@ -11,20 +11,22 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from ...layers import random
+from ...layers.precision import full
 from ...pipeline import checkpoint
 from ...pipeline.denoising import denoiser_of
-from ...pipeline.recipe import Recipe, RecipeError, build, is_frozen, is_pretrained
+from ...pipeline.drawing import DiffusionDrawing
+from ...pipeline.recipe import Recipe, RecipeError, build, is_frozen, is_pretrained, sampling_knobs
 from ...priors.caption_encoder import Captioned
 from ...priors.condition import Condition
-from ...priors.denoiser import Clipped, Denoise
-from ...priors.diffusion_samplers import ddim
+from ...priors.denoiser import Denoise
 from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import diffusion as objective
 from ..run import Stage
 from ..stream import Batch, Source
-from .contract import Knob, Loss, TrainingStage, Updates, contact_sheet
+from .contract import Knob, Loss, TrainingStage, Updates, captions_of, contact_sheet, evaluating
 
 _LOOKS = 4  # timesteps that each sample is validated at
+_HEARD = 2  # the look at which captions tell most: what is where is decided in the noisier half, and not at its end
 _PREVIEW_STEPS = 50
 
 
@@ -74,7 +76,8 @@ class DiffusionStage(TrainingStage):
         self.hold(Captioned(self.prior, self.text) if self.along else self.prior)
         self.recipe, self.config, self.seed = recipe, config, seed
         self.schedule = self._denoiser().schedule
-        self.metrics = ("error",) if self.tokenizer else ("error", "bits_per_dim")
+        self.metrics: tuple[str, ...] = ("error",) if self.tokenizer else ("error", "bits_per_dim")
+        self.metrics += ("caption_gain",) if self.text else ()
 
     @classmethod
     def needs(cls, recipe: Recipe) -> tuple[str, ...]:
@@ -134,7 +137,7 @@ class DiffusionStage(TrainingStage):
             mask[:, 0] = True  # of a sample that could not be read too
             return Condition(tokens=tokens, mask=mask)
         if self.text is not None:
-            text = self.text.frame(*self.captions.encode(batch.captions)).to(batch.image.device)
+            text = self.text.frame(*self.captions.encode(captions_of(batch))).to(batch.image.device)
             return text if self.along else self._encoded(text)
         if self.prior.num_classes is None:
             return Condition()
@@ -168,12 +171,13 @@ class DiffusionStage(TrainingStage):
         """`error`: the squared error of eps, at timesteps spread over all; a sample has the same ones each time.
 
         `bits_per_dim`, of pixels: the variational bound, from these timesteps, the first one and the prior's term, with
-        x_0 clipped.
+        x_0 clipped. `caption_gain`, where captions are read: by how much that of the sample before makes the error
+        worse at one of these timesteps, beside `caption_error`, the error there. `moments`, of latents.
         """
         x_0, total, denoise = self._read(batch), self.schedule.num_timesteps, self._denoiser()
-        condition, shape = self._condition(batch), tuple(x_0.shape[1:])
+        own, shape = self._condition(batch), tuple(x_0.shape[1:])
 
-        def look(t: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        def look(t: Tensor, number: int, condition: Any = own) -> tuple[Tensor, Tensor]:
             eps = random.normal(self.seed, number, batch.samples, shape, "validation noise")
             found = denoise(self.schedule.diffuse(x_0, t, eps), t, condition)
             bits = self._bits(x_0, found.x_0.clamp(-1, 1), found.variance_share, t)
@@ -184,30 +188,48 @@ class DiffusionStage(TrainingStage):
         times = 1 + (place * (total - 1)).long().clamp(max=total - 2)
         errors, bits = zip(*(look(times[:, i], i) for i in range(_LOOKS)), strict=True)
         found = {"error": torch.stack(errors).mean(dim=0)}
-        if self.tokenizer is None:
+        if self.text is not None:
+            other = Condition(*map(_before, own)) if isinstance(own, Condition) else _before(own)
+            worse, _ = look(times[:, _HEARD], _HEARD, other)
+            found |= {"caption_error": errors[_HEARD], "caption_gain": worse - errors[_HEARD]}
+        if self.tokenizer is not None:
+            values = full(x_0).flatten(1)
+            found["moments"] = torch.stack([values.mean(dim=1), values.square().mean(dim=1)], dim=1)
+        else:
             _, first = look(torch.zeros_like(times[:, 0]), _LOOKS)
             end = objective.prior_nats(x_0, *self.schedule.at(torch.full_like(times[:, 0], total - 1), x_0))
             between = (total - 1) * torch.stack(bits).mean(dim=0)
             found["bits_per_dim"] = first + between + objective.bits_per_dim(end, x_0)
         return found
 
+    def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
+        """`latent_std`: the deviation of all latents, as the network reads them."""
+        if "moments" not in total:
+            return {}
+        mean, square = total["moments"] / count
+        return {"latent_std": (square - mean.square()).clamp(min=0).sqrt()}
+
     @torch.no_grad()
     def preview(self, batch: Batch) -> Image | None:
-        """Sixteen samples, of the batch's captions or classes where the network reads them."""
-        x_0, condition = self._read(batch)[:16], self._condition(batch)
-        if isinstance(condition, Condition):
-            condition = Condition(*(None if each is None else each[:16] for each in condition))
-        else:
-            condition = condition[:16]
-        denoise = self._denoiser() if self.tokenizer else Clipped(self._denoiser())
-        was_training = self.network.training
-        self.network.eval()
-        seeds = torch.arange(len(x_0), device=x_0.device)
-        steps = min(_PREVIEW_STEPS, self.schedule.num_timesteps)
-        z = ddim(denoise, condition, tuple(x_0.shape[1:]), seeds, num_steps=steps)
-        self.network.train(was_training)
+        """Sixteen samples, of the batch's captions or classes where the network reads them, as users paint, but in no
+        more than 50 steps.
+        """
+        captions = batch.captions[:16]
+        if self.prior.num_classes is not None and batch.labels is not None:
+            captions = [str(label) for label in batch.labels[:16].tolist()]
+        knobs = sampling_knobs(self.recipe, {}, "sampling")
+        knobs["num_steps"] = min(knobs["num_steps"], _PREVIEW_STEPS, self.schedule.num_timesteps)
+        parts = {"prior": self.prior, "text": self.text, "tokenizer": self.tokenizer}
+        draw = DiffusionDrawing(self.recipe, parts, getattr(self, "captions", None))
+        with evaluating(self.network):
+            z = draw(captions, range(len(captions)), knobs, None)
         images = z if self.tokenizer is None else self.tokenizer.decode(z).float()
-        return contact_sheet(images, batch.captions[:16] if self.text is not None else None)
+        return contact_sheet(images, captions if self.text is not None else None)
+
+
+def _before(each: Tensor | None) -> Tensor | None:
+    """What the sample before has, in the place of each (B, ...); the first one has the last one's."""
+    return None if each is None else each.roll(1, 0)
 
 
 def _text(recipe: Recipe, model: Path, device: torch.device) -> Any:

@@ -1,0 +1,99 @@
+"""The doctor beside the stages that are shipped: whatever a rule reads, one of them logs, and diffusion's faults are
+found in a real training.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from kartina.pipeline import checkpoint
+from kartina.training import __main__ as trainer
+from kartina.training import doctor, exchange, history
+
+_SIZES = "image_size: 32, width: 8, channel_mult: [1, 2], blocks_per_level: 1, norm_groups: 4"
+LATENT = [
+    "shapes/stable-diffusion",
+    *["captions.vocab_size=300", "training.precision=fp32", "training.trackers=[]", "training.data.levels=[S1]"],
+    f"parts.tokenizer={{kind: autoencoder_kl, {_SIZES}, latent_channels: 4, attn_resolutions: []}}",
+    "parts.text={kind: clip_text, text_vocab: 302, text_length: 24, width: 16, depth: 1, num_heads: 2}",
+    "parts.prior={kind: unet, in_channels: 4, width: 8, channel_mult: [1, 2], blocks_per_level: 1, norm_groups: 4,"
+    " attn_levels: [1], num_heads: 2, context_dim: 16}",
+    *[f"stages.{stage}.{key}" for stage in ("tokenizer", "prior") for key in ("log_every=1", "global_batch=8")],
+    *["stages.tokenizer.steps=20", "stages.prior.steps=20", "stages.prior.validate_every=20"],
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_are_validated():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "_VALIDATED", 64)
+        yield
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory):
+    """A run of latent diffusion that never shows a caption to its prior."""
+    folder = tmp_path_factory.mktemp("latent")
+    for stage in ("tokenizer", "prior"):
+        deaf = "stages.prior.objective={condition_drop: 1}"
+        assert trainer.main([*LATENT, deaf, "--stage", stage, "--run", str(folder)]) == 0
+    return folder
+
+
+def test_diffusion_that_ignores_captions(latent):
+    found = {finding.name: finding for finding in doctor.examine(latent)}
+    assert "valid/caption_error of" in found["caption ignored"].seen
+    log = history.read(latent)["prior"]
+    assert log.last("valid/latent_std") == pytest.approx(1, abs=0.1) and "latent scale off" not in found
+
+
+def test_latents_of_another_scale(latent, tmp_path):
+    """The tokenizer was exchanged for one whose scale was measured elsewhere."""
+    shutil.copytree(latent / "model", tmp_path / "model")
+    shutil.copy(latent / "captions.origin.json", tmp_path)
+    recipe = checkpoint.load_recipe(latent / "model")
+    network = checkpoint.load_part(latent / "model", recipe, "tokenizer", "cpu", torch.float32)
+    network.scale.std.mul_(5)
+    card = checkpoint.read_card(latent / "model")
+    (tmp_path / "model" / "card.json").write_text(json.dumps(card | {"parts": {}}))
+    checkpoint.save_part(tmp_path / "model", recipe, "tokenizer", checkpoint.export(network, torch.float32))
+    assert trainer.main([*LATENT, "--stage", "prior", "--run", str(tmp_path)]) == 0
+    (found,) = [finding for finding in doctor.examine(tmp_path) if finding.name == "latent scale off"]
+    assert found.seen.startswith("valid/latent_std is 0.2")
+
+
+class Asked(history.History):
+    """A log that has whatever it is asked for, and remembers it."""
+
+    def __init__(self, value):
+        facts = {"metrics": ["error"], "networks": ["prior"], "clip": 1.0, "steps": 100}
+        there = ("valid/error", "valid/caption_error", "prior/chance")  # what they look for before they read it
+        super().__init__("prior", facts, {name: {100: 1.0} for name in there}, step=100)
+        self.value, self.asked = value, set()
+
+    def curve(self, name, since=0):
+        self.asked.add(name)
+        return [(step, self.value * step) for step in range(1, 101)]
+
+    def ending(self, name):
+        return [f"valid/{name}"]
+
+
+def test_whatever_a_rule_reads_some_stage_logs(latent, tiny, trained_tokenizer, tmp_path):
+    asked = set()
+    for value in (0.0, 1.0):
+        log = Asked(value)
+        doctor.judge(log)
+        asked |= log.asked
+    assert len(asked) > 15
+    logged = set()
+    for kind in ("vae", "autoencoder, adversarial", "dalle", "clip"):
+        if tiny[kind][0] != "tokenizer":
+            shutil.copytree(trained_tokenizer, tmp_path / kind)
+        assert trainer.main([*tiny[kind][1], "--run", str(tmp_path / kind)]) == 0
+    for run in (latent, *tmp_path.iterdir()):
+        for log in history.read(run).values():
+            logged |= set(log.curves) | {name.replace("clip/", "prior/") for name in log.curves}
+    assert asked <= logged, asked - logged
