@@ -1,6 +1,7 @@
 """The spine, tiny and whole: three stages train, resume bit for bit, export, and paint."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -75,6 +76,21 @@ def test_the_same_command_again_changes_nothing(run):
     assert checkpoint.read_card(run / "model") == before
 
 
+def test_a_stage_that_took_the_text_encoder_along_is_known_again(run, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trainer, "validation_of", lambda *_: None)  # most of the time, and beside the point
+    (tmp_path / "model").mkdir()
+    for name in ("model/captions.json", "captions.origin.json"):
+        shutil.copy(run / name, tmp_path / name)
+    command = [*tiny["unet, captioned"][1], "stages.prior.steps=2", "--run", str(tmp_path)]
+    assert trainer.main(command) == 0
+    card = checkpoint.read_card(tmp_path / "model")
+    assert set(card["parts"]) == {"text", "prior"}
+    capsys.readouterr()
+    assert trainer.main(command) == 0, capsys.readouterr().err
+    assert "prior: already trained" in capsys.readouterr().out
+    assert checkpoint.read_card(tmp_path / "model") == card
+
+
 def test_a_candidate_does_not_depend_on_how_many_are_painted(run):
     model = TextToImage.load(run / "model")
     many = model("a small red ring on a blue background", seed=3, candidates=4, keep=4)
@@ -86,8 +102,6 @@ def test_a_candidate_does_not_depend_on_how_many_are_painted(run):
 
 
 def test_a_part_trained_against_another_tokenizer_is_refused(run, tmp_path):
-    import shutil
-
     copy = shutil.copytree(run / "model", tmp_path / "model")
     card = checkpoint.read_card(copy)
     weights = checkpoint.load_weights(copy, "tokenizer")
@@ -152,8 +166,6 @@ def test_a_part_trained_with_another_recipe_is_not_reused(run, capsys):
 
 
 def test_swapped_captions_are_refused(run, tmp_path):
-    import shutil
-
     copy = shutil.copytree(run / "model", tmp_path / "model")
     (copy / "captions.json").write_text((copy / "captions.json").read_text() + " ")
     with pytest.raises(checkpoint.ModelError, match="trained against another captions"):

@@ -165,7 +165,7 @@ def identity(
     left_out = {*_CADENCE, "levels"}  # the fingerprint tells of them
     config = training.stages[name].model_dump(mode="json", exclude=left_out)
     shared = {"image_size": recipe.image_size, "seed": training.seed}
-    run = {"precision": training.precision, "data": data, "against": against}
+    run = {"precision": training.precision, "data": data, "against": dict(against)}
     along = {"beside": {part: recipe.parts[part] for part in beside if part in recipe.parts}} if beside else {}
     along |= {"diffusion": recipe.diffusion.model_dump()} if recipe.parts[name]["kind"] == "unet" else {}
     return {"stage": name, "part": recipe.parts[name], **along, **shared, **run, **config}
