@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...layers import random
 from ...pipeline import checkpoint
-from ...pipeline.recipe import Recipe, build
+from ...pipeline.drawing import codes_problem
+from ...pipeline.recipe import Recipe, RecipeError, build
 from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import dalle as dalle_objective
 from ..run import Stage
@@ -37,6 +38,9 @@ class DALLEStage(TrainingStage):
         self.tokenizer = checkpoint.load_part(model, recipe, "tokenizer", device)
         self.captions = CaptionTokenizer.load(model / "captions.json")
         self.hold(build(recipe, self.part))
+        checkpoint.check_captions(model, recipe, self.part, self.network)
+        if problem := codes_problem(self.network, self.tokenizer.spec):
+            raise RecipeError(f"{recipe.name}: {problem}; correct parts.prior.grid and num_codes")
         self.config, self.source, self.seed = config, source, seed
 
     def updates(self, batch: Batch, step: int) -> Updates:
