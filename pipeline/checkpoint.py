@@ -9,6 +9,7 @@ It does not know what the parts are for, nor how they are trained.
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -254,7 +255,7 @@ class _Outline(TorchFunctionMode):
     The meta device takes no memory for a tensor, but an absurd depth would still make tensors without end.
     """
 
-    def __init__(self, calls: int) -> None:
+    def __init__(self, calls: float) -> None:
         super().__init__()
         self.calls = calls
 
@@ -286,7 +287,7 @@ def _check_shapes(folder: Path, recipe: Recipe, part: str, weights: dict[str, Te
         )
 
 
-def outline(recipe: Recipe, part: str, tensors: int) -> Any:
+def outline(recipe: Recipe, part: str, tensors: float = math.inf) -> Any:
     """A part on the meta device, where it takes no memory. tensors: about how many it has; errors: see `misfits`."""
     with torch.device("meta"), _Outline(_CALLS_PER_TENSOR * (tensors + 10)):
         return build(recipe, part)
@@ -295,7 +296,7 @@ def outline(recipe: Recipe, part: str, tensors: int) -> Any:
 def misfits(recipe: Recipe, part: str, weights: dict[str, Tensor]) -> list[tuple[str, Any, Any]]:
     """The tensors in which a part of the recipe and weights differ: name, shape asked for, shape held, "none" for none.
 
-    Nothing of the part takes memory. Raises whatever its constructor does, and ValueError where it asks for many more
+    Nothing of the part takes memory. Raises RecipeError like `build`, and ValueError where it asks for many more
     tensors than there are weights.
     """
     asked = {name: tuple(value.shape) for name, value in outline(recipe, part, len(weights)).state_dict().items()}

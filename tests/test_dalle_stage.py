@@ -41,3 +41,23 @@ def test_a_fitting_prior_is_taken(tiny, tmp_path):
 def test_a_prior_of_another_system_is_refused(tiny, tmp_path, override, said):
     with pytest.raises(ValueError, match=said):
         stage_of(tiny, tmp_path, override)
+
+
+PRIOR_ALONE = [
+    "parts={prior: {kind: dalle, grid: [4, 4], width: 32, depth: 1, num_heads: 2}}",
+    "training.stages={prior: {steps: 1, global_batch: 8, optimizer: {lr: 0.001}}}",
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["parts.prior.width=130"], "parts.prior cannot be built: attention: num_heads must divide"),
+        (["parts.clip.text_depth=abc"], "parts.clip cannot be built"),
+        (["parts.prior.num_codes=64"], "stage prior: the prior draws (grid, codes) ((16, 8), 64)"),
+        (PRIOR_ALONE, "stage prior needs a tokenizer, which shapes/dalle has not"),
+    ],
+)
+def test_what_a_later_stage_could_not_do_is_said_before_the_first_one_trains(tmp_path, capsys, overrides, said):
+    assert trainer.main(["shapes/dalle", *overrides, "--run", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "model").exists()

@@ -5,7 +5,7 @@ B batch, h x w grid of codes, T caption tokens.
 
 import math
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
@@ -39,9 +39,15 @@ class DALLEStage(TrainingStage):
         self.captions = CaptionTokenizer.load(model / "captions.json")
         self.hold(build(recipe, self.part))
         checkpoint.check_captions(model, recipe, self.part, self.network)
-        if problem := codes_problem(self.network, self.tokenizer.spec):
-            raise RecipeError(f"{recipe.name}: {problem}; correct parts.prior.grid and num_codes")
+        if problem := self.problem({self.part: self.network, "tokenizer": self.tokenizer}):
+            raise RecipeError(f"{recipe.name}: {problem}")
         self.config, self.source, self.seed = config, source, seed
+
+    @staticmethod
+    def problem(parts: dict[str, Any]) -> str:
+        """Another grid or codebook than the tokenizer's."""
+        found = codes_problem(parts["prior"], parts["tokenizer"].spec)
+        return found and f"{found}; correct parts.prior.grid and num_codes"
 
     def updates(self, batch: Batch, step: int) -> Updates:
         yield self.part, *self._loss(batch, step)
