@@ -10,19 +10,19 @@ It does not know what the parts are for, nor how they are trained.
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..tokenizers.captions import CaptionTokenizer
 from .recipe import PARTS, Recipe, build, dump, is_pretrained, parse
+from .whole_file import replaced, save_tensors
 
 FORMAT = 1
 _RECIPE_LIMIT = 2**15  # bytes
@@ -76,13 +76,9 @@ def round_weights(module: nn.Module, dtype: torch.dtype = torch.bfloat16) -> Non
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: a temporary neighbour, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Writes a file whole or not at all."""
+    with replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -136,9 +132,7 @@ def save_part(folder: Path, recipe: Recipe, part: str, weights: dict[str, Tensor
     folder.mkdir(parents=True, exist_ok=True)
     card: dict[str, Any] = read_card(folder) if (folder / "card.json").exists() else {"format": FORMAT, "parts": {}}
     digest = part_hash(weights)
-    temporary = folder / f".{part}.{os.getpid()}"
-    save_file({name: value.contiguous() for name, value in weights.items()}, temporary)
-    os.replace(temporary, folder / f"{part}.safetensors")
+    save_tensors(folder / f"{part}.safetensors", weights)
     write_text(folder / "recipe.yaml", dump(recipe))
     card |= {"name": recipe.name, "licence": recipe.licence}
     card["parts"][part] = {"hash": digest, **facts}

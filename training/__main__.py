@@ -262,7 +262,7 @@ def _finished(model: Path, part: str, identity: dict[str, Any], extended: bool) 
     extended: one of fewer steps, but else the same, is not finished.
     """
     entry = checkpoint.read_card(model)["parts"].get(part) if _has_card(model) else None
-    if entry is None:
+    if entry is None or not (model / f"{part}.safetensors").is_file():
         return False
     known = entry.get("identity", {})
     keys = runs.differences(known, identity, extended)
