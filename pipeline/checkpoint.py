@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..tokenizers.captions import CaptionTokenizer
-from .recipe import PARTS, Recipe, build, dump, is_pretrained, parse
+from .recipe import PARTS, Recipe, build, dump, is_pretrained, parse, reads_captions
 from .whole_file import replaced, save_tensors
 
 FORMAT = 1
@@ -297,6 +297,11 @@ def misfits(recipe: Recipe, part: str, weights: dict[str, Tensor]) -> list[tuple
     held = {name: tuple(value.shape) for name, value in weights.items()}
     both = ((name, asked.get(name, "none"), held.get(name, "none")) for name in sorted(asked | held))
     return [(name, want, got) for name, want, got in both if want != got]
+
+
+def load_captions(folder: Path, recipe: Recipe) -> CaptionTokenizer | None:
+    """The caption tokenizer of a model folder, None where no part reads it."""
+    return CaptionTokenizer.load(folder / "captions.json") if reads_captions(recipe) else None
 
 
 def check_captions(folder: Path, recipe: Recipe, part: str, module: Any) -> None:
