@@ -9,19 +9,20 @@ It does not know what the parts are for, nor how they are trained.
 
 import hashlib
 import json
-import os
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..tokenizers.captions import CaptionTokenizer
-from .recipe import PARTS, Recipe, build, dump, is_pretrained, parse
+from .recipe import PARTS, Recipe, build, dump, is_pretrained, parse, reads_captions
+from .whole_file import replaced, save_tensors
 
 FORMAT = 1
 _RECIPE_LIMIT = 2**15  # bytes
@@ -75,13 +76,9 @@ def round_weights(module: nn.Module, dtype: torch.dtype = torch.bfloat16) -> Non
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: a temporary neighbour, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Writes a file whole or not at all."""
+    with replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -135,9 +132,7 @@ def save_part(folder: Path, recipe: Recipe, part: str, weights: dict[str, Tensor
     folder.mkdir(parents=True, exist_ok=True)
     card: dict[str, Any] = read_card(folder) if (folder / "card.json").exists() else {"format": FORMAT, "parts": {}}
     digest = part_hash(weights)
-    temporary = folder / f".{part}.{os.getpid()}"
-    save_file({name: value.contiguous() for name, value in weights.items()}, temporary)
-    os.replace(temporary, folder / f"{part}.safetensors")
+    save_tensors(folder / f"{part}.safetensors", weights)
     write_text(folder / "recipe.yaml", dump(recipe))
     card |= {"name": recipe.name, "licence": recipe.licence}
     card["parts"][part] = {"hash": digest, **facts}
@@ -254,7 +249,7 @@ class _Outline(TorchFunctionMode):
     The meta device takes no memory for a tensor, but an absurd depth would still make tensors without end.
     """
 
-    def __init__(self, calls: int) -> None:
+    def __init__(self, calls: float) -> None:
         super().__init__()
         self.calls = calls
 
@@ -286,7 +281,7 @@ def _check_shapes(folder: Path, recipe: Recipe, part: str, weights: dict[str, Te
         )
 
 
-def outline(recipe: Recipe, part: str, tensors: int) -> Any:
+def outline(recipe: Recipe, part: str, tensors: float = math.inf) -> Any:
     """A part on the meta device, where it takes no memory. tensors: about how many it has; errors: see `misfits`."""
     with torch.device("meta"), _Outline(_CALLS_PER_TENSOR * (tensors + 10)):
         return build(recipe, part)
@@ -295,13 +290,18 @@ def outline(recipe: Recipe, part: str, tensors: int) -> Any:
 def misfits(recipe: Recipe, part: str, weights: dict[str, Tensor]) -> list[tuple[str, Any, Any]]:
     """The tensors in which a part of the recipe and weights differ: name, shape asked for, shape held, "none" for none.
 
-    Nothing of the part takes memory. Raises whatever its constructor does, and ValueError where it asks for many more
+    Nothing of the part takes memory. Raises RecipeError like `build`, and ValueError where it asks for many more
     tensors than there are weights.
     """
     asked = {name: tuple(value.shape) for name, value in outline(recipe, part, len(weights)).state_dict().items()}
     held = {name: tuple(value.shape) for name, value in weights.items()}
     both = ((name, asked.get(name, "none"), held.get(name, "none")) for name in sorted(asked | held))
     return [(name, want, got) for name, want, got in both if want != got]
+
+
+def load_captions(folder: Path, recipe: Recipe) -> CaptionTokenizer | None:
+    """The caption tokenizer of a model folder, None where no part reads it."""
+    return CaptionTokenizer.load(folder / "captions.json") if reads_captions(recipe) else None
 
 
 def check_captions(folder: Path, recipe: Recipe, part: str, module: Any) -> None:

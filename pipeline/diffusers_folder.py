@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..tokenizers.captions import CaptionTokenizer
@@ -19,6 +18,7 @@ from .convert_scheduler import scheduler_config
 from .convert_unet import clip_text_to_transformers, unet_to_diffusers
 from .convert_unet_config import clip_text_config, unet_config
 from .recipe import Recipe, RecipeError, defaults
+from .whole_file import save_tensors
 
 
 def save(model: Path, out: Path) -> None:
@@ -88,7 +88,7 @@ def _one_factor(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _write(folder: Path, config: dict[str, Any], stem: str, weights: dict[str, Tensor]) -> None:
     folder.mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in weights.items()}, folder / f"{stem}.safetensors")
+    save_tensors(folder / f"{stem}.safetensors", weights)
     _json(folder / "config.json", config)
 
 

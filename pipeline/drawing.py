@@ -52,18 +52,19 @@ class Drawing(Protocol):
     ) -> Tensor: ...
 
 
+def codes_problem(prior: Any, spec: Any) -> str:
+    """Why a prior over codes and the tokenizer of this spec are not of one system, "" where they are."""
+    drawn, read = (tuple(prior.grid), prior.num_codes), (tuple(spec.shape), getattr(spec, "vocabulary", 0))
+    return "" if drawn == read else f"the prior draws (grid, codes) {drawn}, the tokenizer reads {read}"
+
+
 class CodeDrawing:
     """DALL-E's: codes int64 (B, h, w)."""
 
     def __init__(self, recipe: Recipe, parts: dict[str, Any], captions: CaptionTokenizer | None) -> None:
         assert captions is not None
         self.prior, self.encode = parts["prior"], captions.encode
-        spec = parts["tokenizer"].spec
-        drawn, read = (
-            (tuple(self.prior.grid), self.prior.num_codes),
-            (tuple(spec.shape), getattr(spec, "vocabulary", 0)),
-        )
-        self.problem = "" if drawn == read else f"the prior draws (grid, codes) {drawn}, the tokenizer reads {read}"
+        self.problem = codes_problem(self.prior, parts["tokenizer"].spec)
 
     def __call__(
         self, captions: Sequence[str], seeds: Sequence[int], knobs: dict[str, Any], progress: Progress | None

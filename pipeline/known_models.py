@@ -6,11 +6,12 @@ It does not know what a model is made of.
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from ..tokenizers.captions import CaptionTokenizer
 from . import checkpoint, published
-from .recipe import nearest
+from .recipe import Recipe, nearest
 
 SHIPPED = Path(__file__).parent / "models"
 
@@ -49,15 +50,33 @@ def find_model(name: str) -> Path:
     raise checkpoint.ModelError(f"no model {name!r}; {hint}")
 
 
-def model_hash(card: dict[str, Any]) -> str:
-    """One sha256 for a whole model: over the hashes of its parts."""
-    hashes = {part: entry["hash"] for part, entry in card["parts"].items()}
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+def model_hash(recipe: Recipe, hashes: Mapping[str, str], captions: CaptionTokenizer | None) -> str:
+    """One sha256 for all that decides what a model paints, whatever folder it lies in.
+
+    hashes: of its parts, see `checkpoint.hashes`; what is no part of the recipe does not count. captions: the caption
+    tokenizer, where it has one.
+    """
+    facts = {
+        "parts": {part: [digest, recipe.parts[part]] for part, digest in hashes.items() if part in recipe.parts},
+        "image_size": recipe.image_size,
+        "diffusion": recipe.diffusion.model_dump(),
+        "captions": None if captions is None else captions.definition(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def find_by_hash(wanted: str) -> Path:
     """The known model folder with this hash. Raises ModelError where there is none."""
     for folder in known_models().values():
-        if model_hash(checkpoint.read_card(folder)) == wanted:
+        if _hash_of(folder) == wanted:
             return folder
     raise checkpoint.ModelError(f"no known model has the hash {wanted[:12]}...; `kartina models` lists the known ones")
+
+
+def _hash_of(folder: Path) -> str | None:
+    """A model folder's hash; None where it cannot paint, for it is damaged or a pretrained part is not here."""
+    try:
+        card, recipe = checkpoint.read_card(folder), checkpoint.load_recipe(folder)
+        return model_hash(recipe, checkpoint.hashes(card, recipe), checkpoint.load_captions(folder, recipe))
+    except Exception:  # what is damaged raises anything
+        return None

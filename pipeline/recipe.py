@@ -229,7 +229,10 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
                 + nearest(word, [str(k) for k in tree])
             )
         tree = tree[word]
-    tree[words[-1]] = yaml.safe_load(value)
+    try:
+        tree[words[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r:.200}: the value is not readable as YAML: {error}") from None
 
 
 def _constructor(part: str, kind: str) -> type:
@@ -252,14 +255,17 @@ def _check_part(part: str, arguments: dict[str, Any], where: str) -> None:
 def build(recipe: Recipe, part: str) -> Any:
     """Constructs a part with fresh weights, on torch's current default device.
 
-    Raises RecipeError when the recipe has no such part.
+    Raises RecipeError when the recipe has no such part, and where its constructor takes no such arguments.
     """
     if part not in recipe.parts:
         raise RecipeError(f"recipe {recipe.name} has no part {part!r}; it has {', '.join(recipe.parts)}")
     arguments = dict(recipe.parts[part])
     kind = arguments.pop("kind")
     arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
-    return _constructor(part, kind)(**arguments)
+    try:
+        return _constructor(part, kind)(**arguments)
+    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:  # none checks everything
+        raise RecipeError(f"recipe {recipe.name}: parts.{part} cannot be built: {error}") from error
 
 
 def is_frozen(recipe: Recipe, part: str) -> bool:

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from . import checkpoint
 from .images import fit, grid, to_pil
 from .known_models import find_model
 from .recipe import nearest
+from .whole_file import save_tensors
 
 WEIGHTS, FACTS = "attributes.safetensors", "attributes.json"
 STEPS = (0.0, 0.5, 1.0, 1.5)  # of the strength, in a row of `sheet`
@@ -130,7 +131,7 @@ def save_directions(
     """Writes what `Resynthesis` is made of beside the tokenizer that it belongs to, with its hash."""
     digest = checkpoint.read_card(folder)["parts"]["tokenizer"]["hash"]
     saved = {key: value.cpu().contiguous() for key, value in weights.items()}
-    save_file(saved, folder / WEIGHTS)
+    save_tensors(folder / WEIGHTS, saved)
     known = {"fields": fields, "attributes": attributes, "tokenizer": digest, "weights": checkpoint.part_hash(saved)}
     checkpoint.write_text(folder / FACTS, json.dumps(known | facts, indent=1) + "\n")
 

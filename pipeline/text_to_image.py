@@ -94,13 +94,14 @@ class TextToImage:
         folder = folder / "model" if (folder / "model" / "card.json").is_file() else folder
         if stable_diffusion.is_system(folder):
             whole = stable_diffusion.load(folder)
-            parts = whole.build(device, dtype)
-            return cls(whole.recipe, parts, whole.captions, model_hash(whole.card), reranker)._sound(folder)
+            parts, hashes = whole.build(device, dtype), checkpoint.hashes(whole.card, whole.recipe)
+            digest = model_hash(whole.recipe, hashes, whole.captions)
+            return cls(whole.recipe, parts, whole.captions, digest, reranker)._sound(folder)
         card, recipe = checkpoint.read_card(folder), checkpoint.load_recipe(folder)
         if "prior" not in recipe.parts:
             raise checkpoint.ModelError(f"{folder}: its recipe has no prior, so it paints nothing; name another model")
-        hashes, reads = checkpoint.hashes(card, recipe), reads_captions(recipe)
-        if reads:
+        hashes = checkpoint.hashes(card, recipe)
+        if reads_captions(recipe):
             hashes["captions"] = checkpoint.file_hash(folder / "captions.json")
         for part, entry in card["parts"].items():
             for other, digest in entry.get("trained_against", {}).items():
@@ -113,8 +114,8 @@ class TextToImage:
         needed = [str(part) for part in ("tokenizer", "text", "prior") if part in recipe.parts]
         needed += ["clip"] if "clip" in card["parts"] and reranker is None else []
         parts = {part: checkpoint.load_part(folder, recipe, part, device, dtype) for part in needed}
-        captions = CaptionTokenizer.load(folder / "captions.json") if reads else None
-        return cls(recipe, parts, captions, model_hash(card), reranker)._sound(folder)
+        captions = checkpoint.load_captions(folder, recipe)
+        return cls(recipe, parts, captions, model_hash(recipe, hashes, captions), reranker)._sound(folder)
 
     def _sound(self, folder: Path) -> "TextToImage":
         """Itself, where its parts are of one system. Raises ModelError where they are not."""

@@ -155,6 +155,18 @@ def test_a_frozen_text_encoder_is_the_tower_of_the_clip_trained_before(tmp_path,
     assert "prior: already trained" in capsys.readouterr().out
 
 
+def test_a_stage_that_took_the_text_encoder_along_is_known_again(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trainer, "validation_of", lambda *_: None)  # most of the time, and beside the point
+    command = [*tiny["unet, captioned"][1], "stages.prior.steps=2", "--run", str(tmp_path)]
+    assert trainer.main(command) == 0
+    card = checkpoint.read_card(tmp_path / "model")
+    assert set(card["parts"]) == {"text", "prior"}
+    capsys.readouterr()
+    assert trainer.main(command) == 0, capsys.readouterr().err
+    assert "prior: already trained" in capsys.readouterr().out
+    assert checkpoint.read_card(tmp_path / "model") == card
+
+
 def test_latents_must_have_a_measured_scale():
     recipe, _ = runs.load("shapes/ddpm", [])
     small = {"image_size": 16, "width": 8, "channel_mult": (1, 1), "blocks_per_level": 1, "norm_groups": 2}

@@ -73,11 +73,19 @@ def test_overrides_reach_the_stage():
         ("sampling={temperature: .inf}", "sampling: temperature"),
         ("stages.tokenizer.steps", "expected key.sub=value"),
         ("stages.tokenizer.steps=many", "steps"),
+        ("stages.tokenizer.steps=[", "the value is not readable as YAML"),
     ],
 )
 def test_wrong_overrides_name_the_right_key(override, message):
     with pytest.raises(recipes.RecipeError, match=message):
         runs.load("shapes/dalle", [override])
+
+
+@pytest.mark.parametrize("override", ["depth=abc", "width=1.5", "width=130", "num_codes=-1", "num_heads=0", "grid=8"])
+def test_arguments_that_no_constructor_takes_name_their_part(override):
+    recipe, _ = runs.load("shapes/dalle", [f"parts.prior.{override}"])
+    with pytest.raises(recipes.RecipeError, match=r"parts\.prior cannot be built"):
+        recipes.count_parameters(recipe)
 
 
 def test_unknown_recipe_names_the_nearest():

@@ -275,9 +275,8 @@ def test_one_unreadable_card_does_not_hide_the_other_models(tmp_path, monkeypatc
     (bad / "card.json").write_text("{")
     with pytest.warns(UserWarning, match="runs/bad/model is left out"):
         assert [path.resolve() for path in known_models.known_models().values()] == [good]
-    card = json.loads((good / "card.json").read_text())
     with pytest.warns(UserWarning, match="left out"):
-        assert known_models.find_by_hash(known_models.model_hash(card)).resolve() == good
+        assert known_models.find_by_hash(TextToImage.load(good).model_hash).resolve() == good
     with pytest.raises(checkpoint.ModelError, match="not readable as JSON"):
         TextToImage.load("runs/bad/model")
 
@@ -302,6 +301,31 @@ def test_parts_of_two_systems_are_refused(folder, tmp_path, part, change, said):
     checkpoint.save_part(copy, recipe, part, checkpoint.export(build(recipe, part), torch.float32))
     with pytest.raises(checkpoint.ModelError, match=said):
         TextToImage.load(copy)
+
+
+def test_a_models_hash_tells_apart_all_that_paints_otherwise(folder, tmp_path, monkeypatch):
+    """The same weights with other captions, noise or section of a part are another model, and each is found again."""
+    recipe, captions = checkpoint.load_recipe(folder), CaptionTokenizer.load(folder / "captions.json")
+    hashes = checkpoint.hashes(checkpoint.read_card(folder), recipe)
+    own = known_models.model_hash(recipe, hashes, captions)
+    assert own == TextToImage.load(folder).model_hash
+    noise = recipe.diffusion.model_copy(update={"prediction": "v"})
+    parts = recipe.parts | {"prior": recipe.parts["prior"] | {"num_heads": 4}}
+    others = [
+        known_models.model_hash(recipe.model_copy(update={"diffusion": noise}), hashes, captions),
+        known_models.model_hash(recipe.model_copy(update={"parts": parts}), hashes, captions),
+        known_models.model_hash(recipe, hashes | {"prior": "0" * 64}, captions),
+        known_models.model_hash(recipe, hashes, None),
+    ]
+    assert len({own, *others}) == 5
+    twin = shutil.copytree(folder, tmp_path / "twin")
+    text = (twin / "recipe.yaml").read_text()
+    assert "prediction: eps" in text
+    (twin / "recipe.yaml").write_text(text.replace("prediction: eps", "prediction: v"))
+    monkeypatch.setattr(known_models, "known_models", lambda: {"twin": twin, "own": folder})
+    assert known_models.find_by_hash(own) == folder
+    (twin / "captions.json").write_text("{")  # one that cannot be loaded is passed over
+    assert known_models.find_by_hash(own) == folder
 
 
 def test_a_deeply_nested_card_is_one_clear_error(folder, tmp_path):

@@ -1,6 +1,7 @@
 """The spine, tiny and whole: three stages train, resume bit for bit, export, and paint."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -99,8 +100,6 @@ def test_a_preview_is_what_users_paint(tiny, trained_tokenizer, monkeypatch):
 
 
 def test_a_part_trained_against_another_tokenizer_is_refused(run, tmp_path):
-    import shutil
-
     copy = shutil.copytree(run / "model", tmp_path / "model")
     card = checkpoint.read_card(copy)
     weights = checkpoint.load_weights(copy, "tokenizer")
@@ -165,8 +164,6 @@ def test_a_part_trained_with_another_recipe_is_not_reused(run, capsys):
 
 
 def test_swapped_captions_are_refused(run, tmp_path):
-    import shutil
-
     copy = shutil.copytree(run / "model", tmp_path / "model")
     (copy / "captions.json").write_text((copy / "captions.json").read_text() + " ")
     with pytest.raises(checkpoint.ModelError, match="trained against another captions"):

@@ -144,6 +144,7 @@ def _check(recipe: Recipe, training: runs.Training, names: list[str], processes:
     from .log import check_trackers
 
     check_trackers(training.trackers)
+    built = {part: checkpoint.outline(recipe, part) for part in recipe.parts if not is_pretrained(recipe, part)}
     for name in names:
         config, stage = training.stages[name], _stage(recipe, name)
         for key, value in config.objective.items():
@@ -152,6 +153,11 @@ def _check(recipe: Recipe, training: runs.Training, names: list[str], processes:
             _check_knob(f"stages.{name}.objective", key, value, stage.knobs[key], training.data.kind)
         for other in config.optimizers.keys() - {name, *stage.beside}:
             raise RecipeError(f"stages.{name}.optimizers: {other!r} is not trained there; leave it out")
+        for other in stage.needs(recipe):
+            if other not in (*recipe.parts, "captions"):
+                raise RecipeError(f"stage {name} needs a {other}, which {recipe.name} has not; add parts.{other}")
+        if problem := stage.problem(built):
+            raise RecipeError(f"stage {name}: {problem}")
         passes, why = runs.division(config, processes)[1], stage.coupled(recipe, config)
         if why and passes > 1:
             raise RecipeError(
@@ -256,7 +262,7 @@ def _finished(model: Path, part: str, identity: dict[str, Any], extended: bool) 
     extended: one of fewer steps, but else the same, is not finished.
     """
     entry = checkpoint.read_card(model)["parts"].get(part) if _has_card(model) else None
-    if entry is None:
+    if entry is None or not (model / f"{part}.safetensors").is_file():
         return False
     known = entry.get("identity", {})
     keys = runs.differences(known, identity, extended)

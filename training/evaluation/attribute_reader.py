@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...pipeline.terminal import progress_bar
+from ...pipeline.whole_file import save_tensors
 from ..data.labelled import Labelled, read_labelled
 
 _SMALLEST = 4  # pixels a side, at which the convolutions end
@@ -77,8 +77,7 @@ def reader_of(data: Path | str, size: int) -> AttributeReader:
     half = len(held_out.pixels) // 2
     pixels = torch.cat([shown.pixels, held_out.pixels[:half]])
     reader = train_reader(Labelled(shown.fields, pixels, torch.cat([shown.labels, held_out.labels[:half]])))
-    weights = {name: value.contiguous() for name, value in reader.state_dict().items()}
-    save_file(weights, path, {"manifest": digest, "fields": json.dumps(reader.fields)})
+    save_tensors(path, reader.state_dict(), {"manifest": digest, "fields": json.dumps(reader.fields)})
     return reader
 
 

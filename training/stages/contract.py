@@ -78,6 +78,11 @@ class TrainingStage(ABC):
         """
         return ""
 
+    @staticmethod
+    def problem(parts: dict[str, Any]) -> str:
+        """Why the parts of a recipe, with or without weights, are not of one system, or "" where they are."""
+        return ""
+
     @classmethod
     def needs(cls, recipe: Recipe) -> tuple[str, ...]:
         """What of `depends` this recipe must have trained before."""

@@ -5,7 +5,7 @@ B batch, h x w grid of codes, T caption tokens.
 
 import math
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...layers import random
 from ...pipeline import checkpoint
-from ...pipeline.drawing import CodeDrawing
-from ...pipeline.recipe import Recipe, build, sampling_knobs
+from ...pipeline.drawing import CodeDrawing, codes_problem
+from ...pipeline.recipe import Recipe, RecipeError, build, sampling_knobs
 from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import dalle as dalle_objective
 from ..run import Stage
@@ -38,7 +38,16 @@ class DALLEStage(TrainingStage):
         self.tokenizer = checkpoint.load_part(model, recipe, "tokenizer", device)
         self.captions = CaptionTokenizer.load(model / "captions.json")
         self.hold(build(recipe, self.part))
+        checkpoint.check_captions(model, recipe, self.part, self.network)
+        if problem := self.problem({self.part: self.network, "tokenizer": self.tokenizer}):
+            raise RecipeError(f"{recipe.name}: {problem}")
         self.recipe, self.config, self.source, self.seed = recipe, config, source, seed
+
+    @staticmethod
+    def problem(parts: dict[str, Any]) -> str:
+        """Another grid or codebook than the tokenizer's."""
+        found = codes_problem(parts["prior"], parts["tokenizer"].spec)
+        return found and f"{found}; correct parts.prior.grid and num_codes"
 
     def updates(self, batch: Batch, step: int) -> Updates:
         yield self.part, *self._loss(batch, step)
@@ -68,10 +77,6 @@ class DALLEStage(TrainingStage):
             dalle_objective.nats(self.network(given, codes)[1], codes) for given in (text, text.roll(len(text) // 2, 0))
         )
         return {"nats_per_code": own, "caption_gain": other - own}
-
-    def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Image | None:

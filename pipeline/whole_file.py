@@ -1,0 +1,44 @@
+"""Files that are written whole or not at all, and stay after a power cut, with the rights of any other new file.
+
+They know nothing of what stands in them.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Within it a temporary neighbour is written, which then takes the file's place; after an error nothing is left."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the umask; safetensors would let nobody else read what it writes
+        yield temporary
+        temporary.chmod(mode & 0o777)
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Until it returns, a file's content, or a folder's names, may be lost with the power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file. facts: its metadata."""
+    with replaced(path) as temporary:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, facts)

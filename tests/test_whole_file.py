@@ -1,0 +1,56 @@
+"""Files that are written whole or not at all: what a failure leaves, what reaches the disk first, who may read them."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kartina.pipeline import whole_file
+from kartina.training import __main__ as trainer
+
+WEIGHTS = {"w": torch.arange(6.0).reshape(2, 3).T}
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_tensors_may_be_read_by_those_who_may_read_any_new_file(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        whole_file.save_tensors(tmp_path / "w.safetensors", WEIGHTS, {"of": "a test"})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "w.safetensors").stat().st_mode & 0o777 == mode
+    assert torch.equal(load_file(tmp_path / "w.safetensors")["w"], WEIGHTS["w"])
+
+
+def test_the_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    told, sync, replace = [], whole_file._sync, os.replace
+    monkeypatch.setattr(whole_file, "_sync", lambda path: (told.append(path.name), sync(path)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (told.append("replace"), replace(old, new)))
+    whole_file.save_tensors(tmp_path / "w.safetensors", WEIGHTS)
+    assert told == [f".w.safetensors.{os.getpid()}", "replace", tmp_path.name]
+
+
+def test_a_failure_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    path = tmp_path / "w.safetensors"
+    whole_file.save_tensors(path, WEIGHTS)
+    before = path.read_bytes()
+
+    def full(tensors, target, facts):
+        target.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(whole_file, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        whole_file.save_tensors(path, {"w": torch.zeros(2)})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_part_without_its_file_is_not_finished(tmp_path):
+    identity = {"stage": "prior"}
+    (tmp_path / "card.json").write_text(
+        '{"format": 1, "licence": "none", "parts": {"prior": {"hash": "", "identity": {"stage": "prior"}}}}'
+    )
+    assert not trainer._finished(tmp_path, "prior", identity, extended=False)
+    (tmp_path / "prior.safetensors").touch()
+    assert trainer._finished(tmp_path, "prior", identity, extended=False)
