@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..priors.diffusion_samplers import SAMPLERS
-from ..priors.schedules import SCHEDULES
+from .denoising import ends_of
 from .recipe import Recipe
 
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
@@ -82,14 +82,10 @@ def scheduler_config(recipe: Recipe) -> dict[str, Any]:
         raise ValueError(f"{recipe.name}: sampling.eta is {eta}, which no config of diffusers holds; leave it out")
     name, settings = _CLASSES[sampler]
     spacing = spacing or ("linspace" if sampler in _BETWEEN else "trailing")
-    parameters = inspect.signature(SCHEDULES[noise.schedule]).parameters
-    ends = {
-        end: getattr(noise, end) or parameters[end].default for end in ("beta_start", "beta_end") if end in parameters
-    }
     config = {
         **settings,
         **({"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}),
-        **ends,
+        **ends_of(noise),
         "beta_schedule": _SCHEDULES[noise.schedule],
         "num_train_timesteps": noise.num_timesteps,
         "prediction_type": _PREDICTIONS[noise.prediction],

@@ -3,14 +3,21 @@
 It does not know how the prior was trained.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from ..priors.denoiser import Denoiser
-from ..priors.schedules import Schedule, new_schedule
-from .recipe import Recipe, RecipeError
+from ..priors.schedules import SCHEDULES, Schedule, new_schedule
+from .recipe import Diffusion, Recipe, RecipeError
+
+
+def ends_of(noise: Diffusion) -> dict[str, float]:
+    """The ends of beta, as stated or the schedule's own; {} of a schedule that has none."""
+    own = inspect.signature(SCHEDULES[noise.schedule]).parameters
+    return {end: getattr(noise, end) or own[end].default for end in ("beta_start", "beta_end") if end in own}
 
 
 def schedule_of(recipe: Recipe) -> Schedule:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ..tokenizers.captions import CaptionTokenizer
 from . import checkpoint, published
-from .recipe import Recipe, nearest
+from .denoising import ends_of
+from .recipe import Recipe, defaults, nearest
 
 SHIPPED = Path(__file__).parent / "models"
 
@@ -51,15 +52,16 @@ def find_model(name: str) -> Path:
 
 
 def model_hash(recipe: Recipe, hashes: Mapping[str, str], captions: CaptionTokenizer | None) -> str:
-    """One sha256 for all that decides what a model paints, whatever folder it lies in.
+    """One sha256 for all that decides what a model paints, wherever it lies and whatever of its defaults is written.
 
     hashes: of its parts, see `checkpoint.hashes`; what is no part of the recipe does not count. captions: the caption
     tokenizer, where it has one.
     """
+    sections = {part: defaults(part, section["kind"]) | section for part, section in recipe.parts.items()}
     facts = {
-        "parts": {part: [digest, recipe.parts[part]] for part, digest in hashes.items() if part in recipe.parts},
+        "parts": {part: [digest, sections[part]] for part, digest in hashes.items() if part in sections},
         "image_size": recipe.image_size,
-        "diffusion": recipe.diffusion.model_dump(),
+        "diffusion": recipe.diffusion.model_dump() | ends_of(recipe.diffusion),
         "captions": None if captions is None else captions.definition(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

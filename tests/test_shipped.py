@@ -26,9 +26,12 @@ def test_a_shipped_model_is_whole_measured_and_ranks(name):
     assert np.asarray(best.image).shape == (system.recipe.image_size, system.recipe.image_size, 3)
 
 
-def test_shapes_are_painted_as_well_as_the_card_says():
-    """Of 24 captions; 0.3 is four standard deviations, so that another machine's rounding does not matter."""
-    figures = next(iter(checkpoint.read_card(SHIPPED / "shapes/dalle")["measured"].values()))["figures"]
-    rates = evaluate("shapes/dalle", tests=["S1", "S2none"], per_test=24)["tests"]
-    for test, columns in rates.items():
-        assert columns["one_sample"]["rate"] >= figures[test] - 0.3, test
+def test_shapes_are_painted_as_well_as_when_they_were_measured():
+    """Of the first 24 captions, whose seeds are fixed; in float32 and in float64 the counts were equal.
+
+    Rounding of another machine may turn a code, and with it a picture, now and then: hence three.
+    """
+    recorded = {"S1": 20, "S2none": 22}
+    found = evaluate("shapes/dalle", tests=list(recorded), per_test=24)["tests"]
+    for test, right in recorded.items():
+        assert abs(found[test]["one_sample"]["accepted"] - right) <= 3, test

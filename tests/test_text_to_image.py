@@ -318,6 +318,8 @@ def test_a_models_hash_tells_apart_all_that_paints_otherwise(folder, tmp_path, m
         known_models.model_hash(recipe, hashes, None),
     ]
     assert len({own, *others}) == 5
+    written = noise.model_copy(update={"prediction": "eps", "beta_start": 1e-4, "beta_end": 0.02})
+    assert known_models.model_hash(recipe.model_copy(update={"diffusion": written}), hashes, captions) == own
     twin = shutil.copytree(folder, tmp_path / "twin")
     text = (twin / "recipe.yaml").read_text()
     assert "prediction: eps" in text
