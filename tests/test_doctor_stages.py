@@ -14,7 +14,7 @@ from kartina.training import doctor, exchange, history
 
 _SIZES = "image_size: 32, width: 8, channel_mult: [1, 2], blocks_per_level: 1, norm_groups: 4"
 LATENT = [
-    "shapes/stable-diffusion",
+    *["shapes/stable-diffusion", "frozen=[]"],
     *["captions.vocab_size=300", "training.precision=fp32", "training.trackers=[]", "training.data.levels=[S1]"],
     f"parts.tokenizer={{kind: autoencoder_kl, {_SIZES}, latent_channels: 4, attn_resolutions: []}}",
     "parts.text={kind: clip_text, text_vocab: 302, text_length: 24, width: 16, depth: 1, num_heads: 2}",

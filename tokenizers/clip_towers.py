@@ -84,9 +84,16 @@ class CLIP(nn.Module):
     def frame(self, text: Tensor, lengths: Tensor) -> Tensor:
         """Ids of captions, int64 (B, T - 2), of which lengths (B,) count -> int64 (B, T): start, caption, end, zeros.
 
-        See `layers.clip_transformer.frame`; `encode_text` reads a caption's embedding at its end.
+        See `layers.clip_transformer.frame`; `encode_text` reads a caption's embedding at its end. Raises ValueError for
+        other lengths, and for ids that are not below the start's, text_vocab - 2.
         """
-        return frame(text, lengths, self.text_vocab, pad=0)
+        framed = frame(text, lengths, self.text_vocab, pad=0)
+        if ((framed >= self.text_vocab - 2).sum(dim=1) > 2).any():
+            raise ValueError(
+                f"a caption's ids must lie below the start id {self.text_vocab - 2}, got {int(text.max())}; "
+                "build the CLIP with text_vocab = the caption tokenizer's vocabulary + 2"
+            )
+        return framed
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """image (B, 3, S, S) in [-1, 1] with S = image_size -> embeddings (B, D), of length 1 if `normalize`.
