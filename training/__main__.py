@@ -144,6 +144,8 @@ def _check(recipe: Recipe, training: runs.Training, names: list[str], processes:
     from .log import check_trackers
 
     check_trackers(training.trackers)
+    if training.data.contrast != 1:
+        raise RecipeError("training.data.contrast is what stages.clip.objective.contrast sets; set that")
     built = {part: checkpoint.outline(recipe, part) for part in recipe.parts if not is_pretrained(recipe, part)}
     for name in names:
         config, stage = training.stages[name], _stage(recipe, name)
@@ -151,6 +153,12 @@ def _check(recipe: Recipe, training: runs.Training, names: list[str], processes:
             if key not in stage.knobs:
                 raise RecipeError(f"stages.{name}.objective: unknown key {key!r}; {nearest(key, list(stage.knobs))}")
             _check_knob(f"stages.{name}.objective", key, value, stage.knobs[key], training.data.kind)
+        contrast = config.number("contrast", 1)
+        if contrast > 1 and (contrast % 1 or config.global_batch % contrast or training.data.kind != "shapes"):
+            raise RecipeError(
+                f"stages.{name}.objective.contrast must be a whole number that divides global_batch, of shapes alone, "
+                f"got {contrast:g} with {config.global_batch} of {training.data.kind}; correct it, or leave it out"
+            )
         for other in config.optimizers.keys() - {name, *stage.beside}:
             raise RecipeError(f"stages.{name}.optimizers: {other!r} is not trained there; leave it out")
         for other in stage.needs(recipe):

@@ -307,17 +307,17 @@ class _Run:
             self._preview()
 
     def _preview(self) -> None:
-        run, first, picture = self.state, self.accelerator.is_main_process, None
-        if first or self.together:
+        run, first = self.state, self.accelerator.is_main_process
+        path = self.folder / "previews" / f"{self.identity['stage']}-{run.step:06d}.png"
+        if not first and not self.together:
+            return
+        try:
             with run.ema.applied():
                 picture = self.stage.preview(exchange.to_device(self.shown, self.accelerator.device))
-        if picture is None or not first:
-            return
-        path = self.folder / "previews" / f"{self.identity['stage']}-{run.step:06d}.png"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
-        except OSError as error:
+            if picture is not None and first:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(path)
+        except (OSError, ValueError) as error:  # a picture is not worth a run
             self.log.console.print(f"{path} is not saved ({error})", markup=False)
 
     def _save_if_due(self) -> None:

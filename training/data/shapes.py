@@ -63,6 +63,8 @@ class ShapesSource:
     size: 32 or 64. levels: among "S1" (one object), "S2" (two), "S3" (three, or one to four alike); used by the split
     "train". split: "train" (endless) or a test set of shapes_splits (finite: position i is its i-th caption).
     languages: among "en", "ru". jitter: standard deviation of the shift of each colour, in units of the [0, 1] range.
+    contrast: of "train", samples come in groups of so many; the others of a group are one fact away from its first, in
+    its language.
     Raises ValueError for a value outside these.
     """
 

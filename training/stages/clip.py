@@ -53,6 +53,7 @@ class CLIPStage(TrainingStage):
         self.captions = CaptionTokenizer.load(model / "captions.json")
         self.hold(build(recipe, self.part))
         self.recipe, self.config, self.source, self.seed = recipe, config, source, seed
+        checkpoint.check_captions(model, recipe, self.part, self.network)
         self.gives_text = _gives_text(recipe, model)
 
     @staticmethod

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ...layers import random
 from ...layers.precision import full
@@ -214,6 +215,8 @@ class DiffusionStage(TrainingStage):
         """Sixteen samples, of the batch's captions or classes where the network reads them, as users paint, but in no
         more than 50 steps.
         """
+        if self.along and isinstance(next(self.network.parameters()), DTensor):
+            return None  # divided as one network, of which neither half can be called alone
         captions = batch.captions[:16]
         if self.prior.num_classes is not None and batch.labels is not None:
             captions = [str(label) for label in batch.labels[:16].tolist()]
