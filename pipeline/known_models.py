@@ -41,10 +41,14 @@ def _has_card(folder: Path) -> bool:
 
 
 def find_model(name: str) -> Path:
-    """A model by shipped name, path or hf-hub:OWNER/NAME. Raises ModelError naming the nearest known model."""
+    """A model by shipped name, path or hf-hub:OWNER/NAME; a run folder stands for the model folder in it.
+
+    Raises ModelError naming the nearest known model.
+    """
     known = _folders()
     if name in known or Path(name).exists():
-        return known.get(name, Path(name))
+        folder = known.get(name, Path(name))
+        return folder / "model" if (folder / "model" / "card.json").is_file() else folder
     if name.startswith(published.HUB):
         return published.fetch(name)
     hint = nearest(name, list(known)) if known else "no model is here yet: train one with `kartina train shapes/dalle`"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..tokenizers.dvae import openai_state_dict
@@ -22,6 +21,7 @@ from .checkpoint import misfits
 from .convert import from_compvis, from_diffusers, to_diffusers
 from .recipe import PARTS, Recipe, defaults
 from .unpickle import StoredTensor, WeightsError
+from .whole_file import save_tensors
 
 HUB = "hf-hub:"
 SCALING_FACTOR = 0.18215  # of KL-f8 in Stable Diffusion: 1 / the deviation of its latents
@@ -265,7 +265,7 @@ def save_diffusers(out: Path, section: dict[str, Any], weights: dict[str, Tensor
     weights = {key: value for key, value in weights.items() if not key.startswith("quantize.ema_")}
     section = defaults("tokenizer", kind) | section
     out.mkdir(parents=True)
-    save_file({key: value.contiguous() for key, value in to_diffusers(weights).items()}, out / _WEIGHTS)
+    save_tensors(out / _WEIGHTS, to_diffusers(weights))
     config = _layout(section) | {"_class_name": name}
     if kind == "vqgan":
         config |= {"num_vq_embeddings": section["num_codes"], "vq_embed_dim": section["code_dim"]}

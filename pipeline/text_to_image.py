@@ -84,14 +84,12 @@ class TextToImage:
     ) -> "TextToImage":
         """Loads a model folder, by shipped name or path, strictly; or Stable Diffusion, see `stable_diffusion.load`.
 
-        A run folder stands for the model folder in it.
         device: None is `default_device`. dtype: None is float32. reranker: ranks in place of the folder's own CLIP,
         which is then not loaded. Raises ModelError for an unknown, untrained, altered or mismatched model: each part
         must have been trained against the very parts that lie beside it.
         """
         device, dtype = device or checkpoint.default_device(), dtype or torch.float32
         folder = find_model(str(name))
-        folder = folder / "model" if (folder / "model" / "card.json").is_file() else folder
         if stable_diffusion.is_system(folder):
             whole = stable_diffusion.load(folder)
             parts, hashes = whole.build(device, dtype), checkpoint.hashes(whole.card, whole.recipe)

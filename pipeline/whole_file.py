@@ -21,16 +21,16 @@ def replaced(path: Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode  # by the umask; safetensors would let nobody else read what it writes
         yield temporary
         temporary.chmod(mode & 0o777)
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
-    """Until it returns, a file's content, or a folder's names, may be lost with the power."""
+def sync(path: Path) -> None:
+    """Until it returns, a file's content, or the names in a folder, may be lost with the power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

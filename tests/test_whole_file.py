@@ -24,8 +24,8 @@ def test_tensors_may_be_read_by_those_who_may_read_any_new_file(tmp_path, umask,
 
 
 def test_the_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    told, sync, replace = [], whole_file._sync, os.replace
-    monkeypatch.setattr(whole_file, "_sync", lambda path: (told.append(path.name), sync(path)))
+    told, sync, replace = [], whole_file.sync, os.replace
+    monkeypatch.setattr(whole_file, "sync", lambda path: (told.append(path.name), sync(path)))
     monkeypatch.setattr(os, "replace", lambda old, new: (told.append("replace"), replace(old, new)))
     whole_file.save_tensors(tmp_path / "w.safetensors", WEIGHTS)
     assert told == [f".w.safetensors.{os.getpid()}", "replace", tmp_path.name]

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..pipeline.checkpoint import file_hash, write_text
+from ..pipeline.whole_file import sync
 from . import sharded
 from .optim import EMA
 from .parallel import any_rank, is_sharded
@@ -128,10 +129,10 @@ def _finish(temporary: Path, final: Path, content: dict[str, Any]) -> None:
     hashes = {str(path.relative_to(temporary)): file_hash(path) for path in files}
     write_text(temporary / "manifest.json", json.dumps({"identity": content.get("identity", {}), "files": hashes}))
     for folder in {path.parent for path in files} | {temporary}:
-        _sync(folder)
+        sync(folder)
     shutil.rmtree(final, ignore_errors=True)  # one without a manifest
     os.rename(temporary, final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _require_room(folder: Path, content: dict[str, Any]) -> None:
@@ -149,15 +150,6 @@ def size(content: Any) -> int:
     if isinstance(content, dict):
         return sum(size(value) for value in content.values())
     return sum(size(value) for value in content) if isinstance(content, list | tuple) else 0
-
-
-def _sync(folder: Path) -> None:
-    """Makes a rename in a folder outlast a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def rotate(folder: Path, keep: int, best: int | None = None) -> None:
