@@ -1,15 +1,15 @@
 """What the training loop costs beside the work itself, how long it waits for data, and what a second process brings.
 
-    python benchmarks/loop.py [STAGE ...]
+    python benchmarks/loop.py [RECIPE:STAGE ...]
 
 - loop: the time of a step in `train_stage` against the same forward pass, backward pass, clipping, optimizers and
   moving average in a bare `for`; both read the same stream. Rounds of both alternate; medians of the steps.
 - wait: the share of the time that the log calls waiting, with two processes that read.
-- two processes: samples a second of two with one thread each, against one with one thread: of steps as the recipe has
-  them, and of steps twice as large, in which each of the two computes as much as the one. What a step costs at any
-  batch, the optimizers most of all, both pay in full.
+- two processes: samples a second of two that share the recipe's steps, one thread each, against one with one thread;
+  beside it what the machine itself leaves to two that run at once and have nothing to do with each other. Rounds of
+  the three alternate; medians.
 
-On an idle machine; steps are those of shapes/dalle as shipped, and for the last of half its batch or more.
+On an idle machine; of the shipped models of shapes, each stage as its recipe has it.
 """
 
 import json
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from itertools import chain, count
 from pathlib import Path
 
@@ -37,18 +38,18 @@ from kartina.training.stages import STAGES
 from kartina.training.stopping import Stop
 from kartina.training.stream import prefetch, rank_positions
 
-MODEL, STEPS, ROUNDS = SHIPPED / "shapes/dalle", 24, 3
+STEPS, ROUNDS = 24, 3
 QUIET = ["preview_every=100000", "validate_every=100000", "save_minutes=1000"]
 
 
-def build(name, workers=0):
+def build(model, name, workers=0):
     """Recipe's training half, the stage and its source, as the trainer makes them."""
     overrides = [f"stages.{name}.{word}" for word in (*QUIET, f"steps={STEPS}", f"log_every={STEPS}")]
-    recipe, training = runs.load("shapes/dalle", [*overrides, f"training.data.workers={workers}"])
+    recipe, training = runs.load(model, [*overrides, f"training.data.workers={workers}"])
     source = source_of(recipe, training.data_of(name))
     kind = STAGES[recipe.parts[name]["kind"]]
     torch.manual_seed(0)
-    return training, kind(recipe, training.stages[name], source, MODEL, 0, torch.device("cpu")), source
+    return training, kind(recipe, training.stages[name], source, SHIPPED / model, 0, torch.device("cpu")), source
 
 
 def timed(updates, times):
@@ -61,9 +62,9 @@ def timed(updates, times):
     return noted
 
 
-def in_the_loop(name, accelerator, workers=0):
+def in_the_loop(model, name, accelerator, workers=0):
     """(seconds between steps, share of waiting)."""
-    training, stage, source = build(name, workers)
+    training, stage, source = build(model, name, workers)
     times = []
     stage.updates = timed(stage.updates, times)
     with tempfile.TemporaryDirectory() as folder:
@@ -72,9 +73,9 @@ def in_the_loop(name, accelerator, workers=0):
     return steps_of(times), last["wait"]
 
 
-def bare(name, accelerator):
+def bare(model, name, accelerator):
     """Seconds between steps of the work alone."""
-    training, stage, source = build(name)
+    training, stage, source = build(model, name)
     config, times = training.stages[name], []
     network = stage.networks[name]
     stage.forward[name] = accelerator.prepare_model(network)
@@ -103,24 +104,38 @@ def steps_of(times):
     return [b - a for a, b in zip(times[4:], times[5:], strict=False)]  # the first few warm up
 
 
-def samples_a_second(name, processes, larger=1):
-    """Of `kartina train` with one thread a process, in steps that are so many times larger than the recipe's."""
-    steps = 2 * STEPS
-    with tempfile.TemporaryDirectory() as home:
-        model = Path(home) / "model"
-        model.mkdir()
-        shutil.copy(MODEL / "captions.json", model)
-        if name == "prior":
-            recipe = checkpoint.load_recipe(MODEL)
-            checkpoint.save_part(model, recipe, "tokenizer", checkpoint.load_weights(MODEL, "tokenizer"))
-        batch = larger * runs.load("shapes/dalle", [])[1].stages[name].global_batch
-        words = (*QUIET, f"steps={steps}", f"log_every={STEPS}", f"global_batch={batch}")
-        words = [f"stages.{name}.{word}" for word in words]
-        command = [sys.executable, "-m", "kartina.cli", "train", "shapes/dalle", "--stage", name, "--run", home, *words]
+def samples_a_second(model, name, runs_at_once, processes):
+    """Of so many runs of `kartina train` at once, in all; each of so many processes with one thread each."""
+    with ExitStack() as homes:
+        folders = [Path(homes.enter_context(tempfile.TemporaryDirectory())) for _ in range(runs_at_once)]
+        for folder in folders:
+            lay_out(folder / "model", model, name)
+        words = [f"stages.{name}.{word}" for word in (*QUIET, f"steps={2 * STEPS}", f"log_every={STEPS}")]
+        command = [sys.executable, "-m", "kartina.cli", "train", model, "--stage", name, *words]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command.append(f"--processes={processes}")
-        subprocess.run(command, env=environment, check=True, capture_output=True)
-        lines = [json.loads(line) for line in (Path(home) / "log.jsonl").read_text().splitlines()]
+        started = []
+        for folder in folders:
+            full = [*command, f"--processes={processes}", f"--run={folder}"]
+            with (folder / "said").open("wb") as said:
+                started.append(subprocess.Popen(full, env=environment, stdout=said, stderr=said))
+        for process, folder in zip(started, folders, strict=True):
+            assert process.wait() == 0, (folder / "said").read_text()
+        return sum(map(rate_of, folders))
+
+
+def lay_out(folder, model, name):
+    """A model folder with all that the stage reads: the other parts of the shipped model."""
+    folder.mkdir()
+    shutil.copy(SHIPPED / model / "captions.json", folder)
+    recipe = checkpoint.load_recipe(SHIPPED / model)
+    for part in recipe.parts:
+        if part != name:
+            checkpoint.save_part(folder, recipe, part, checkpoint.load_weights(SHIPPED / model, part))
+
+
+def rate_of(run):
+    """Samples a second of the second half of a run."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     first, last = [line for line in lines if "samples" in line][-2:]
     return (last["samples"] - first["samples"]) / (last["seconds"] - first["seconds"])
 
@@ -128,15 +143,17 @@ def samples_a_second(name, processes, larger=1):
 def main() -> None:
     torch.set_flush_denormal(True)
     accelerator = Accelerator(mixed_precision="bf16" if fast_bf16(torch.device("cpu")) else "no", cpu=True)
-    for name in sys.argv[1:] or ["tokenizer", "prior", "clip"]:
-        rounds = [(in_the_loop(name, accelerator)[0], bare(name, accelerator)) for _ in range(ROUNDS)]
+    for word in sys.argv[1:] or ["shapes/dalle:tokenizer", "shapes/dalle:prior", "shapes/dalle:clip"]:
+        model, name = word.split(":")
+        rounds = [(in_the_loop(model, name, accelerator)[0], bare(model, name, accelerator)) for _ in range(ROUNDS)]
         looped, alone = (statistics.median(chain.from_iterable(both)) for both in zip(*rounds, strict=True))
-        wait = in_the_loop(name, accelerator, workers=2)[1]
-        print(f"{name}: a step {1000 * looped:.0f} ms in the loop, {1000 * alone:.0f} ms bare: {looped / alone:.3f}")
-        print(f"{name}: waiting for data with two workers {100 * wait:.2f} % of the time")
-        one, two, large = samples_a_second(name, 1), samples_a_second(name, 2), samples_a_second(name, 2, 2)
-        print(f"{name}: {one:.1f} samples/s on one process, {two:.1f} on two: {two / one / 2:.2f} of twice;", end=" ")
-        print(f"{large:.1f} in steps of twice the batch: {large / one / 2:.2f}")
+        wait = in_the_loop(model, name, accelerator, workers=2)[1]
+        print(f"{word}: a step {1000 * looped:.0f} ms in the loop, {1000 * alone:.0f} ms bare: {looped / alone:.3f}")
+        print(f"{word}: waiting for data with two workers {100 * wait:.2f} % of the time")
+        found = [[samples_a_second(model, name, *how) for how in ((1, 1), (1, 2), (2, 1))] for _ in range(ROUNDS)]
+        one, two, apart = (statistics.median(each) for each in zip(*found, strict=True))
+        print(f"{word}: {one:.1f} samples/s on one process, {two:.1f} on two: {two / one / 2:.2f} of twice;", end=" ")
+        print(f"two that run apart bring {apart / one / 2:.2f}")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def build_optimizers(module: nn.Module, config: Optimizer) -> list[torch.optim.O
     plain = [p for p in others if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+        torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
     ]
     if matrices:
         optimizers.append(Muon(matrices, lr=config.muon, weight_decay=config.weight_decay))

@@ -197,17 +197,19 @@ class ShapesSource:
         """Of each facts those one fact away by kind: the opposite relation first, the rest as its sample draws."""
         rngs = [np.random.default_rng([self._seed, sample]) for sample in samples]
         found: list[dict[str, Facts]] = [{} for _ in facts]
+        left = range(len(facts))
         for _ in range(_TRIES):
             drawn = [
-                (mine, kind, wrong)
-                for mine, fact, rng in zip(found, facts, rngs, strict=True)
-                for kind, wrong in wrong_captions(fact, rng).items()
-                if kind not in mine
+                (i, kind, wrong)
+                for i in left
+                for kind, wrong in wrong_captions(facts[i], rngs[i]).items()
+                if kind not in found[i]
             ]
             hidden = held_out([wrong for *_, wrong in drawn]) if self._split == "train" else [False] * len(drawn)
-            for (mine, kind, wrong), bad in zip(drawn, hidden, strict=True):
+            for (i, kind, wrong), bad in zip(drawn, hidden, strict=True):
                 if not bad:
-                    mine[kind] = wrong
+                    found[i][kind] = wrong
+            left = sorted({i for (i, *_), bad in zip(drawn, hidden, strict=True) if bad})
         result = []
         for rng, mine in zip(rngs, found, strict=True):
             kinds = [list(mine)[i] for i in rng.permutation(len(mine))]
