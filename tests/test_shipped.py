@@ -20,7 +20,7 @@ def test_something_is_shipped_and_all_of_it_is_small():
 def test_a_shipped_model_is_whole_measured_and_ranks(name):
     system = TextToImage.load(name, device="cpu")
     card = checkpoint.read_card(SHIPPED / name)
-    assert card["measured"] and set(card["parts"]) == {"tokenizer", "prior", "clip"}
+    assert card["measured"] and set(card["parts"]) == set(system.recipe.parts) >= {"tokenizer", "prior", "clip"}
     best, other = system("a large green triangle on a white background", candidates=2, keep=2)
     assert best.clip_score >= other.clip_score
     assert np.asarray(best.image).shape == (system.recipe.image_size, system.recipe.image_size, 3)
