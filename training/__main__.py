@@ -19,6 +19,7 @@ from typing import Any
 
 from ..pipeline import checkpoint
 from ..pipeline.recipe import Recipe, RecipeError, dump, is_frozen, is_pretrained, nearest
+from ..pipeline.whole_file import replaced
 from . import cache
 from . import run as runs
 from .sources import source_of, validation_of
@@ -69,7 +70,9 @@ def _prepare_captions(recipe: Recipe, source: Any, model: Path) -> None:
         return
     model.mkdir(parents=True, exist_ok=True)
     captions = source.captions(range(20_000))
-    CaptionTokenizer.train(captions, recipe.captions.vocab_size, recipe.captions.context_length).save(path)
+    trained = CaptionTokenizer.train(captions, recipe.captions.vocab_size, recipe.captions.context_length)
+    with replaced(path) as temporary:
+        trained.save(temporary)
     checkpoint.write_text(origin, json.dumps(wanted))
 
 
