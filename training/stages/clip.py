@@ -20,7 +20,7 @@ from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import clip as clip_objective
 from ..run import Stage
 from ..stream import Batch, Source
-from .contract import Knob, Loss, TrainingStage, Updates
+from .contract import Knob, Loss, TrainingStage, Updates, captions_of
 
 
 class CLIPStage(TrainingStage):
@@ -94,7 +94,7 @@ class CLIPStage(TrainingStage):
         if step is None:  # as many as training shows, whichever way
             wanted = max(wanted, int(self.config.number("contrast", 1)) - 1)
         wanted = min(wanted, 1) if share == 1 else wanted
-        count, captions = len(batch.captions), [*batch.captions, *self._wrong(batch, wanted)]
+        count, captions = len(batch.captions), [*captions_of(batch), *self._wrong(batch, wanted)]
         if share and step is not None:
             drawn = (random.uniform(self.seed, step, batch.samples, (1,), "canonical wording")[:, 0] < share).tolist()
             rewrite = drawn + [draw for draw in drawn for _ in range(wanted)]
