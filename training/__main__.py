@@ -44,14 +44,6 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _reads_captions(recipe: Recipe, training: runs.Training) -> bool:
-    """Whether any stage of the recipe depends on the caption tokenizer."""
-    from .stages import STAGES
-
-    kinds = [recipe.parts[name]["kind"] for name in training.stages if name in recipe.parts]
-    return any("captions" in STAGES[kind].needs(recipe) for kind in kinds if kind in STAGES)
-
-
 def _prepare_captions(recipe: Recipe, source: Any, model: Path) -> None:
     """Trains the caption tokenizer once, on the first captions of the data; later stages read its file.
 
@@ -233,7 +225,7 @@ def _train(
     validation = validation_of(recipe, training.data)
     _check_frozen(recipe, model)
     if accelerator.is_main_process:
-        if _reads_captions(recipe, training):
+        if any("captions" in _stage(recipe, name).needs(recipe) for name in names):
             _prepare_captions(recipe, sources[training.data], model)
         _carry_notices(training.data, model)
         if not (folder / "recipe.yaml").exists():

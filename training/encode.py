@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..pipeline import checkpoint
 from ..pipeline.known_models import find_model
-from ..pipeline.recipe import nearest, reads_captions
+from ..pipeline.recipe import nearest
 from ..pipeline.terminal import progress_bar
 from ..tokenizers.captions import CaptionTokenizer
 from .cache import FORMAT, PART, describe_source, differing, read_manifest
@@ -104,9 +104,10 @@ class _Encoder:
             raise checkpoint.ModelError(f"{folder}: recipe.yaml builds another {part} than was trained; copy again")
         names = {PART[name] for name in what}
         self.parts = {part: checkpoint.load_part(folder, recipe, part, device) for part in sorted(names)}
-        self.captions: Any = CaptionTokenizer.load(folder / "captions.json") if reads_captions(recipe) else None
         self.hashes = {part: digest for part, digest in checkpoint.hashes(card, recipe).items() if part in self.parts}
-        if self.captions is not None:
+        self.captions: Any = None
+        if any(hasattr(part, "text_vocab") for part in self.parts.values()):
+            self.captions = CaptionTokenizer.load(folder / "captions.json")
             self.hashes["captions"] = checkpoint.file_hash(folder / "captions.json")
         for part in self.parts.keys() & card["parts"]:
             for other, digest in card["parts"][part].get("trained_against", {}).items():
