@@ -154,9 +154,15 @@ def test_a_frozen_text_encoder_is_the_tower_of_the_clip_trained_before(tmp_path,
     weights = {part: checkpoint.load_weights(tmp_path / "b/model", part) for part in ("clip", "text")}
     for name, tensor in weights["text"].items():
         assert torch.equal(tensor, weights["clip"][name]), name
-    capsys.readouterr()
-    assert trainer.main([*command[:-2], str(tmp_path / "b"), command[-1]]) == 0
-    assert "prior: already trained" in capsys.readouterr().out
+    for lost in ("none", "text"):
+        (tmp_path / "b/model" / f"{lost}.safetensors").unlink(missing_ok=True)
+        capsys.readouterr()
+        assert trainer.main([*command[:-2], str(tmp_path / "b"), command[-1]]) == 0
+        said = capsys.readouterr().out
+        assert "prior: already trained" in said and ("clip: already trained" in said) == (lost == "none")
+        for part in weights:
+            again = checkpoint.load_weights(tmp_path / "b/model", part)
+            assert all(torch.equal(tensor, again[name]) for name, tensor in weights[part].items())
 
 
 def test_a_stage_that_took_the_text_encoder_along_is_known_again(tiny, tmp_path, capsys, monkeypatch):

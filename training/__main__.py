@@ -202,12 +202,15 @@ def _train(
 
 
 def _finished(model: Path, part: str, identity: dict[str, Any], extended: bool) -> bool:
-    """Whether the model folder holds this very part. Raises RecipeError where it holds one trained otherwise.
+    """Whether the model folder holds this very part, and what its stage exports beside it.
 
-    extended: one of fewer steps, but else the same, is not finished.
+    extended: one of fewer steps, but else the same, is not finished. Raises RecipeError where it holds one trained
+    otherwise.
     """
-    entry = checkpoint.read_card(model)["parts"].get(part) if _has_card(model) else None
-    if entry is None or not (model / f"{part}.safetensors").is_file():
+    parts = checkpoint.read_card(model)["parts"] if _has_card(model) else {}
+    entry = parts.get(part)
+    exported = {part, *(other for other, each in parts.items() if each.get("identity", {}).get("stage") == part)}
+    if entry is None or not all((model / f"{other}.safetensors").is_file() for other in exported):
         return False
     known = entry.get("identity", {})
     keys = runs.differences(known, identity, extended)
