@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..tokenizers.captions import CaptionTokenizer
-from .recipe import PARTS, Recipe, build, dump, is_pretrained, parse, reads_captions
+from .recipe import PARTS, Recipe, build, captions_problem, dump, is_pretrained, parse, reads_captions
 from .whole_file import replaced, save_tensors
 
 FORMAT = 1
@@ -316,14 +316,10 @@ def check_captions(folder: Path, recipe: Recipe, part: str, module: Any) -> None
             f"{path}: expected {given.vocab_size} tokens and a context of {given.context_length}, as recipe.yaml says, "
             f"got {captions.vocab_size} and {captions.context_length}; copy the folder again"
         )
-    framing = getattr(module, "framing", 0)  # ids around a caption
-    if not captions.padded and framing != 2:
+    if not captions.padded and getattr(module, "framing", 0) != 2:
         raise ModelError(f"{path} is CLIP's, which has no padding; {part} takes ours: train it, or take a clip_text")
-    if module.text_length != given.context_length + framing or module.text_vocab != given.vocab_size + framing:
-        raise ModelError(
-            f"{folder}: {part} reads {module.text_length} tokens of {module.text_vocab}, the captions have "
-            f"{given.context_length} of {given.vocab_size}; correct parts.{part} or captions in recipe.yaml"
-        )
+    if problem := captions_problem(recipe, part, module):
+        raise ModelError(f"{folder}: {problem}")
 
 
 def load_recipe(folder: Path) -> Recipe:

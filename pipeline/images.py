@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,6 +20,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
+
+from .whole_file import replaced
 
 PHOTOS = ("PNG", "JPEG", "WEBP")  # what is read of pictures that kartina did not make
 _KEY = "kartina"
@@ -133,7 +134,12 @@ def save_png(image: Image.Image, path: str | Path, metadata: dict[str, Any]) -> 
     info.add_itxt(_KEY, text)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
-    _write_whole(path, buffer.getvalue())
+    try:
+        with replaced(path) as temporary:
+            temporary.write_bytes(buffer.getvalue())
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"cannot write {str(path)!r}: {reason}; name a file in an existing, writable folder") from error
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -183,23 +189,6 @@ def _opened(path: str | Path, formats: tuple[str, ...] = ("PNG",)) -> Iterator[I
         raise ValueError(f"{str(path)!r} must be a {' or '.join(formats)}, got {error}") from error
     except OSError as error:
         raise OSError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write beside the target, then rename: a reader or a crash never meets half a file."""
-    part = path.parent / f".kartina-{secrets.token_hex(8)}.part"
-    try:
-        with open(part, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(f"cannot write {str(path)!r}: {reason}; name a file in an existing, writable folder") from error
-    finally:
-        if part.exists():
-            part.unlink()
 
 
 def _check_grid(pictures: list[Image.Image], columns: int, captions: Any, scores: Any, scale: int) -> None:

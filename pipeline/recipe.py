@@ -284,6 +284,18 @@ def reads_captions(recipe: Recipe) -> bool:
     return bool(readers) or recipe.parts.get("prior", {}).get("kind") == "dalle"
 
 
+def captions_problem(recipe: Recipe, part: str, module: Any) -> str:
+    """Why a part, with or without weights, reads other captions than the recipe's, or "" where it does not."""
+    given, framing = recipe.captions, getattr(module, "framing", 0)  # ids around a caption
+    expected = given.context_length + framing, given.vocab_size + framing
+    if not hasattr(module, "text_vocab") or (module.text_length, module.text_vocab) == expected:
+        return ""
+    return (
+        f"{part} reads {module.text_length} tokens of {module.text_vocab}, the captions have {given.context_length} of "
+        f"{given.vocab_size}; correct parts.{part} or captions in the recipe"
+    )
+
+
 def defaults(part: str, kind: str) -> dict[str, Any]:
     """The constructor arguments of a kind that have defaults, with them."""
     parameters = inspect.signature(_constructor(part, kind)).parameters.values()

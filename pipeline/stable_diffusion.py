@@ -23,6 +23,7 @@ from .convert_unet_config import clip_text_arguments, unet_arguments
 from .denoising import denoiser_of
 from .recipe import Captions, Diffusion, Recipe, check_name
 from .unpickle import StoredTensor, WeightsError
+from .whole_file import replaced
 
 Weights = dict[str, Tensor]
 
@@ -69,7 +70,8 @@ class System:
     def save(self, folder: Path, source: str) -> None:
         """Makes a model folder. source: where the weights are from, for the card."""
         folder.mkdir(parents=True)
-        self.captions.save(folder / "captions.json")
+        with replaced(folder / "captions.json") as temporary:
+            self.captions.save(temporary)
         noise = {"diffusion": self.recipe.diffusion.model_dump()}
         for part, weights in self.weights.items():
             identity = {"part": self.recipe.parts[part]} | (noise if part == "prior" else {})

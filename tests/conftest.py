@@ -152,7 +152,11 @@ def tiny():
 def trained_tokenizer(tiny, tmp_path_factory):
     """A run folder with captions and a tiny tokenizer, which later stages are trained against."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    assert trainer.main([*tiny["patch_dvae"][1], "--run", str(folder)]) == 0
+    words = tiny["patch_dvae"][1]
+    assert trainer.main([*words, "--run", str(folder)]) == 0
+    given = trainer._arguments(words)
+    recipe, training = runs.load(given.recipe, given.overrides)
+    trainer._prepare_captions(recipe, trainer.source_of(recipe, training.data), folder / "model")
     return folder
 
 

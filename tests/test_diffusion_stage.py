@@ -1,5 +1,8 @@
 """The stage of diffusion priors: what it refuses, that it learns, and that its draws are a sample's own."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,13 +11,12 @@ from kartina.pipeline.denoising import denoiser_of, schedule_of
 from kartina.pipeline.images import to_pil
 from kartina.pipeline.recipe import RecipeError, build
 from kartina.pipeline.text_to_image import TextToImage
-from kartina.tokenizers.autoencoder_kl import AutoencoderKL
 from kartina.tokenizers.captions import CaptionTokenizer
-from kartina.tokenizers.patch_dvae import PatchDVAE
 from kartina.training import __main__ as trainer
+from kartina.training import checks
 from kartina.training import run as runs
 from kartina.training.sources import source_of
-from kartina.training.stages.diffusion import DiffusionStage, _check_latents
+from kartina.training.stages.diffusion import DiffusionStage
 
 SMALL = """parts={prior: {kind: unet, in_channels: 3, width: 16, channel_mult: [1, 2], blocks_per_level: 1,
     attn_levels: [], mid_attention: false, context_dim: null, num_classes: NONE, norm_groups: 4}}"""
@@ -134,7 +136,8 @@ def test_a_preview_is_what_users_paint(tmp_path, monkeypatch):
     assert len({painting.image.tobytes() for painting in painted}) == 4
 
 
-def test_a_frozen_text_encoder_is_the_tower_of_the_clip_trained_before(tmp_path, capsys):
+def test_a_frozen_text_encoder_is_the_tower_of_the_clip_trained_before(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trainer, "validation_of", lambda *_: None)  # most of the time, and beside the point
     unet = SMALL.replace("attn_levels: []", "attn_levels: [1]").replace("context_dim: null", "context_dim: 16")
     clip = "clip: {kind: clip, embed_dim: 8, image_size: 32, patch_size: 16, vision_width: 16, vision_depth: 1,"
     clip += " vision_heads: 2, text_vocab: 302, text_length: 14, text_width: 16, text_depth: 2, text_heads: 2}"
@@ -145,14 +148,21 @@ def test_a_frozen_text_encoder_is_the_tower_of_the_clip_trained_before(tmp_path,
     command += [f"training.stages={{clip: {step}, prior: {step}}}", "--run", str(tmp_path)]
     assert trainer.main([*command, parts.replace("GELU", "true")]) == 2
     assert "becomes the text tower of parts.clip; write quick_gelu: False" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
     command.append(parts.replace("GELU", "false"))
     assert trainer.main([*command[:-2], str(tmp_path / "b"), command[-1]]) == 0
     weights = {part: checkpoint.load_weights(tmp_path / "b/model", part) for part in ("clip", "text")}
     for name, tensor in weights["text"].items():
         assert torch.equal(tensor, weights["clip"][name]), name
-    capsys.readouterr()
-    assert trainer.main([*command[:-2], str(tmp_path / "b"), command[-1]]) == 0
-    assert "prior: already trained" in capsys.readouterr().out
+    for lost in ("none", "text"):
+        (tmp_path / "b/model" / f"{lost}.safetensors").unlink(missing_ok=True)
+        capsys.readouterr()
+        assert trainer.main([*command[:-2], str(tmp_path / "b"), command[-1]]) == 0
+        said = capsys.readouterr().out
+        assert "prior: already trained" in said and ("clip: already trained" in said) == (lost == "none")
+        for part in weights:
+            again = checkpoint.load_weights(tmp_path / "b/model", part)
+            assert all(torch.equal(tensor, again[name]) for name, tensor in weights[part].items())
 
 
 def test_a_stage_that_took_the_text_encoder_along_is_known_again(tiny, tmp_path, capsys, monkeypatch):
@@ -167,19 +177,52 @@ def test_a_stage_that_took_the_text_encoder_along_is_known_again(tiny, tmp_path,
     assert checkpoint.read_card(tmp_path / "model") == card
 
 
-def test_latents_must_have_a_measured_scale():
-    recipe, _ = runs.load("shapes/ddpm", [])
-    small = {"image_size": 16, "width": 8, "channel_mult": (1, 1), "blocks_per_level": 1, "norm_groups": 2}
-    kl = AutoencoderKL(latent_channels=2, **small)
+KL = "{kind: autoencoder_kl, image_size: 32, width: 8, channel_mult: [1, 1], blocks_per_level: 1, norm_groups: 2, "
+KL += "latent_channels: 2}"
+
+
+def test_latents_must_have_a_measured_scale(tmp_path):
+    words = [SMALL.replace("NONE", "null"), f"parts.tokenizer={KL}", "parts.prior.in_channels=2"]
+    recipe, training = runs.load("shapes/ddpm", words)
+    kl, source = build(recipe, "tokenizer"), source_of(recipe, training.data)
+    checkpoint.save_part(tmp_path, recipe, "tokenizer", checkpoint.export(kl))
+    arguments = (recipe, training.stages["prior"], source, tmp_path, 0, torch.device("cpu"))
     with pytest.raises(RecipeError, match="scale of the tokenizer's latents was not measured"):
-        _check_latents(recipe, kl)
+        DiffusionStage(*arguments)
     kl.scale.std.fill_(2.0)
-    _check_latents(recipe, kl)
-    with pytest.raises(RecipeError, match="take an autoencoder_kl"):
-        _check_latents(recipe, PatchDVAE(image_size=32, num_codes=32, width=8))
+    checkpoint.save_part(tmp_path, recipe, "tokenizer", checkpoint.export(kl))
+    assert DiffusionStage(*arguments).tokenizer.scale.measured
 
 
-def test_what_cannot_be_is_refused(tmp_path):
+CODES = "parts.tokenizer={kind: patch_dvae, image_size: 32, num_codes: 32, width: 8}"
+TEXT = "parts.text={kind: caption_encoder, text_vocab: 300, text_length: 12, width: 16, depth: 1, num_heads: 2}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["parts.prior.context_dim=8"], "null where there is none, got 8 and None"),
+        (["parts.prior.embedding_dim=8"], "leave parts.prior.embedding_dim out"),
+        (["parts.prior.in_channels=4"], "pictures have 3 channels, the prior reads 4 and gives 4; write parts.prior"),
+        (["parts.prior.out_channels=4"], "the prior reads 3 and gives 4"),
+        (["parts.prior.channel_mult=[1, 1, 1, 1, 1, 1, 1]"], "halves its grid to 1/64, which must divide [32, 32]"),
+        ([f"parts.tokenizer={KL}"], "the tokenizer gives 2 channels, the prior reads 3"),
+        ([CODES], "gives codes of shape (8, 8); take an autoencoder_kl"),
+        ([TEXT], "null where there is none, got None and 16"),
+        ([TEXT, "parts.prior.context_dim=16", "captions.vocab_size=301"], "text reads 12 tokens of 300, the captions"),
+        (["diffusion={prediction: eps, zero_terminal: true}"], "let the network predict v or x_0"),
+    ],
+)
+def test_a_prior_that_does_not_fit_is_refused_before_anything_trains(overrides, said):
+    own = [SMALL.replace("NONE", "null"), "captions={vocab_size: 300, context_length: 12}"]
+    recipe, training = runs.load("shapes/ddpm", [*own, "parts.prior.attn_levels=[1]"])
+    checks.check(recipe, training, ["prior"], 1, Path("none"))
+    recipe, training = runs.load("shapes/ddpm", [*own, *overrides])
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        checks.check(recipe, training, ["prior"], 1, Path("none"))
+
+
+def test_noise_that_cannot_be_is_refused():
     recipe, _ = runs.load("shapes/ddpm", ["diffusion={prediction: eps, zero_terminal: true}"])
     with pytest.raises(RecipeError, match="let the network predict v or x_0"):
         denoiser_of(recipe, lambda x, t, c: x)
@@ -188,5 +231,3 @@ def test_what_cannot_be_is_refused(tmp_path):
         schedule_of(recipe)
     recipe, _ = runs.load("shapes/ddpm", ["diffusion={schedule: scaled_linear, beta_end: 0.1}"])
     assert schedule_of(recipe).betas[-1].item() == pytest.approx(0.1)
-    with pytest.raises(RecipeError, match="null where there is none, got 8 and None"):
-        stage_of(tmp_path, "parts.prior.context_dim=8")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchvision.models import vgg
 
 from kartina.training import __main__ as trainer
-from kartina.training import features
+from kartina.training import checks, features
 from kartina.training import run as runs
 from kartina.training.data.shapes import ShapesSource
 from kartina.training.stages import STAGES
@@ -181,7 +181,7 @@ def test_no_loss_can_name_the_ruler():
     assert len(named) == 2 and all(choices == ("none", *features.LOSSES) for choices in named)
     assert features.RULER not in features.LOSSES
     with pytest.raises(ValueError, match="must be one of none, efficientnet-lite2, lpips-vgg"):
-        trainer._check_knob("objective", "perceptual", features.RULER, STAGES["vqgan"].knobs["perceptual"], "shapes")
+        checks.check_knob("objective", "perceptual", features.RULER, STAGES["vqgan"].knobs["perceptual"], "shapes")
 
 
 def stage_of(tiny, kind, *overrides):

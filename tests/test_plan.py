@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from planned_tokenizers import BATCH, JUDGED, LAYOUT, OBJECTIVES, PLAIN, RECONSTRUCTING
 from typer.testing import CliRunner
 
 from kartina import cli
@@ -19,32 +20,12 @@ from kartina.training import run as runs
 from kartina.training.optim import EMA, build_optimizers
 from kartina.training.plan_report import report
 
-BATCH, FSDP, FROZEN = 4, "training.shard=fsdp", "frozen=[text]"
+FSDP, FROZEN = "training.shard=fsdp", "frozen=[text]"
 PRETRAINED = "parts.text={kind: transformers_text, source: tiny, text_length: 11}"
-PLAIN = "stages.tokenizer.objective={}"
 DVAE = "parts.tokenizer={kind: dvae, image_size: 32, num_codes: 64, width: 16, init_width: 16, num_groups: 2}"
 SMALL = ["parts.prior.depth=2", "parts.prior.attention=[conv, causal]", "parts.clip.vision_depth=1"]
-_LAYOUT = "image_size: 32, width: 16, channel_mult: [1, 2], norm_groups: 4"
-RECONSTRUCTING = {
-    "autoencoder": _LAYOUT,
-    "vae": _LAYOUT,
-    "autoencoder_kl": _LAYOUT,
-    "vqgan": f"{_LAYOUT}, num_codes: 64, code_dim: 8, latent_channels: 8",
-    "vqvae": "image_size: 32, width: 16, residual_width: 16, num_codes: 64, code_dim: 8",
-}
-PATCHES = "parts.discriminator={kind: patch, width: 16, depth: 2, norm: group, norm_groups: 4}"
-JUDGED = {
-    "vqgan": [f"parts.tokenizer={{kind: vqgan, {RECONSTRUCTING['vqgan']}}}", PATCHES],
-    "autoencoder_kl": [f"parts.tokenizer={{kind: autoencoder_kl, {_LAYOUT}}}", PATCHES],
-    "aae": [
-        f"parts.tokenizer={{kind: autoencoder, latent_dim: 2, {_LAYOUT}}}",
-        "parts.discriminator={kind: latent, latent_dim: 2, num_classes: 10, width: 64}",
-    ],
-}
-COMPARING = "stages.tokenizer.objective={perceptual: efficientnet-lite2}"
-OBJECTIVES = {"vqgan": COMPARING, "autoencoder_kl": COMPARING, "aae": "stages.tokenizer.objective={prior: mixture}"}
 LATENT = [
-    f"parts.tokenizer={{kind: autoencoder_kl, {_LAYOUT}}}",
+    f"parts.tokenizer={{kind: autoencoder_kl, {LAYOUT}}}",
     *[PLAIN, "captions.context_length=9", "sampling={}"],
     "parts.text={kind: clip_text, text_length: 11, text_vocab: 100, width: 16, depth: 1, num_heads: 2}",
     "parts.prior={kind: unet, width: 16, channel_mult: [1, 2], attn_levels: [1], context_dim: 16, norm_groups: 4}",

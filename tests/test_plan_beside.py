@@ -2,26 +2,12 @@
 
 import pytest
 import torch
+from planned_tokenizers import BATCH, JUDGED, OBJECTIVES, PLAIN
 
 from kartina.layers.attention import SpatialAttention
 from kartina.training import features, plan
 from kartina.training import run as runs
 from kartina.training.plan_report import report
-
-BATCH, PLAIN = 4, "stages.tokenizer.objective={}"
-_LAYOUT = "image_size: 32, width: 16, channel_mult: [1, 2], norm_groups: 4"
-_CODES = f"{_LAYOUT}, num_codes: 64, code_dim: 8, latent_channels: 8"
-PATCHES = "parts.discriminator={kind: patch, width: 16, depth: 2, norm: group, norm_groups: 4}"
-JUDGED = {
-    "vqgan": [f"parts.tokenizer={{kind: vqgan, {_CODES}}}", PATCHES],
-    "autoencoder_kl": [f"parts.tokenizer={{kind: autoencoder_kl, {_LAYOUT}}}", PATCHES],
-    "aae": [
-        f"parts.tokenizer={{kind: autoencoder, latent_dim: 2, {_LAYOUT}}}",
-        "parts.discriminator={kind: latent, latent_dim: 2, num_classes: 10, width: 64}",
-    ],
-}
-COMPARING = "stages.tokenizer.objective={perceptual: efficientnet-lite2}"
-OBJECTIVES = {"vqgan": COMPARING, "autoencoder_kl": COMPARING, "aae": "stages.tokenizer.objective={prior: mixture}"}
 
 
 def planned(*overrides: str, **options) -> dict:

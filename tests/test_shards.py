@@ -7,9 +7,13 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from kartina.pipeline.known_models import SHIPPED
+from kartina.training import run as runs
 from kartina.training import samples, shards, stream
+from kartina.training.stages.clip import CLIPStage
 from kartina.training.stages.contract import captions_of
 
 
@@ -219,6 +223,9 @@ def test_pictures_without_captions_are_packed_where_asked_for(tmp_path):
     source = stream.ShardSource(tmp_path / "out", 8, seed=0)
     batch = source.read(range(4))
     assert batch.captions == [""] * 4 and batch.weight.tolist() == [1] * 4 and not batch.problems
-    for refused in (lambda: source.captions(range(4)), lambda: captions_of(batch)):
+    recipe, training = runs.load("shapes/dalle", ["stages.clip.objective={}"])
+    clip = CLIPStage(recipe, training.stages["clip"], source, SHIPPED / "shapes/dalle", 0, torch.device("cpu"))
+    refusing = [lambda: source.captions(range(4)), lambda: captions_of(batch), lambda: next(clip.updates(batch, 0))]
+    for refused in refusing:
         with pytest.raises(ValueError, match="shard-000000/00000000. was packed without one; put a .txt beside"):
             refused()

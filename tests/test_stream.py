@@ -8,10 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+from kartina.pipeline import checkpoint
+from kartina.pipeline.known_models import find_model
 from kartina.training import __main__ as trainer
+from kartina.training import encode, stream
 from kartina.training import run as runs
-from kartina.training import stream
+from kartina.training.cache import source_for
 from kartina.training.shards import ShardWriter, pack_folder
+from kartina.training.stages.dalle import DALLEStage
 
 GOLDEN = [6, 1, 3, 0, 2, 4, 7, 5]
 
@@ -162,6 +166,34 @@ def test_changed_shards_have_another_fingerprint_and_missing_ones_say_so(parts, 
         stream.ShardSource(tmp_path / "empty", 4, seed=0)
     with pytest.raises(ValueError, match="no shard at"):
         stream.ShardSource(tmp_path / "missing.tar", 4, seed=0)
+
+
+def test_of_several_captions_one_is_drawn_at_each_position(tmp_path):
+    """One a line; which one is a function of seed and position, for whoever reads, and passes differ."""
+    (tmp_path / "in").mkdir()
+    for k in range(40):
+        (tmp_path / "in" / f"{k}.png").write_bytes(png((k, 0, 0)))
+        lines = f"{k} first\r\n\n {k} second \n{k} third\n" if k else "one alone"
+        (tmp_path / "in" / f"{k}.txt").write_bytes(lines.encode())
+    report = pack_folder(tmp_path / "in", tmp_path / "out", 9)
+    assert (report.packed, report.several) == (40, 39)
+    source = stream.ShardSource(tmp_path / "out", 4, seed=0)
+    batch = source.read(range(400))
+    found = {(key, caption) for key, caption in zip(batch.keys, batch.captions, strict=True)}
+    assert 110 < len(found) <= 1 + 39 * 3  # nearly all are drawn within ten passes
+    assert all(caption == "one alone" or caption.split()[1] in ("first", "second", "third") for _, caption in found)
+    counts = [sum(caption.endswith(word) for caption in batch.captions) for word in ("first", "second", "third")]
+    assert sum(counts) == 390 and min(counts) > 100
+    again = stream.ShardSource(tmp_path / "out", 4, seed=0)
+    assert source.captions(range(400)) == [again.read([k]).captions[0] for k in range(400)] == batch.captions
+    encode.encode(tmp_path / "out", tmp_path / "codes", "shapes/dalle", processes=1)
+    model = find_model("shapes/dalle")
+    against = {"tokenizer": checkpoint.read_card(model)["parts"]["tokenizer"]["hash"]}
+    data = runs.Data(kind="shards", shards=str(tmp_path / "out"), cache=str(tmp_path / "codes"))
+    cached = source_for(DALLEStage, stream.ShardSource(tmp_path / "out", 32, seed=0), data, against, model)
+    assert cached.read(range(400)).captions == batch.captions
+    with pytest.raises(ValueError, match=r"has 3 captions, \['text_embedding'\] keep one; leave text out"):
+        encode.encode(tmp_path / "out", tmp_path / "text", "shapes/dalle", ["text_embedding"], processes=1)
 
 
 def split(folder, share=0.3):

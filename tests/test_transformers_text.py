@@ -14,7 +14,7 @@ from kartina.pipeline.text_to_image import TextToImage, metadata, repaint
 from kartina.priors import transformers_text
 from kartina.priors.transformers_text import FOLDER, PAD, TransformersText, digest, find
 from kartina.training import __main__ as trainer
-from kartina.training import cache, encode, stream
+from kartina.training import cache, checks, encode, stream
 from kartina.training import run as runs
 from kartina.training.data.shapes import ShapesSource
 from kartina.training.run import Data
@@ -220,6 +220,7 @@ def stage(encoders, tmp_path):
         recipe, training = runs.load(
             "shapes/stable-diffusion-minilm", [pixels.replace("WIDTH", str(width)), *overrides]
         )
+        checks.check(recipe, training, ["prior"], 1, tmp_path)
         config, source = training.stages["prior"], source_of(recipe, training.data)
         return DiffusionStage(recipe, config, source, tmp_path, 0, torch.device("cpu")), source
 
@@ -247,6 +248,6 @@ def test_a_prior_of_another_width_and_a_stage_for_it_are_refused(stage):
         stage(24)
     recipe, _ = runs.load("shapes/stable-diffusion-minilm", ["frozen=[prior]"])
     with pytest.raises(RecipeError, match="stages.prior: prior is frozen; leave out this stage"):
-        trainer._stage(recipe, "prior")
+        checks.stage_of(recipe, "prior")
     with pytest.raises(RecipeError, match="no part 'txt'; did you mean 'text'"):
         runs.load("shapes/stable-diffusion", ["frozen=[txt]"])

@@ -1,13 +1,17 @@
 """Files that are written whole or not at all: what a failure leaves, what reaches the disk first, who may read them."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from kartina.pipeline import whole_file
+from kartina.pipeline.images import save_png
 from kartina.training import __main__ as trainer
+from kartina.training import run as runs
 
 WEIGHTS = {"w": torch.arange(6.0).reshape(2, 3).T}
 
@@ -29,6 +33,18 @@ def test_the_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch
     monkeypatch.setattr(os, "replace", lambda old, new: (told.append("replace"), replace(old, new)))
     whole_file.save_tensors(tmp_path / "w.safetensors", WEIGHTS)
     assert told == [f".w.safetensors.{os.getpid()}", "replace", tmp_path.name]
+
+
+def test_captions_and_pictures_are_written_as_weights_are(tmp_path, monkeypatch):
+    """Or a power cut could leave an empty file, which a later run takes for whole."""
+    done, sync = [], whole_file.sync
+    monkeypatch.setattr(whole_file, "sync", lambda path: (done.append((path.name, path.stat().st_size)), sync(path)))
+    recipe, _ = runs.load("shapes/dalle", ["captions.vocab_size=300"])
+    source = SimpleNamespace(fingerprint="one caption", captions=lambda positions: ["a red ring"])
+    trainer._prepare_captions(recipe, source, tmp_path / "model")
+    save_png(Image.new("RGB", (2, 2)), tmp_path / "a.png", {})
+    for path in (tmp_path / "model" / "captions.json", tmp_path / "a.png"):
+        assert (f".{path.name}.{os.getpid()}", path.stat().st_size) in done
 
 
 def test_a_failure_leaves_the_old_file_alone(tmp_path, monkeypatch):

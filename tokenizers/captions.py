@@ -141,12 +141,7 @@ class CaptionTokenizer:
             "context_length": self.context_length,
             "tokenizer": self.definition(),
         }
-        whole = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")  # renamed when it is complete
-        with open(whole, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, ensure_ascii=False, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(whole, path)
+        Path(path).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "CaptionTokenizer":

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline import checkpoint
-from ..pipeline.recipe import Recipe, RecipeError, dump, is_frozen, is_pretrained, nearest
+from ..pipeline.recipe import Recipe, RecipeError, dump, is_pretrained
+from ..pipeline.whole_file import replaced
 from . import cache
 from . import run as runs
 from .sources import source_of, validation_of
@@ -43,14 +44,6 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _reads_captions(recipe: Recipe, training: runs.Training) -> bool:
-    """Whether any stage of the recipe depends on the caption tokenizer."""
-    from .stages import STAGES
-
-    kinds = [recipe.parts[name]["kind"] for name in training.stages if name in recipe.parts]
-    return any("captions" in STAGES[kind].needs(recipe) for kind in kinds if kind in STAGES)
-
-
 def _prepare_captions(recipe: Recipe, source: Any, model: Path) -> None:
     """Trains the caption tokenizer once, on the first captions of the data; later stages read its file.
 
@@ -69,7 +62,9 @@ def _prepare_captions(recipe: Recipe, source: Any, model: Path) -> None:
         return
     model.mkdir(parents=True, exist_ok=True)
     captions = source.captions(range(20_000))
-    CaptionTokenizer.train(captions, recipe.captions.vocab_size, recipe.captions.context_length).save(path)
+    trained = CaptionTokenizer.train(captions, recipe.captions.vocab_size, recipe.captions.context_length)
+    with replaced(path) as temporary:
+        trained.save(temporary)
     checkpoint.write_text(origin, json.dumps(wanted))
 
 
@@ -125,65 +120,6 @@ def _against(recipe: Recipe, model: Path, depends: tuple[str, ...]) -> dict[str,
     return hashes
 
 
-def _stage(recipe: Recipe, name: str) -> Any:
-    """The class of a stage, by the kind of its part. Raises RecipeError where nothing trains that part."""
-    from .stages import STAGES
-
-    if name not in recipe.parts:
-        raise RecipeError(f"training.stages: no part {name!r} to train; {nearest(name, list(recipe.parts))}")
-    if is_frozen(recipe, name):
-        raise RecipeError(f"training.stages.{name}: {name} is frozen; leave out this stage, or take it out of `frozen`")
-    kind = recipe.parts[name]["kind"]
-    if kind not in STAGES or STAGES[kind].part != name:
-        raise RecipeError(f"training.stages.{name}: nothing trains {name} of the kind {kind!r} yet")
-    return STAGES[kind]
-
-
-def _check(recipe: Recipe, training: runs.Training, names: list[str], processes: int) -> None:
-    """Refuses, before anything is trained, what a later stage could not do."""
-    from .log import check_trackers
-
-    check_trackers(training.trackers)
-    if training.data.contrast != 1:
-        raise RecipeError("training.data.contrast is what stages.clip.objective.contrast sets; set that")
-    built = {part: checkpoint.outline(recipe, part) for part in recipe.parts if not is_pretrained(recipe, part)}
-    for name in names:
-        config, stage = training.stages[name], _stage(recipe, name)
-        for key, value in config.objective.items():
-            if key not in stage.knobs:
-                raise RecipeError(f"stages.{name}.objective: unknown key {key!r}; {nearest(key, list(stage.knobs))}")
-            _check_knob(f"stages.{name}.objective", key, value, stage.knobs[key], training.data.kind)
-        contrast = config.number("contrast", 1)
-        if contrast > 1 and (contrast % 1 or config.global_batch % contrast or training.data.kind != "shapes"):
-            raise RecipeError(
-                f"stages.{name}.objective.contrast must be a whole number that divides global_batch, of shapes alone, "
-                f"got {contrast:g} with {config.global_batch} of {training.data.kind}; correct it, or leave it out"
-            )
-        for other in config.optimizers.keys() - {name, *stage.beside}:
-            raise RecipeError(f"stages.{name}.optimizers: {other!r} is not trained there; leave it out")
-        for other in stage.needs(recipe):
-            if other not in (*recipe.parts, "captions"):
-                raise RecipeError(f"stage {name} needs a {other}, which {recipe.name} has not; add parts.{other}")
-        if problem := stage.problem(built):
-            raise RecipeError(f"stage {name}: {problem}")
-        passes, why = runs.division(config, processes)[1], stage.coupled(recipe, config)
-        if why and passes > 1:
-            raise RecipeError(
-                f"stage {name}: {why}, so its samples cannot be read in {passes} passes; "
-                "leave out micro_batch, or use more processes"
-            )
-
-
-def _check_knob(where: str, key: str, value: float | str, knob: Any, data: str) -> None:
-    """Raises RecipeError where a knob does not take a value, or the data not the knob."""
-    if knob.choices and value not in knob.choices:
-        raise RecipeError(f"{where}.{key} must be one of {', '.join(knob.choices)}, got {value}")
-    if not knob.choices and (isinstance(value, str) or not knob.low <= value <= knob.high):
-        raise RecipeError(f"{where}.{key} must lie between {knob.low:g} and {knob.high:g}, got {value}")
-    if knob.grammar and value and data == "shards":
-        raise RecipeError(f"{where}.{key} needs captions of a known grammar, which shards have not; set {where}={{}}")
-
-
 def _sources(recipe: Recipe, training: runs.Training, names: list[str]) -> dict[runs.Data, Any]:
     """What the caption tokenizer and the stages read, each source once, and before anything is trained."""
     wanted = {training.data, *(training.data_of(name) for name in names)}
@@ -208,10 +144,11 @@ def _train(
     from accelerate import Accelerator, PartialState
     from accelerate.utils import parse_flag_from_env, set_seed
 
+    from .checks import check, stage_of
     from .loop import train_stage
     from .optim import fast_bf16
 
-    _check(recipe, training, names, asked)
+    check(recipe, training, names, asked, folder / "model")
     # The tails of a softmax are denormal numbers, with which a CPU is many times slower. Threads made later inherit it.
     torch.set_flush_denormal(True)
     _keep_memory()
@@ -230,14 +167,14 @@ def _train(
     validation = validation_of(recipe, training.data)
     _check_frozen(recipe, model)
     if accelerator.is_main_process:
-        if _reads_captions(recipe, training):
+        if any("captions" in stage_of(recipe, name).needs(recipe) for name in names):
             _prepare_captions(recipe, sources[training.data], model)
         _carry_notices(training.data, model)
         if not (folder / "recipe.yaml").exists():
             checkpoint.write_text(folder / "recipe.yaml", dump(recipe))
     accelerator.wait_for_everyone()
     for name in names:
-        kind, config = _stage(recipe, name), training.stages[name]
+        kind, config = stage_of(recipe, name), training.stages[name]
         against = _against(recipe, model, kind.needs(recipe))
         source = sources[training.data_of(name)]
         identity = runs.identity(recipe, training, name, source.fingerprint, against, kind.beside)
@@ -265,12 +202,15 @@ def _train(
 
 
 def _finished(model: Path, part: str, identity: dict[str, Any], extended: bool) -> bool:
-    """Whether the model folder holds this very part. Raises RecipeError where it holds one trained otherwise.
+    """Whether the model folder holds this very part, and what its stage exports beside it.
 
-    extended: one of fewer steps, but else the same, is not finished.
+    extended: one of fewer steps, but else the same, is not finished. Raises RecipeError where it holds one trained
+    otherwise.
     """
-    entry = checkpoint.read_card(model)["parts"].get(part) if _has_card(model) else None
-    if entry is None or not (model / f"{part}.safetensors").is_file():
+    parts = checkpoint.read_card(model)["parts"] if _has_card(model) else {}
+    entry = parts.get(part)
+    exported = {part, *(other for other, each in parts.items() if each.get("identity", {}).get("stage") == part)}
+    if entry is None or not all((model / f"{other}.safetensors").is_file() for other in exported):
         return False
     known = entry.get("identity", {})
     keys = runs.differences(known, identity, extended)
@@ -302,6 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     A signal that stopped the run after saving gives 128 + its number, but 0 to a launcher of several processes, which
     would take anything else for a crash.
     """
+    from .checks import names_of
     from .stopping import Stopped, watched
 
     given = _arguments(argv)
@@ -310,11 +251,8 @@ def main(argv: list[str] | None = None) -> int:
         recipe, training = runs.load(given.recipe, given.overrides)
         if training is None:
             raise RecipeError(f"recipe {recipe.name} has no training section")
-        if given.stage and given.stage not in training.stages:
-            raise RecipeError(f"no stage {given.stage!r}; {nearest(given.stage, list(training.stages))}")
         training, extended = _extend(training, given.extend)
-        names = [given.stage] if given.stage else list(training.stages)
-        folder = given.run or Path("runs") / recipe.name
+        names, folder = names_of(training, given.stage), given.run or runs.folder_of(recipe)
         with _locked(folder) if rank == "0" else contextlib.nullcontext(), watched() as stop:  # the lock is the job's
             _train(recipe, training, names, folder, given.processes, extended, stop)
     except Stopped as stopped:

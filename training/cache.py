@@ -1,9 +1,10 @@
 """A cache: what frozen parts make of the samples of shards, computed once and read in training in the pictures' place.
 
 It is a folder that mirrors the shards: for each one a tar of the same name with the same keys in the same order, so
-that what stands at a position is the same with it and without. A sample has its arrays (`000000012.codes.npy`) and its
-caption; one that could not be read has a json with the reason, and keeps its position with weight 0. manifest.json says
-what the arrays were computed with, and no stage reads a cache that was made otherwise.
+that what stands at a position is the same with it and without. A sample has its arrays (`000000012.codes.npy`) and all
+its captions, of which one is drawn as without a cache: what is made of a caption needs samples that have but one. A
+sample that could not be read has a json with the reason, and keeps its position with weight 0. manifest.json says what
+the arrays were computed with, and no stage reads a cache that was made otherwise.
 
 The pictures of a validation set, and of stages that read pictures, come from shards as ever. A cache has one copy of
 each sample: an augmentation that is drawn anew in each pass has no place in it.
@@ -98,10 +99,10 @@ class CachedSource:
         key, shapes = index.sample_name(member), self.arrays.values()
         try:
             with open(index.path, "rb") as file:
-                arrays, caption = read_encoded(file, index.entries[member], list(self.arrays))
+                arrays, captions = read_encoded(file, index.entries[member], list(self.arrays))
             if [array.shape for array in arrays] != list(shapes):
                 raise BadSample(f"arrays of another shape than {list(shapes)}")
-            return arrays, caption, key, None
+            return arrays, self.source.drawn(captions, position), key, None
         except BadSample as error:
             return [np.zeros(shape, np.int8) for shape in shapes], "", key, str(error)
 

@@ -26,16 +26,20 @@ def train(
     processes: Annotated[int, typer.Option(min=1)] = 1,
     extend: Annotated[list[str] | None, typer.Option(help="STAGE=STEPS: go on to more steps than before")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the resolved recipe and its size; train nothing")
+        bool, typer.Option("--dry-run", help="check the recipe, print it resolved and its size; train nothing")
     ] = False,
 ) -> None:
     """Train the stages of a recipe; run the same command again to resume."""
     from . import run as runs
 
-    resolved, _ = runs.load(recipe, overrides or [])
+    resolved, training = runs.load(recipe, overrides or [])
     if dry_run:
         from ..pipeline.recipe import count_parameters, dump
+        from .checks import check, names_of
 
+        if training is not None:
+            model = (run or runs.folder_of(resolved)) / "model"
+            check(resolved, training, names_of(training, stage), processes, model)
         typer.echo(dump(resolved))
         typer.echo(json.dumps({"parameters": count_parameters(resolved)}, indent=2))
         return

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..pipeline import checkpoint
 from ..pipeline.known_models import find_model
-from ..pipeline.recipe import nearest, reads_captions
+from ..pipeline.recipe import nearest
 from ..pipeline.terminal import progress_bar
 from ..tokenizers.captions import CaptionTokenizer
 from .cache import FORMAT, PART, describe_source, differing, read_manifest
@@ -80,7 +80,6 @@ ENCODERS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 @dataclass
 class EncodeReport:
     """samples: in the whole cache. bad: shard/key -> reason. written, kept: how many shards came now, and were there.
-
     left: shards that another run is still writing.
     """
 
@@ -102,11 +101,12 @@ class _Encoder:
         self.what, self.device, self.size = sorted(set(what)), device, recipe.image_size
         for part in checkpoint.built_otherwise(card, recipe):
             raise checkpoint.ModelError(f"{folder}: recipe.yaml builds another {part} than was trained; copy again")
-        names = {PART[name] for name in what}
-        self.parts = {part: checkpoint.load_part(folder, recipe, part, device) for part in sorted(names)}
-        self.captions: Any = CaptionTokenizer.load(folder / "captions.json") if reads_captions(recipe) else None
+        names = sorted({PART[name] for name in what})
+        self.parts = {part: checkpoint.load_part(folder, recipe, part, device) for part in names}
         self.hashes = {part: digest for part, digest in checkpoint.hashes(card, recipe).items() if part in self.parts}
-        if self.captions is not None:
+        self.captions: Any = None
+        if any(hasattr(part, "text_vocab") for part in self.parts.values()):
+            self.captions = CaptionTokenizer.load(folder / "captions.json")
             self.hashes["captions"] = checkpoint.file_hash(folder / "captions.json")
         for part in self.parts.keys() & card["parts"]:
             for other, digest in card["parts"][part].get("trained_against", {}).items():
@@ -164,8 +164,7 @@ def encode(
         if before < len(found):
             _run(jobs, lambda: progress(_count(target, found), len(found)))
     report = _finish(target, manifest)
-    report.kept = before
-    report.written = len(found) - before - len(report.left)
+    report.kept, report.written = before, len(found) - before - len(report.left)
     return report
 
 
@@ -253,14 +252,16 @@ def _write_shard(source: Index, path: Path, encoder: _Encoder, report: Callable[
 
 def _members(file: BinaryIO, entries: Sequence[Entry], encoder: _Encoder) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of what a cache has of these samples, in order."""
-    image, captions, bad = torch.zeros(len(entries), 3, encoder.size, encoder.size), [""] * len(entries), {}
+    image, captions, bad = torch.zeros(len(entries), 3, encoder.size, encoder.size), [[""]] * len(entries), {}
     for k, entry in enumerate(entries):
         try:
             picture, captions[k] = read_sample(file, entry)
             image[k] = fit(picture, encoder.size)
         except BadSample as error:
             bad[k] = str(error)
-    arrays = encoder(image, captions)
+        if len(captions[k]) > 1 and any(name.startswith("text") for name in encoder.what):
+            raise ValueError(f"{entry.key} has {len(captions[k])} captions, {encoder.what} keep one; leave text out")
+    arrays = encoder(image, [each[0] for each in captions])
     for k, entry in enumerate(entries):
         if k in bad:
             yield f"{entry.key}.json", json.dumps({"bad": bad[k]}).encode()
@@ -269,7 +270,7 @@ def _members(file: BinaryIO, entries: Sequence[Entry], encoder: _Encoder) -> Ite
             content = io.BytesIO()
             np.save(content, array[k])
             yield f"{entry.key}.{name}.npy", content.getvalue()
-        kind, data = ("txt", captions[k].encode()) if captions[k] else ("json", b'{"captionless": true}')
+        kind, data = ("txt", "\n".join(captions[k]).encode()) if captions[k][0] else ("json", b'{"captionless": true}')
         yield f"{entry.key}.{kind}", data
 
 

@@ -129,6 +129,11 @@ def load(name: str, overrides: list[str]) -> tuple[Recipe, Training | None]:
     return recipe, training_of(recipe) if recipe.training else None
 
 
+def folder_of(recipe: Recipe) -> Path:
+    """The run folder of a recipe, where none is named."""
+    return Path("runs") / recipe.name
+
+
 def division(stage: Stage, world: int) -> tuple[int, int]:
     """(samples per device and forward pass, forward passes per step) so that all devices make one global batch.
 

@@ -242,21 +242,20 @@ def read_member(file: BinaryIO, entry: Entry, extension: str) -> bytes:
     return data
 
 
-def read_sample(file: BinaryIO, entry: Entry) -> tuple[Image.Image, str]:
-    """Picture (RGB) and caption (txt, or `caption` of the json) of one sample. Raises BadSample with the reason."""
+def read_sample(file: BinaryIO, entry: Entry) -> tuple[Image.Image, list[str]]:
+    """Picture (RGB) and captions of one sample, see `read_captions`. Raises BadSample with the reason."""
     if entry.problem:
         raise BadSample(entry.problem)
     pictures = [extension for extension in PICTURES if extension in entry.members]
     if len(pictures) != 1:
         raise BadSample(f"expected one picture ({', '.join(PICTURES)}), got {len(pictures)}")
-    caption = read_caption(file, entry)
-    return decode(pictures[0], read_member(file, entry, pictures[0])), caption
+    captions = read_captions(file, entry)
+    return decode(pictures[0], read_member(file, entry, pictures[0])), captions
 
 
-def read_caption(file: BinaryIO, entry: Entry) -> str:
-    """The caption of one sample: txt, or `caption` of the json; "" where that says that it was packed without one.
-
-    Raises BadSample with the reason.
+def read_captions(file: BinaryIO, entry: Entry) -> list[str]:
+    """The captions of one sample: the lines of its txt, or of `caption` of the json; one "" where that says that it was
+    packed without any. Raises BadSample with the reason.
     """
     caption: Any = None
     if "txt" in entry.members:
@@ -265,16 +264,21 @@ def read_caption(file: BinaryIO, entry: Entry) -> str:
         content = decode("json", read_member(file, entry, "json"))
         caption = content.get("caption") if isinstance(content, dict) else None
         if caption is None and isinstance(content, dict) and content.get("captionless") is True:
-            return ""
-    if not isinstance(caption, str) or not caption:
+            return [""]
+    if not isinstance(caption, str) or not (found := lines(caption)):
         raise BadSample("no caption: expected a .txt, or `caption` in the .json")
     if caption.encode(errors="ignore").decode() != caption:
         raise BadSample("the caption is not Unicode: it has half of a surrogate pair")
-    return caption
+    return found
 
 
-def read_encoded(file: BinaryIO, entry: Entry, names: Sequence[str]) -> tuple[list[np.ndarray], str]:
-    """The arrays of one sample of a cache, as named, and its caption. Raises BadSample with the reason."""
+def lines(text: str) -> list[str]:
+    """Its lines, without empty ones and outer space: each is a caption."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def read_encoded(file: BinaryIO, entry: Entry, names: Sequence[str]) -> tuple[list[np.ndarray], list[str]]:
+    """The arrays of one sample of a cache, as named, and its captions. Raises BadSample with the reason."""
     if entry.problem:
         raise BadSample(entry.problem)
     if is_marked_bad(entry):
@@ -284,7 +288,7 @@ def read_encoded(file: BinaryIO, entry: Entry, names: Sequence[str]) -> tuple[li
         if f"{name}.npy" not in entry.members:
             raise BadSample(f"no {name}.npy: encode the shards again")
     arrays = [decode(f"{name}.npy", read_member(file, entry, f"{name}.npy")) for name in names]
-    return arrays, read_caption(file, entry)
+    return arrays, read_captions(file, entry)
 
 
 def is_marked_bad(entry: Entry) -> bool:

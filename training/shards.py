@@ -21,7 +21,7 @@ from typing import Any
 
 from ..pipeline.checkpoint import write_text
 from ..pipeline.terminal import progress_bar
-from .samples import DECODERS, MEMBER_LIMIT, PICTURES, BadSample, decode, find_shards, read_encoded, read_sample
+from .samples import DECODERS, MEMBER_LIMIT, PICTURES, BadSample, decode, find_shards, lines, read_encoded, read_sample
 from .samples import build_index as build_index
 
 _FORMAT = 1  # of the manifest
@@ -114,6 +114,7 @@ class PackReport:
 
     packed: int = 0
     captionless: int = 0  # of these
+    several: int = 0  # of these, with several captions
     no_caption: list[str] = field(default_factory=list)
     no_picture: list[str] = field(default_factory=list)
     duplicates: list[str] = field(default_factory=list)
@@ -126,6 +127,7 @@ def pack_folder(
 ) -> PackReport:
     """Packs pictures with sibling captions (`x.jpg`, `x.txt`; subfolders too) into shards under `out`, bytes untouched.
 
+    Each line of a text is a caption of the picture, of which the stream draws one.
     captionless: packs a picture without a caption too, and says in its json that it has none.
     Every file that is not packed is named in the report. Duplicates are packed and named. Raises ValueError where
     nothing can be packed.
@@ -149,11 +151,12 @@ def pack_folder(
                 continue
             used |= {text} if text else set()
             members: dict[str, bytes] = {}
+            captions: list[str] = []
             try:
                 members[extension] = data = _packable(path, extension)
                 if text is not None:
                     members["txt"] = text.read_bytes()
-                    if not decode("txt", members["txt"]):
+                    if not (captions := lines(decode("txt", members["txt"]))):
                         raise BadSample("empty .txt")
             except (BadSample, OSError) as error:
                 report.bad[name] = str(error)
@@ -165,6 +168,7 @@ def pack_folder(
             facts = {"same_as": first} if first != name else {}
             writer.write(members, name=name, **facts, **({"captionless": True} if text is None else {}))
             report.captionless += text is None
+            report.several += len(captions) > 1
         report.packed = writer.count
         report.no_picture = [text.relative_to(folder).as_posix() for text in texts.values() if text not in used]
         if not report.packed:

@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..layers import random
 from ..pipeline.images import fit as fit
-from .samples import BadSample, Index, find_shards, load_index, read_caption, read_sample
+from .samples import BadSample, Index, find_shards, load_index, read_captions, read_sample
 
 _log = logging.getLogger(__name__)
 _SHARDS, _MEMBERS = 0, 1  # the two uses of Philox, kept apart by its counter
@@ -99,7 +100,7 @@ class ShardSource:
 
     shards: a folder, or a list of files. size: the image side. window: shards whose members are mixed. A sample that
     cannot be read keeps its position with weight 0, an image of zeros and no caption, and is named in the batch's
-    `problems`.
+    `problems`. Of several captions, one a line, one is drawn at each position.
 
     part: None for all samples; "validation" for about `share` of them, "train" for the rest. A hash of what a sample is
     called in its json, or of its picture, says where it belongs: however it is packed, it stays there. Only a
@@ -196,10 +197,16 @@ class ShardSource:
         key = index.sample_name(member)
         try:
             with open(index.path, "rb") as file:
-                picture, caption = read_sample(file, index.entries[member])
-            return fit(picture, self.side), caption, key, None
+                picture, captions = read_sample(file, index.entries[member])
+            return fit(picture, self.side), self.drawn(captions, position), key, None
         except BadSample as error:
             return torch.zeros(3, self.side, self.side), "", key, str(error)
+
+    def drawn(self, captions: Sequence[str], position: int) -> str:
+        """That of a sample's captions which stands at a position: another pass draws anew."""
+        if len(captions) == 1:
+            return captions[0]
+        return captions[int(random.integers(self.seed, 0, torch.tensor([position]), (), "caption", len(captions)))]
 
     def read(self, positions: Sequence[int]) -> Batch:
         """The batch at these positions. Raises ValueError for a negative position."""
@@ -218,7 +225,7 @@ class ShardSource:
             shard, member = self.place(int(position))
             index = self.indexes[shard]
             with open(index.path, "rb") as file, contextlib.suppress(BadSample):
-                found.append(read_caption(file, index.entries[member]))
+                found.append(self.drawn(read_captions(file, index.entries[member]), int(position)))
             if found and not found[-1]:
                 raise ValueError(NO_CAPTION.format(index.sample_name(member)))
         return found

@@ -20,13 +20,14 @@ def pack(
     samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
     no_captions: Annotated[bool, typer.Option("--no-captions", help="pack pictures without a .txt too")] = False,
 ) -> None:
-    """Pack pictures with sibling .txt captions into WebDataset shards."""
+    """Pack pictures with sibling .txt captions, one a line, into WebDataset shards."""
     from ...pipeline.terminal import tell
     from ..shards import pack_folder
 
     report = pack_folder(folder, out, samples_per_shard, no_captions)
-    without = f", {report.captionless} of them without a caption" if report.captionless else ""
-    typer.echo(f"packed {report.packed} samples into {out}{without}")
+    without = f", {report.captionless} without a caption" if report.captionless else ""
+    several = f", {report.several} with several captions, a line each" if report.several else ""
+    typer.echo(f"packed {report.packed} samples into {out}{without}{several}")
     tell({"no caption": report.no_caption, "no picture": report.no_picture, "duplicate (packed)": report.duplicates})
     tell({"not a picture or caption": report.ignored, "bad": report.bad})
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ...layers import random
 from ...pipeline import checkpoint
-from ...pipeline.recipe import Recipe, RecipeError, build, defaults, is_frozen
+from ...pipeline.recipe import Recipe, build, defaults, is_frozen
 from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import clip as clip_objective
 from ..run import Stage
 from ..stream import Batch, Source
-from .contract import Knob, Loss, TrainingStage, Updates
+from .contract import Knob, Loss, TrainingStage, Updates, captions_of
 
 
 class CLIPStage(TrainingStage):
@@ -61,6 +61,21 @@ class CLIPStage(TrainingStage):
         """Always."""
         return "its loss compares the captions of a step"
 
+    @staticmethod
+    def problem(recipe: Recipe, parts: dict[str, Any], model: Path) -> str:
+        """A text encoder of other sizes than those of the text tower that it is to be."""
+        if not _gives_text(recipe, model):
+            return ""
+        asked, clip = defaults("text", "clip_text") | recipe.parts["text"], recipe.parts["clip"]
+        given = {name: clip[name] for name in ("text_vocab", "text_length")}
+        given |= {"width": clip["text_width"], "depth": clip["text_depth"], "num_heads": clip["text_heads"]}
+        given["quick_gelu"] = False
+        wrong = ", ".join(f"{name}: {value}" for name, value in given.items() if asked[name] != value)
+        return wrong and (
+            "parts.text is frozen and not there, so it becomes the text tower of parts.clip; write "
+            f"{wrong}, or have a text encoder in the model folder"
+        )
+
     def exported(self) -> dict[str, nn.Module]:
         """Beside CLIP its text tower, where a prior reads one that is frozen and did not come from elsewhere."""
         if not self.gives_text:
@@ -94,7 +109,7 @@ class CLIPStage(TrainingStage):
         if step is None:  # as many as training shows, whichever way
             wanted = max(wanted, int(self.config.number("contrast", 1)) - 1)
         wanted = min(wanted, 1) if share == 1 else wanted
-        count, captions = len(batch.captions), [*batch.captions, *self._wrong(batch, wanted)]
+        count, captions = len(batch.captions), [*captions_of(batch), *self._wrong(batch, wanted)]
         if share and step is not None:
             drawn = (random.uniform(self.seed, step, batch.samples, (1,), "canonical wording")[:, 0] < share).tolist()
             rewrite = drawn + [draw for draw in drawn for _ in range(wanted)]
@@ -134,25 +149,11 @@ class CLIPStage(TrainingStage):
 
 
 def _gives_text(recipe: Recipe, model: Path) -> bool:
-    """Whether the recipe's frozen text encoder is the text tower of its CLIP.
-
-    Raises RecipeError where it cannot be, and the model folder holds no other.
-    """
+    """Whether the recipe's frozen text encoder is to be the text tower of its CLIP: the folder holds no other."""
     if recipe.parts.get("text", {}).get("kind") != "clip_text" or not is_frozen(recipe, "text"):
         return False
     known = checkpoint.read_card(model)["parts"].get("text") if (model / "card.json").exists() else None
-    if known is not None and known.get("identity", {}).get("stage") != "clip":
-        return False
-    asked, clip = defaults("text", "clip_text") | recipe.parts["text"], recipe.parts["clip"]
-    given = {name: clip[name] for name in ("text_vocab", "text_length")}
-    given |= {"width": clip["text_width"], "depth": clip["text_depth"], "num_heads": clip["text_heads"]}
-    given["quick_gelu"] = False
-    if wrong := [f"{name}: {value}" for name, value in given.items() if asked[name] != value]:
-        raise RecipeError(
-            f"{recipe.name}: parts.text is frozen and not there, so it becomes the text tower of parts.clip; write "
-            f"{', '.join(wrong)}, or have a text encoder in the model folder"
-        )
-    return True
+    return known is None or known.get("identity", {}).get("stage") == "clip"
 
 
 def _number(meaning: Hashable) -> int:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -79,8 +80,11 @@ class TrainingStage(ABC):
         return ""
 
     @staticmethod
-    def problem(parts: dict[str, Any]) -> str:
-        """Why the parts of a recipe, with or without weights, are not of one system, or "" where they are."""
+    def problem(recipe: Recipe, parts: dict[str, Any], model: Path) -> str:
+        """Why the parts of a recipe are not of one system, and what to correct, or "" where they are.
+
+        parts: with or without weights. model: the model folder, in which there may be parts already.
+        """
         return ""
 
     @classmethod

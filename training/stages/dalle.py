@@ -14,7 +14,7 @@ from torch import Tensor
 from ...layers import random
 from ...pipeline import checkpoint
 from ...pipeline.drawing import CodeDrawing, codes_problem
-from ...pipeline.recipe import Recipe, RecipeError, build, sampling_knobs
+from ...pipeline.recipe import Recipe, build, sampling_knobs
 from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import dalle as dalle_objective
 from ..run import Stage
@@ -39,12 +39,10 @@ class DALLEStage(TrainingStage):
         self.captions = CaptionTokenizer.load(model / "captions.json")
         self.hold(build(recipe, self.part))
         checkpoint.check_captions(model, recipe, self.part, self.network)
-        if problem := self.problem({self.part: self.network, "tokenizer": self.tokenizer}):
-            raise RecipeError(f"{recipe.name}: {problem}")
         self.recipe, self.config, self.source, self.seed = recipe, config, source, seed
 
     @staticmethod
-    def problem(parts: dict[str, Any]) -> str:
+    def problem(recipe: Recipe, parts: dict[str, Any], model: Path) -> str:
         """Another grid or codebook than the tokenizer's."""
         found = codes_problem(parts["prior"], parts["tokenizer"].spec)
         return found and f"{found}; correct parts.prior.grid and num_codes"

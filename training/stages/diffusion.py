@@ -59,20 +59,17 @@ class DiffusionStage(TrainingStage):
     ) -> None:
         encodes = "tokenizer" in recipe.parts
         self.tokenizer: Any = checkpoint.load_part(model, recipe, "tokenizer", device) if encodes else None
-        _check_latents(recipe, self.tokenizer)
+        if self.tokenizer is not None and not self.tokenizer.scale.measured:
+            raise RecipeError(
+                f"{recipe.name}: the scale of the tokenizer's latents was not measured, and noise is for latents of "
+                "deviation 1; train the tokenizer's stage to its end"
+            )
         self.prior = build(recipe, self.part)
         self.text: Any = None
-        if self.prior.embedding_dim is not None:
-            raise RecipeError(f"{recipe.name}: this stage has no image embeddings; leave parts.prior.embedding_dim out")
         if "text" in recipe.parts:
             self.text = _text(recipe, model, device)
             own = getattr(self.text, "captions", None)
             self.captions = own or CaptionTokenizer.load(model / "captions.json")
-        if getattr(self.text, "width", None) != self.prior.context_dim:
-            raise RecipeError(
-                f"{recipe.name}: parts.prior.context_dim must be the width of parts.text, or null where there is none, "
-                f"got {self.prior.context_dim} and {getattr(self.text, 'width', None)}"
-            )
         self.along = self.text is not None and not is_frozen(recipe, "text")
         self.hold(Captioned(self.prior, self.text) if self.along else self.prior)
         self.recipe, self.config, self.seed = recipe, config, seed
@@ -89,6 +86,36 @@ class DiffusionStage(TrainingStage):
             "text": "text" in recipe.parts and is_frozen(recipe, "text"),
         }
         return tuple(name for name in cls.depends if read[name])
+
+    @staticmethod
+    def problem(recipe: Recipe, parts: dict[str, Any], model: Path) -> str:
+        """Noise that cannot be, or a prior that does not fit what it denoises or what it is conditioned on."""
+        prior, width = parts["prior"], getattr(parts.get("text"), "width", None)
+        denoiser_of(recipe, prior)  # raises for the noise
+        if prior.embedding_dim is not None:
+            return "it has no image embeddings; leave parts.prior.embedding_dim out"
+        if width != prior.context_dim:
+            return (
+                "parts.prior.context_dim must be the width of parts.text, or null where there is none, "
+                f"got {prior.context_dim} and {width}"
+            )
+        spec = parts["tokenizer"].spec if "tokenizer" in parts else None
+        if spec and (spec.kind != "latents" or len(spec.shape) != 3):
+            return (
+                f"diffusion needs latents (C, h, w), and the tokenizer gives {spec.kind} of shape {tuple(spec.shape)}; "
+                "take an autoencoder_kl, or leave the tokenizer out to learn pixels"
+            )
+        channels, *places = spec.shape if spec else (3, recipe.image_size, recipe.image_size)
+        read, given = prior.in_channels, prior.conv_out.out_channels
+        if read != channels or given not in (channels, 2 * channels):
+            return (
+                f"{'the tokenizer gives' if spec else 'pictures have'} {channels} channels, the prior reads {read} and "
+                f"gives {given}; write parts.prior.in_channels={channels}, and leave out_channels out, or write twice "
+                "as many for learned variances"
+            )
+        if any(place % prior.factor for place in places):
+            return f"the prior halves its grid to 1/{prior.factor}, which must divide {places}; shorten channel_mult"
+        return ""
 
     def exported(self) -> dict[str, nn.Module]:
         """The text encoder too, where it trained along."""
@@ -242,20 +269,3 @@ def _text(recipe: Recipe, model: Path, device: torch.device) -> Any:
     text = build(recipe, "text")
     checkpoint.check_captions(model, recipe, "text", text)
     return text
-
-
-def _check_latents(recipe: Recipe, tokenizer: object) -> None:
-    """Raises RecipeError for a tokenizer whose output cannot be noised as it is."""
-    if tokenizer is None:
-        return
-    spec = tokenizer.spec  # type: ignore[attr-defined]
-    if spec.kind != "latents" or len(spec.shape) != 3:
-        raise RecipeError(
-            f"{recipe.name}: diffusion needs latents (C, h, w), and the tokenizer gives {spec.kind} of shape "
-            f"{spec.shape}; take an autoencoder_kl, or leave the tokenizer out to learn pixels"
-        )
-    if not tokenizer.scale.measured:  # type: ignore[attr-defined]
-        raise RecipeError(
-            f"{recipe.name}: the scale of the tokenizer's latents was not measured, and noise is for latents of "
-            "deviation 1; train the tokenizer's stage to its end"
-        )

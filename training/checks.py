@@ -1,0 +1,93 @@
+"""What is refused of a recipe before anything trains, though only a later stage could not do it.
+
+It does not know what a stage computes: each says itself what does not fit it, by `TrainingStage.problem`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ..pipeline import checkpoint
+from ..pipeline.recipe import Recipe, RecipeError, captions_problem, is_frozen, is_pretrained, nearest
+from . import run as runs
+from .log import check_trackers
+from .stages import STAGES
+
+
+def names_of(training: runs.Training, stage: str | None) -> list[str]:
+    """The stages to train, all or the one that is named. Raises RecipeError where there is none of that name."""
+    if stage and stage not in training.stages:
+        raise RecipeError(f"no stage {stage!r}; {nearest(stage, list(training.stages))}")
+    return [stage] if stage else list(training.stages)
+
+
+def stage_of(recipe: Recipe, name: str) -> Any:
+    """The class of a stage, by the kind of its part. Raises RecipeError where nothing trains that part."""
+    if name not in recipe.parts:
+        raise RecipeError(f"training.stages: no part {name!r} to train; {nearest(name, list(recipe.parts))}")
+    if is_frozen(recipe, name):
+        raise RecipeError(f"training.stages.{name}: {name} is frozen; leave out this stage, or take it out of `frozen`")
+    kind = recipe.parts[name]["kind"]
+    if kind not in STAGES or STAGES[kind].part != name:
+        raise RecipeError(f"training.stages.{name}: nothing trains {name} of the kind {kind!r} yet")
+    return STAGES[kind]
+
+
+def check(recipe: Recipe, training: runs.Training, names: list[str], processes: int, model: Path) -> None:
+    """Raises RecipeError for what any of the named stages could not do.
+
+    model: the model folder, in which there may be parts already, or nothing.
+    """
+    check_trackers(training.trackers)
+    if training.data.contrast != 1:
+        raise RecipeError("training.data.contrast is what stages.clip.objective.contrast sets; set that")
+    stages = {name: stage_of(recipe, name) for name in names}
+    read = {other for stage in stages.values() for other in stage.needs(recipe)}
+    built = {
+        part: checkpoint.outline(recipe, part)
+        for part in recipe.parts
+        if part in read or not is_pretrained(recipe, part)
+    }
+    for name, stage in stages.items():
+        config = training.stages[name]
+        _check_objective(name, config, stage, training.data.kind)
+        for other in config.optimizers.keys() - {name, *stage.beside}:
+            raise RecipeError(f"stages.{name}.optimizers: {other!r} is not trained there; leave it out")
+        for other in stage.needs(recipe):
+            if other not in (*recipe.parts, "captions"):
+                raise RecipeError(f"stage {name} needs a {other}, which {recipe.name} has not; add parts.{other}")
+        for part in (name, *stage.beside, *stage.needs(recipe)):
+            if problem := part in built and captions_problem(recipe, part, built[part]):
+                raise RecipeError(f"stage {name}: {problem}")
+        if problem := stage.problem(recipe, built, model):
+            raise RecipeError(f"stage {name}: {problem}")
+        passes, why = runs.division(config, processes)[1], stage.coupled(recipe, config)
+        if why and passes > 1:
+            raise RecipeError(
+                f"stage {name}: {why}, so its samples cannot be read in {passes} passes; "
+                "leave out micro_batch, or use more processes"
+            )
+
+
+def _check_objective(name: str, config: runs.Stage, stage: Any, data: str) -> None:
+    """Raises RecipeError where a key of a stage's objective, or its value, is none, or the data not for it."""
+    where = f"stages.{name}.objective"
+    for key, value in config.objective.items():
+        if key not in stage.knobs:
+            raise RecipeError(f"{where}: unknown key {key!r}; {nearest(key, list(stage.knobs))}")
+        check_knob(where, key, value, stage.knobs[key], data)
+    contrast = config.number("contrast", 1)
+    if contrast > 1 and (contrast % 1 or config.global_batch % contrast or data != "shapes"):
+        raise RecipeError(
+            f"{where}.contrast must be a whole number that divides global_batch, of shapes alone, "
+            f"got {contrast:g} with {config.global_batch} of {data}; correct it, or leave it out"
+        )
+
+
+def check_knob(where: str, key: str, value: float | str, knob: Any, data: str) -> None:
+    """Raises RecipeError where a knob does not take a value, or the data not the knob."""
+    if knob.choices and value not in knob.choices:
+        raise RecipeError(f"{where}.{key} must be one of {', '.join(knob.choices)}, got {value}")
+    if not knob.choices and (isinstance(value, str) or not knob.low <= value <= knob.high):
+        raise RecipeError(f"{where}.{key} must lie between {knob.low:g} and {knob.high:g}, got {value}")
+    if knob.grammar and value and data == "shards":
+        raise RecipeError(f"{where}.{key} needs captions of a known grammar, which shards have not; set {where}={{}}")
