@@ -90,7 +90,9 @@ _TINY = {
     "vqgan, gumbel": _tokenizer(
         f"{_VQGAN}, quantizer: gumbel", "temperature_end: 0.1, discriminator_weight: 0", *_DISCRIMINATOR
     ),
-    "autoencoder_kl": _tokenizer(f"kind: autoencoder_kl, {_CONVOLUTIONS}", _LISTENS, *_DISCRIMINATOR),
+    "autoencoder_kl": _tokenizer(
+        f"kind: autoencoder_kl, {_CONVOLUTIONS}", f"{_LISTENS}, equivariance: 0.3", *_DISCRIMINATOR
+    ),
     "dvae": ("tokenizer", [_DVAE, "stages.tokenizer.objective.autoencoder=0.25"]),
     "patch_dvae": ("tokenizer", []),
     "dalle": ("prior", []),

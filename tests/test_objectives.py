@@ -237,10 +237,14 @@ def test_the_generators_loss_by_hand(which, error):
         (total, count), scalars = vqgan(out, x, regular, codes, 4, weight, perceptual_weight=2.0, **knobs)
         nll = each + 2 * perceptual
     else:
+        small = normal(3, 3, 4, 4)
+        knobs |= {"shrunk": [small], "equivariance": 0.3}
         (total, count), scalars = autoencoder_kl(
             out, x, mean, log_variance, weight, kl_weight=0.1, perceptual_weight=2.0, **knobs
         )
-        regular = 0.1 * gaussian_kl(mean, log_variance).sum(dim=(1, 2, 3))
+        apart = small - x.unflatten(3, (4, 2)).unflatten(2, (4, 2)).mean(dim=(3, 5))
+        apart = {"l1": apart.abs(), "l2": apart**2}[error].mean(dim=(1, 2, 3))
+        regular = 0.1 * gaussian_kl(mean, log_variance).sum(dim=(1, 2, 3)) + 0.3 * 192 * apart
         nll = 192 * (each + 2 * perceptual)
     norms = [
         torch.autograd.grad((weight * loss).sum() / 3, last.weight, retain_graph=True)[0].norm()

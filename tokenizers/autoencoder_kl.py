@@ -9,6 +9,7 @@ It does not know its loss, nor where the noise comes from.
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .autoencoder import Decoder, Encoder, LatentScale, Layout
 from .spec import LatentsSpec, check_image
@@ -69,15 +70,17 @@ class AutoencoderKL(nn.Module):
         """Image (B, 3, H, W) -> mean and logarithm of the variance, each (B, C, h, w), unscaled."""
         return moments(self.quant_conv(self.encoder(image)))
 
-    def forward(self, image: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, image: Tensor, noise: Tensor | None = None, shrink: Sequence[int] = ()) -> dict[str, Tensor]:
         """Image (B, 3, H, W), noise (B, C, h, w) or None for the mean -> what the objective needs.
 
-        `reconstruction` (B, 3, H, W); `mean`, `log_variance` and `latents` (B, C, h, w), unscaled.
+        `reconstruction` (B, 3, H, W); `mean`, `log_variance` and `latents` (B, C, h, w), unscaled; for each n of
+        `shrink`, which divides h and w, `shrunk_n` (B, 3, H / n, W / n), what the latents' averages over n x n give.
         """
         check_image(image, self.image_size, type(self).__name__, values=False)
         mean, log_variance = self.posterior(image)
         latents = reparameterise(mean, log_variance, noise)
         found = {"mean": mean, "log_variance": log_variance, "latents": latents}
+        found |= {f"shrunk_{n}": self._image(F.avg_pool2d(latents, n)) for n in shrink}
         return found | {"reconstruction": self._image(latents)}
 
     def _image(self, latents: Tensor) -> Tensor:

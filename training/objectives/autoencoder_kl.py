@@ -4,10 +4,15 @@ with a slight KL in place of the codebook.
 B images of D = 3 * H * W values.
 
 It does not know the networks, see `vqgan`. The reconstruction is a sum over values as the KL is one over latents, so
-that the published weight 1e-6 is between them.
+that the published weight 1e-6 is between them. Latents may also be held to smaller pictures (EQ-VAE: Kouzelis 2025,
+arXiv:2502.09509, for changes of scale): what averages of neighbouring latents give back is the picture made as small.
+Coarse structure then lies in coarse latents, which diffusion models learn much sooner.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...layers.precision import full
 from .vae import gaussian_kl
@@ -29,20 +34,28 @@ def autoencoder_kl(
     perceptual: Tensor | None = None,
     perceptual_weight: float = 1.0,
     average: Average | None = None,
+    shrunk: Sequence[Tensor] = (),
+    equivariance: float = 0.0,
 ) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
-    """D * (error + perceptual) + kl_weight * KL + ramp * adaptive weight * fooling, per image.
+    """D * (error + perceptual + equivariance * shrunk) + kl_weight * KL + ramp * adaptive weight * fooling, per image.
 
     mean, log_variance: of the posterior, (B, C, h, w); its KL is summed over all three. error: "l1" as published, or
-    "l2", which learns edges sooner. ramp: 0.5 from step 50,001 on as published for KL-f8. The other arguments, and when
-    it is coupled: see `vqgan.vqgan`.
+    "l2", which learns edges sooner. shrunk: what shrunk latents give back, (B, 3, H / n, W / n) each; their errors are
+    added up. ramp: 0.5 from step 50,001 on as published for KL-f8. The other arguments, and when it is coupled: see
+    `vqgan.vqgan`.
 
-    Returns ((weighted loss sum, weight sum), scalars), the scalars detached weighted means: `l1` or `l2` and
-    `perceptual` per value, `nll` and `kl` per image, `fooling`, `adaptive`. Raises ValueError when shapes disagree.
+    Returns ((weighted loss sum, weight sum), scalars), the scalars detached weighted means: `l1` or `l2`, `perceptual`
+    and `shrunk_n` per value, `nll` and `kl` per image, `fooling`, `adaptive`. Raises ValueError when shapes disagree.
     """
     check_images("autoencoder_kl", reconstruction, image, weight, *([] if perceptual is None else [perceptual]))
     nll = pixel_error(reconstruction, image, error)
     kl = gaussian_kl(mean, log_variance).flatten(1).sum(dim=1)
     shown = {error: nll, "kl": kl} | ({} if perceptual is None else {"perceptual": perceptual})
     nll = image[0].numel() * (nll if perceptual is None else nll + perceptual_weight * full(perceptual))
-    total, scalars = generator(nll, kl_weight * kl, weight, fake_logits, last_layer, ramp, average)
+    regular = kl_weight * kl
+    for small in shrunk:
+        apart = pixel_error(small, F.avg_pool2d(image, image.shape[-1] // small.shape[-1]), error)
+        regular = regular + equivariance * image[0].numel() * apart
+        shown[f"shrunk_{image.shape[-1] // small.shape[-1]}"] = apart
+    total, scalars = generator(nll, regular, weight, fake_logits, last_layer, ramp, average)
     return total, scalars | weighted(nll, weight, shown)[1]

@@ -1,6 +1,7 @@
 """Objectives of diffusion: the simple loss (Ho 2020, arXiv:2006.11239, equation 14), its weights by SNR (min-SNR: Hang
-2023, arXiv:2303.09556, section 3.4; P2: Choi 2022, arXiv:2204.00227, equation 8), the terms of the variational bound
-(Ho 2020, equations 5 and 13), and the hybrid for learned variances (Nichol 2021, arXiv:2102.09672, equation 16).
+2023, arXiv:2303.09556, section 3.4; P2: Choi 2022, arXiv:2204.00227, equation 8; truncated SNR: Salimans 2022,
+arXiv:2202.00512, section 4), the terms of the variational bound (Ho 2020, equations 5 and 13), and the hybrid for
+learned variances (Nichol 2021, arXiv:2102.09672, equation 16).
 
 The lecture leaves out KL(q(x_T | x_0) || p(x_T)), which the bound needs: it is `prior_nats`.
 
@@ -19,7 +20,7 @@ from ...priors.denoiser import Denoised
 from .vae import gaussian_kl
 from .weighting import weighted
 
-WEIGHTINGS = ("none", "min_snr", "p2")
+WEIGHTINGS = ("none", "min_snr", "truncated", "p2")
 
 
 def diffusion(
@@ -66,13 +67,16 @@ def snr_weight(snr: Tensor, target: str, weighting: str = "none", gamma: float |
     """The weight of a squared error at an SNR (B,), (B,). The papers state it for eps; an error of x_0 is 1 / SNR of
     that, one of v is (1 + 1 / SNR) of it, so the same loss has other weights there.
 
-    "none": 1 in any target. "min_snr": min(SNR, gamma) / SNR of eps, gamma 5. "p2": (1 + SNR) ** -gamma, gamma 1.
+    "none": 1 in any target. "min_snr": min(SNR, gamma) / SNR of eps, gamma 5. "truncated": of x_0 max(SNR, 1), so that
+    where noise prevails the whole picture still counts, and at most gamma, 5. "p2": (1 + SNR) ** -gamma, gamma 1.
     Raises ValueError for another weighting.
     """
     if weighting == "none":
         return torch.ones_like(snr)
     if weighting == "min_snr":
         of_x_0 = snr.clamp(max=5.0 if gamma is None else gamma)
+    elif weighting == "truncated":
+        of_x_0 = snr.clamp(1.0, 5.0 if gamma is None else gamma)
     elif weighting == "p2":
         of_x_0 = snr * (1 + snr) ** -(1.0 if gamma is None else gamma)
     else:

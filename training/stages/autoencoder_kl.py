@@ -20,15 +20,18 @@ from .contract import Knob, Updates, over_ranks, pairs, reconstruct
 from .latents import LatentsStage, latent_std
 from .likeness import Likeness
 
+_SHRINK = (2, 4)  # how many times smaller the pictures are that latents are also held to
+
 
 class AutoencoderKLStage(LatentsStage):
     """Fits the autoencoder of latent diffusion (arXiv:2112.10752, appendix G), and measures the scale of its latents.
 
-    kl_weight: of the KL to N(0, 1), summed over latents. The other knobs: `Adversary` and `Likeness`.
+    kl_weight: of the KL to N(0, 1), summed over latents. equivariance: of the errors of pictures 2 and 4 times smaller
+    that shrunk latents give back, see the objective; 0 does without. The other knobs: `Adversary` and `Likeness`.
     """
 
     beside: tuple[str, ...] = (Adversary.part,)
-    knobs: ClassVar = {"kl_weight": Knob(), **Adversary.knobs, **Likeness.knobs}
+    knobs: ClassVar = {"kl_weight": Knob(), "equivariance": Knob(), **Adversary.knobs, **Likeness.knobs}
 
     def __init__(
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
@@ -39,6 +42,14 @@ class AutoencoderKLStage(LatentsStage):
         self.hold(network, **self.adversary.networks())
         self.source, self.seed, self.device = source, seed, device
         self.kl_weight = config.number("kl_weight", 1e-6)
+        self.equivariance = config.number("equivariance", 0)
+        self.shrink = _SHRINK if self.equivariance else ()
+        side = self.network.spec.shape[-1]
+        if self.equivariance and side % max(_SHRINK):
+            raise ValueError(
+                f"{recipe.name}: stages.tokenizer.objective.equivariance shrinks latents {_SHRINK} times, got sides of "
+                f"{side}; choose an image_size and a channel_mult whose latents these divide, or leave equivariance out"
+            )
 
     @staticmethod
     def coupled(recipe: Recipe, config: Stage) -> str:
@@ -48,12 +59,13 @@ class AutoencoderKLStage(LatentsStage):
     def updates(self, batch: Batch, step: int) -> Updates:
         ramp = self.adversary.ramp(step)
         noise = random.normal(self.seed, step, batch.samples, self.network.spec.shape, "posterior")
-        out = self.forward[self.part](batch.image, noise)
+        out = self.forward[self.part](batch.image, noise, self.shrink)
         again, mean = out["reconstruction"], out["mean"]
         loss, scalars = objective.autoencoder_kl(
             again, batch.image, mean, out["log_variance"], batch.weight,
             fake_logits=self.adversary.judge(again) if ramp else None, last_layer=self.network.last_layer, ramp=ramp,
-            kl_weight=self.kl_weight, average=over_ranks(batch.weight), **self.likeness.terms(again, batch.image),
+            kl_weight=self.kl_weight, average=over_ranks(batch.weight), equivariance=self.equivariance,
+            shrunk=[out[f"shrunk_{n}"] for n in self.shrink], **self.likeness.terms(again, batch.image),
         )  # fmt: skip
         yield self.part, loss, scalars | {"unscaled_std": latent_std(mean, batch.weight)}
         if self.adversary.learns(step):
