@@ -4,11 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+
+from kartina.training import launcher
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "training" / "launch"
@@ -81,3 +84,27 @@ def test_the_trainer_starts_under_accelerates_launcher(tmp_path):
     command = [*launcher, "-m", "kartina.training", "shapes/dale"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert "did you mean 'shapes/dalle'" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGTERM, signal.SIGINT)])
+def test_a_second_signal_gives_its_own_status_whatever_a_stuck_rank_leaves(signals, tmp_path, monkeypatch):
+    """A launcher in torchrun's place: it ends with 0 after its rank, and with 1 where it is ended before it."""
+    stubborn = "trap : TERM INT; touch ready; for i in $(seq TIMES); do sleep 0.1; done"
+    (tmp_path / "rank").write_text(stubborn.replace("TIMES", "10" if len(signals) == 1 else "600"))
+    agent = "#!/bin/bash\ntrap 'kill -9 $!; exit 1' TERM\nbash rank & wait $!\n"
+    (tmp_path / "agent").write_text(agent)
+    (tmp_path / "agent").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "agent"))
+
+    def ask():
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.02)
+        for number in signals:
+            time.sleep(0.1)
+            os.kill(os.getpid(), number)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    assert launcher.launch(["kartina.training", "shapes/dalle"], 2) == 128 + signals[-1]
+    asker.join()
