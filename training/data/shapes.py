@@ -197,7 +197,7 @@ class ShapesSource:
         """Of each facts those one fact away by kind: the opposite relation first, the rest as its sample draws."""
         rngs = [np.random.default_rng([self._seed, sample]) for sample in samples]
         found: list[dict[str, Facts]] = [{} for _ in facts]
-        left = range(len(facts))
+        left = list(range(len(facts)))
         for _ in range(_TRIES):
             drawn = [
                 (i, kind, wrong)
