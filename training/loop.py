@@ -293,7 +293,7 @@ class _Run:
         run, config = self.state, self.config
         last = run.step == config.steps
         if self.validation is not None and (run.step % config.validate_every == 0 or last):
-            found = exchange.validate(self.stage, run.ema, self.validation, self.accelerator)
+            found = exchange.validate(self.stage, run.ema, self.validation, config.validate_samples, self.accelerator)
             self.log.write(run.step, config.steps, {f"valid/{name}": value for name, value in found.items()})
             value, before = found[self.stage.metrics[0]], run.best
             sign = 1 if self.stage.higher_is_better else -1

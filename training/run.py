@@ -13,8 +13,8 @@ from ..pipeline.recipe import Recipe, RecipeError, Section, nearest, read, valid
 
 RECIPES = Path(__file__).parent / "recipes"
 _CADENCE = (
-    "log_every", "preview_every", "validate_every", "save_minutes", "save_every", "keep", "patience", "micro_batch",
-    "recompute",
+    "log_every", "preview_every", "validate_every", "validate_samples", "save_minutes", "save_every", "keep",
+    "patience", "micro_batch", "recompute",
 )  # fmt: skip
 _ABSENT, _SHOWN = "(absent)", 8  # in errors
 
@@ -62,6 +62,7 @@ class Stage(Section):
     log_every: int = Field(20, ge=1)
     preview_every: int = Field(500, ge=1)
     validate_every: int = Field(500, ge=1)
+    validate_samples: int = Field(512, ge=1, description="the first of the validation data, all where it has fewer")
     save_minutes: float = Field(5.0, gt=0)
     save_every: int | None = Field(None, ge=1, description="steps; as well as by time")
     keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best one")
