@@ -14,7 +14,6 @@ from kartina.training import __main__ as trainer
 from kartina.training import loop, state
 from kartina.training import run as runs
 from kartina.training.data.shapes import ShapesSource
-from kartina.training.log import Log
 from kartina.training.run import Data
 from kartina.training.stages import STAGES
 
@@ -189,26 +188,6 @@ def test_wrong_captions_of_shards_are_refused_at_once(tmp_path, capsys):
     data = ["training.data.kind=shards", f"training.data.shards={tmp_path}"]
     assert trainer.main(["shapes/dalle", *TINY, *data, "--run", str(tmp_path / "run")]) == 2
     assert "needs captions of a known grammar" in capsys.readouterr().err
-
-
-def test_a_resumed_log_repeats_no_step(tmp_path):
-    first = Log(tmp_path, "tokenizer", True, 0)
-    first.write(4, 4, {"loss": 1.0})
-    crashed = Log(tmp_path, "prior", True, 0)
-    for step in (1, 2, 3):
-        crashed.at = step
-        crashed.write(step, 4, {"loss": 1.0})
-    with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"stage": "prior", "st')
-    Log(tmp_path, "prior", False, 1)  # another rank leaves it alone
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 5
-    again = Log(tmp_path, "prior", True, 1)
-    again.at = 2
-    again.write(2, 4, {"loss": 2.0})
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(line["stage"], line["step"], line["loss"]) for line in lines] == [
-        ("tokenizer", 4, 1.0), ("prior", 1, 1.0), ("prior", 2, 2.0)
-    ]  # fmt: skip
 
 
 def test_a_changed_recipe_is_refused_with_the_differing_key(run, capsys):

@@ -318,7 +318,7 @@ class _Run:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 picture.save(path)
         except (OSError, ValueError) as error:  # a picture is not worth a run
-            self.log.console.print(f"{path} is not saved ({error})", markup=False)
+            self.log.say(f"{path} is not saved ({error})")
 
     def _save_if_due(self) -> None:
         """By steps, by the first rank's clock, at the end, and where any rank was asked to stop."""
