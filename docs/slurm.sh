@@ -3,10 +3,12 @@
 #
 #     sbatch docs/slurm.sh RECIPE [--stage STAGE] [--run FOLDER] [key.sub=value ...]
 #
-# 120 seconds before its time is up the job asks the trainer to save and stop, and queues itself again; the same command
-# then resumes. A job that SLURM preempts is queued again too (--requeue), and goes on from its last checkpoint.
+# 120 seconds before its time is up the job asks the trainer to save and stop, and where it did, with the status 143,
+# queues itself again; the same command then resumes. A run that was finished by then, or that failed, ends the job with
+# its own status. A job that SLURM preempts is queued again too (--requeue), and goes on from its last checkpoint.
 # srun starts one process for each GPU, without a launcher between: torchrun would kill a trainer that takes more than 30
-# seconds to save. Set nodes, GPUs and time to what your cluster has; PYTHON, if it is not .venv/bin/python.
+# seconds to save. Once one has ended, by a failure too, the others have 45 seconds to do the same.
+# Set nodes, GPUs and time to what your cluster has; PYTHON, if it is not .venv/bin/python.
 #SBATCH --job-name=kartina
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -33,18 +35,17 @@ export MASTER_ADDR MASTER_PORT WORLD_SIZE
 asked= step=
 trap 'asked=yes; kill -TERM $step' TERM
 
-srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec $PYTHON -m kartina.training "$@"' \
-  trainer "$@" &
+srun --kill-on-bad-exit=0 --wait=45 bash -c \
+  'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec $PYTHON -m kartina.training "$@"' trainer "$@" &
 step=$!
 wait "$step"
-status=$?
 while kill -0 "$step" 2> /dev/null; do # a signal ends `wait` before the step ends
   wait "$step"
-  status=$?
 done
+wait "$step" # at once, with the status of the step itself
+status=$?
 
-if [ -n "$asked" ]; then
-  scontrol requeue "$SLURM_JOB_ID"
+if [ -n "$asked" ] && [ "$status" -eq 143 ] && scontrol requeue "$SLURM_JOB_ID"; then
   exit 0
 fi
 exit "$status"

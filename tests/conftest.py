@@ -31,6 +31,8 @@ _SHORT = [
     *[f"stages.{stage}.{key}" for stage in ("tokenizer", "prior", "clip") for key in ("steps=20", "global_batch=8")],
     *[f"stages.{stage}.log_every=1" for stage in ("tokenizer", "prior", "clip")],
     *[f"stages.{stage}.validate_every=10" for stage in ("tokenizer", "prior", "clip")],
+    # A chunk and a half: each of two ranks has one to measure.
+    *[f"stages.{stage}.validate_samples=96" for stage in ("tokenizer", "prior", "clip")],
     "training.precision=fp32",
     "training.trackers=[]",
 ]

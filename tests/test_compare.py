@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from kartina import cli
 from kartina.training import __main__ as trainer
-from kartina.training import charts, compare, exchange
+from kartina.training import charts, compare
 
 SMALL = [
     "captions.vocab_size=300",
@@ -20,6 +20,7 @@ SMALL = [
     *["stages.tokenizer.steps=20", "stages.tokenizer.global_batch=16", "stages.tokenizer.log_every=2"],
     *["stages.prior.steps=150", "stages.prior.global_batch=16", "stages.prior.log_every=2"],
     *["stages.prior.validate_every=10", "stages.prior.optimizer.muon=0"],
+    *["stages.tokenizer.validate_samples=64", "stages.prior.validate_samples=64"],
 ]
 
 
@@ -28,7 +29,6 @@ def runs(tmp_path_factory):
     """A run, the same with another seed, and the same at 40 times the learning rate; and where references go."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "_VALIDATED", 64)
         patch.setattr(compare, "find", lambda name: folder / f"{name.replace('/', '-')}.yaml")
         assert trainer.main(["shapes/dalle", *SMALL, "--stage", "tokenizer", "--run", str(folder / "first")]) == 0
         more = {"first": [], "other-seed": ["training.seed=1"], "x40": ["stages.prior.optimizer.lr=0.4"]}

@@ -15,20 +15,12 @@ from typer.testing import CliRunner
 from kartina import cli
 from kartina.layers import random
 from kartina.training import __main__ as trainer
-from kartina.training import doctor, exchange, history, loop
+from kartina.training import doctor, history, loop
 from kartina.training import run as runs
 from kartina.training.loop import train_stage
 from kartina.training.stages.contract import frozen
 from kartina.training.stopping import Stop
 from kartina.training.stream import Batch
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_are_validated():
-    """Seconds, not minutes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "_VALIDATED", 128)
-        yield
 
 
 class Points:
@@ -176,8 +168,8 @@ def fit(stage, folder, source=None, steps=200, batch=64, lr=3e-3, validated=True
             if isinstance(layer, nn.Linear):
                 layer.reset_parameters()
     optimizer = {"lr": lr, "warmup": 0, **more.pop("optimizer", {})}
-    config = {"steps": steps, "global_batch": batch, "log_every": 2, "validate_every": steps // 5, "save_minutes": 60}
-    config |= {"optimizer": optimizer, **more}
+    config = {"steps": steps, "global_batch": batch, "log_every": 2, "validate_every": steps // 5}
+    config |= {"validate_samples": 128, "save_minutes": 60, "optimizer": optimizer, **more}
     recipe = {"precision": "fp32", "trackers": (), "data": {"kind": "shapes"}, "stages": {stage.part: config}}
     training = runs.Training.model_validate(recipe)
     held_out = Points(source.kind) if validated else None
@@ -228,6 +220,19 @@ def test_learning_rate_too_high(tmp_path):
     assert fit(Denoiser(1.4), tmp_path / "right", lr=0.003, optimizer=optimizer) == []
 
 
+def test_as_many_samples_are_validated_as_the_recipe_says(tmp_path):
+    scored = []
+
+    class Watched(Denoiser):
+        def measure(self, batch):
+            scored.append(batch.keys)
+            return super().measure(batch)
+
+    fit(Watched(1.4), tmp_path, steps=5, validate_every=5, validate_samples=70)
+    assert [len(keys) for keys in scored] == [64, 64, 6]  # the live weights, then the averaged ones
+    assert scored[1] + scored[2] == [str(position) for position in range(70)]
+
+
 def test_waiting_for_data(tmp_path):
     found = fit(Denoiser(1.4), tmp_path, Points(sleep=0.1), steps=60)
     assert named(found) == {"waiting for data"}
@@ -235,6 +240,7 @@ def test_waiting_for_data(tmp_path):
 
 # --- the shipped systems, made small ----------------------------------------------------------------------------------
 
+FEW = "validate_samples=128"  # seconds, not minutes
 SMALL = [
     "captions.vocab_size=300",
     "parts.tokenizer={kind: patch_dvae, image_size: 32, num_codes: 64, patch: [4, 4], width: 16, depth: 1}",
@@ -244,7 +250,7 @@ SMALL = [
     "parts.clip.vision_depth=2",
     "parts.clip.text_depth=1",
     *["training.precision=fp32", "training.trackers=[]", "training.data.levels=[S1]"],
-    *[f"stages.{stage}.log_every=2" for stage in ("tokenizer", "prior", "clip")],
+    *[f"stages.{stage}.{key}" for stage in ("tokenizer", "prior", "clip") for key in ("log_every=2", FEW)],
     *["stages.tokenizer.steps=40", "stages.tokenizer.global_batch=16"],
     *["stages.prior.steps=150", "stages.prior.global_batch=16", "stages.prior.validate_every=50"],
     *["stages.clip.steps=80", "stages.clip.global_batch=32", "stages.clip.levels=[S1]", "stages.clip.objective={}"],

@@ -10,7 +10,7 @@ import torch
 
 from kartina.pipeline import checkpoint
 from kartina.training import __main__ as trainer
-from kartina.training import doctor, exchange, history
+from kartina.training import doctor, history
 
 _SIZES = "image_size: 32, width: 8, channel_mult: [1, 2], blocks_per_level: 1, norm_groups: 4"
 LATENT = [
@@ -22,14 +22,8 @@ LATENT = [
     " attn_levels: [1], num_heads: 2, context_dim: 16}",
     *[f"stages.{stage}.{key}" for stage in ("tokenizer", "prior") for key in ("log_every=1", "global_batch=8")],
     *["stages.tokenizer.steps=20", "stages.prior.steps=20", "stages.prior.validate_every=20"],
+    *["stages.tokenizer.validate_samples=64", "stages.prior.validate_samples=64"],
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_are_validated():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "_VALIDATED", 64)
-        yield
 
 
 @pytest.fixture(scope="module")

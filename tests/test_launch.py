@@ -4,11 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+
+from kartina.training import __main__ as trainer
+from kartina.training import launcher
+from kartina.training.stopping import Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "training" / "launch"
@@ -37,7 +42,7 @@ def cluster(tmp_path) -> dict[str, str]:
         "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; SLURM_PROCID=3 SLURM_LOCALID=1 exec "$@"',
         "scontrol": f'if [ $1 = show ]; then printf "node7\\nnode8\\n"; else echo "$@" >> {tmp_path}/asked; fi',
         "trainer": f'echo "$@; $RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT" > {tmp_path}/called\n'
-        f"trap 'sleep 0.2; echo saved > {tmp_path}/saved; exit 0' TERM\n"
+        f"trap 'sleep 0.2; echo saved > {tmp_path}/saved; exit ${{STOPPED:-143}}' TERM\n"
         'for i in $(seq "${TICKS:-0}"); do sleep 0.05; done; exit "${CODE:-0}"',
     }
     for name, text in commands.items():
@@ -62,17 +67,45 @@ def test_the_slurm_script_starts_a_rank_with_its_words_and_place(cluster, tmp_pa
     assert job.wait(30) == 2 and "a recipe is missing" in job.stderr.read()
 
 
-def test_the_slurm_script_passes_the_signal_on_waits_and_requeues(cluster, tmp_path):
-    job = submit({**cluster, "TICKS": "400"}, "shapes/dalle")
+def asked_to_stop(environment: dict[str, str], tmp_path: Path) -> int:
+    """The status of a job to which SLURM sends its signal as it trains."""
+    job = submit({**environment, "TICKS": "400"}, "shapes/dalle")
     for _ in range(200):
         if (tmp_path / "called").exists():
             break
         time.sleep(0.05)
     time.sleep(0.2)  # the trap is set right after
     job.send_signal(signal.SIGTERM)
-    assert job.wait(30) == 0
+    status = job.wait(30)
     assert (tmp_path / "saved").exists(), "the job ended before its trainer had saved"
+    return status
+
+
+def test_the_slurm_script_passes_the_signal_on_waits_and_requeues(cluster, tmp_path):
+    assert asked_to_stop(cluster, tmp_path) == 0
     assert (tmp_path / "asked").read_text().split() == ["requeue", "41"]
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_a_run_that_was_finished_or_failed_is_not_queued_again(status, cluster, tmp_path):
+    assert asked_to_stop({**cluster, "STOPPED": str(status)}, tmp_path) == status
+    assert not (tmp_path / "asked").exists()
+
+
+def test_a_job_that_cannot_be_queued_again_says_that_it_was_stopped(cluster, tmp_path):
+    (tmp_path / "scontrol").write_text("#!/bin/bash\n[ $1 = show ] && echo node7\n")
+    assert asked_to_stop(cluster, tmp_path) == 143
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_a_stopped_trainer_has_a_status_of_its_own_but_for_torchrun(torchrun, tmp_path, monkeypatch):
+    def stop(*rest):
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(trainer, "_train", stop)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any") if torchrun else monkeypatch.delenv("TORCHELASTIC_RUN_ID", False)
+    asked = ["shapes/dalle", "--processes=16", "--run", str(tmp_path)]
+    assert trainer.main(asked) == (0 if torchrun else 128 + signal.SIGTERM)
 
 
 def test_the_trainer_starts_under_accelerates_launcher(tmp_path):
@@ -81,3 +114,27 @@ def test_the_trainer_starts_under_accelerates_launcher(tmp_path):
     command = [*launcher, "-m", "kartina.training", "shapes/dale"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert "did you mean 'shapes/dalle'" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGTERM, signal.SIGINT)])
+def test_a_second_signal_gives_its_own_status_whatever_a_stuck_rank_leaves(signals, tmp_path, monkeypatch):
+    """A launcher in torchrun's place: it ends with 0 after its rank, and with 1 where it is ended before it."""
+    stubborn = "trap : TERM INT; touch ready; for i in $(seq TIMES); do sleep 0.1; done"
+    (tmp_path / "rank").write_text(stubborn.replace("TIMES", "10" if len(signals) == 1 else "600"))
+    agent = "#!/bin/bash\ntrap 'kill -9 $!; exit 1' TERM\nbash rank & wait $!\n"
+    (tmp_path / "agent").write_text(agent)
+    (tmp_path / "agent").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "agent"))
+
+    def ask():
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.02)
+        for number in signals:
+            time.sleep(0.1)
+            os.kill(os.getpid(), number)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    assert launcher.launch(["kartina.training", "shapes/dalle"], 2) == 128 + signals[-1]
+    asker.join()

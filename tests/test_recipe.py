@@ -1,5 +1,7 @@
 """Recipes: strict keys with the nearest valid one, overrides, closed tables, and counts on the meta device."""
 
+import json
+
 import pytest
 import torch
 
@@ -114,3 +116,14 @@ def test_no_normalisation_depends_on_the_batch_of_a_device(name):
     with torch.device("meta"):
         modules = [module for part in recipe.parts for module in recipes.build(recipe, part).modules()]
     assert not [module for module in modules if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+
+
+def test_what_differs_is_named_down_to_the_value():
+    old = {"steps": 4, "part": {"kind": "vae", "width": 8, "shift": [1]}, "optimizer": {"lr": 0.002}, "against": {}}
+    new = {"steps": 9, "part": {"kind": "vae", "width": 16}, "optimizer": {"lr": 0.004, "muon": None}, "against": {}}
+    lines = ["part.width: 8 -> 16", "part.shift: [1] -> (absent)", "optimizer.lr: 0.002 -> 0.004"]
+    lines.append("optimizer.muon: (absent) -> null")
+    assert runs.differences(old, new) == "; ".join(["steps: 4 -> 9", *lines])
+    assert runs.differences(old, new, extend=True) == "; ".join(lines)
+    assert runs.differences(new, json.loads(json.dumps(new))) == ""
+    assert runs.differences({}, {str(k): k for k in range(10)}).endswith("7: (absent) -> 7; and 2 more")

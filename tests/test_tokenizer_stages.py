@@ -151,7 +151,7 @@ def test_another_discriminator_is_another_recipe(tiny, tmp_path, capsys):
     argv = [*tiny["autoencoder_kl"][1], "stages.tokenizer.steps=2", "--run", str(tmp_path)]
     assert trainer.main(argv) == 0
     assert trainer.main([*argv, "parts.discriminator.norm_groups=2"]) == 2
-    assert "trained with another recipe (differs in beside)" in capsys.readouterr().err
+    assert "(differs in beside.discriminator.norm_groups: 4 -> 2)" in capsys.readouterr().err
 
 
 def test_small_numbers_may_be_written_without_a_dot(tiny):

@@ -239,8 +239,8 @@ def _extend(training: runs.Training, wishes: list[str]) -> tuple[runs.Training, 
 def main(argv: list[str] | None = None) -> int:
     """Trains. Returns 0 when the stages are done, 2 with one clear line for a wrong recipe or run.
 
-    A signal that stopped the run after saving gives 128 + its number, but 0 to a launcher of several processes, which
-    would take anything else for a crash.
+    A signal that stopped the run after saving gives 128 + its number, but 0 to torchrun, which would take anything else
+    for a crash; `accelerate launch` starts several processes by it.
     """
     from .checks import names_of
     from .stopping import Stopped, watched
@@ -256,7 +256,9 @@ def main(argv: list[str] | None = None) -> int:
         with _locked(folder) if rank == "0" else contextlib.nullcontext(), watched() as stop:  # the lock is the job's
             _train(recipe, training, names, folder, given.processes, extended, stop)
     except Stopped as stopped:
-        return 128 + stopped.signum if given.processes == 1 else 0
+        from torch.distributed import is_torchelastic_launched
+
+        return 0 if is_torchelastic_launched() else 128 + stopped.signum
     except (ValueError, OSError) as error:
         if given.processes > 1 and not isinstance(error, RecipeError | checkpoint.ModelError):
             traceback.print_exc()  # it may be this rank's alone

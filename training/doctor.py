@@ -71,7 +71,7 @@ def watch(log: Log, step: int) -> None:
     """Warns of each finding of a stage once a run, on the terminal and as an event of the log."""
     if not log.enabled:
         return
-    history = read(log.folder)[log.stage]
+    history = log.history
     told = {event.get("finding") for event in history.events if event["event"] == "finding"}
     for finding in judge(history):
         if finding.name not in told:

@@ -18,7 +18,7 @@ from .optim import EMA
 from .stages import TrainingStage, Update
 from .stream import Batch, Source
 
-_CHUNK, _VALIDATED = 64, 512
+_CHUNK = 64
 
 
 class TrainingError(ValueError):
@@ -82,14 +82,16 @@ def of_all_ranks(found: dict[str, str], accelerator: Accelerator) -> dict[str, s
     return dict(gather_object(list(found.items()))) if anything else {}
 
 
-def validate(stage: TrainingStage, ema: EMA, source: Source, accelerator: Accelerator) -> dict[str, float]:
+def validate(
+    stage: TrainingStage, ema: EMA, source: Source, samples: int, accelerator: Accelerator
+) -> dict[str, float]:
     """The stage's metrics on the first samples of another source, each scored once, with the averaged weights.
 
-    The samples lie in the same chunks on any number of ranks, since some metrics compare those of a chunk. `ema_gain`
-    is by how much the headline is better with them than with the live ones, over the first chunk, and `ema_gain_error`
-    its standard error.
+    samples: at most so many. They lie in the same chunks on any number of ranks, since some metrics compare those of a
+    chunk. `ema_gain` is by how much the headline is better with averaged weights than with the live ones, over the
+    first chunk, and `ema_gain_error` its standard error.
     """
-    total, world = _VALIDATED if source.size is None else min(_VALIDATED, source.size), accelerator.num_processes
+    total, world = samples if source.size is None else min(samples, source.size), accelerator.num_processes
     chunks = [range(start, min(total, start + _CHUNK)) for start in range(0, total, _CHUNK)]
 
     def read(turn: int) -> Batch:

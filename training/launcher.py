@@ -49,7 +49,8 @@ def launch(trainer: Sequence[str], processes: int) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return 128 + asked[0] if asked and status == 0 else status
+    # A second signal ends a trainer in the midst of things, which its launcher takes for a failure.
+    return 128 + asked[-1] if len(asked) > 1 or (asked and status == 0) else status
 
 
 def _signal_trainers(agent: int, signum: int) -> None:

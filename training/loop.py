@@ -293,7 +293,7 @@ class _Run:
         run, config = self.state, self.config
         last = run.step == config.steps
         if self.validation is not None and (run.step % config.validate_every == 0 or last):
-            found = exchange.validate(self.stage, run.ema, self.validation, self.accelerator)
+            found = exchange.validate(self.stage, run.ema, self.validation, config.validate_samples, self.accelerator)
             self.log.write(run.step, config.steps, {f"valid/{name}": value for name, value in found.items()})
             value, before = found[self.stage.metrics[0]], run.best
             sign = 1 if self.stage.higher_is_better else -1
@@ -318,7 +318,7 @@ class _Run:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 picture.save(path)
         except (OSError, ValueError) as error:  # a picture is not worth a run
-            self.log.console.print(f"{path} is not saved ({error})", markup=False)
+            self.log.say(f"{path} is not saved ({error})")
 
     def _save_if_due(self) -> None:
         """By steps, by the first rank's clock, at the end, and where any rank was asked to stop."""

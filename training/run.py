@@ -3,6 +3,7 @@
 It does not know the models: they are in the recipe's other half, `kartina.pipeline.recipe`.
 """
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,9 +13,10 @@ from ..pipeline.recipe import Recipe, RecipeError, Section, nearest, read, valid
 
 RECIPES = Path(__file__).parent / "recipes"
 _CADENCE = (
-    "log_every", "preview_every", "validate_every", "save_minutes", "save_every", "keep", "patience", "micro_batch",
-    "recompute",
+    "log_every", "preview_every", "validate_every", "validate_samples", "save_minutes", "save_every", "keep",
+    "patience", "micro_batch", "recompute",
 )  # fmt: skip
+_ABSENT, _SHOWN = "(absent)", 8  # in errors
 
 
 class Data(Section):
@@ -60,6 +62,7 @@ class Stage(Section):
     log_every: int = Field(20, ge=1)
     preview_every: int = Field(500, ge=1)
     validate_every: int = Field(500, ge=1)
+    validate_samples: int = Field(512, ge=1, description="the first of the validation data, all where it has fewer")
     save_minutes: float = Field(5.0, gt=0)
     save_every: int | None = Field(None, ge=1, description="steps; as well as by time")
     keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best one")
@@ -150,14 +153,24 @@ def division(stage: Stage, world: int) -> tuple[int, int]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], extend: bool = False) -> str:
-    """The keys in which an older identity differs from a newer one, for an error; empty where they are equal.
+    """In what an older identity differs from a newer one, for an error: each dotted key with both values.
 
-    extend: more steps than before are no difference.
+    Empty where they are equal. extend: more steps than before are no difference.
     """
     keys = [key for key in new if old.get(key) != new[key]]
     if extend and "steps" in keys and old.get("steps", new["steps"]) < new["steps"]:
         keys.remove("steps")
-    return ", ".join(keys)
+    lines = [line for key in keys for line in _changes(key, old.get(key, _ABSENT), new[key])]
+    return "; ".join(lines[:_SHOWN]) + (f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else "")
+
+
+def _changes(key: str, old: Any, new: Any) -> list[str]:
+    """`key.sub: old -> new` for each value that differs in what two equal keys hold."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        both = {name: (old.get(name, _ABSENT), new.get(name, _ABSENT)) for name in old | new}
+        return [line for name, (a, b) in both.items() if a != b for line in _changes(f"{key}.{name}", a, b)]
+    before, after = (v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in (old, new))
+    return [f"{key}: {before} -> {after}"]
 
 
 def identity(
