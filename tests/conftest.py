@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,23 @@ def trained_tokenizer(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     assert trainer.main([*tiny["patch_dvae"][1], "--run", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(tiny, trained_tokenizer):
+    """A function (folder, kind) -> that new run folder, with the captions and the tokenizer that the kind reads."""
+
+    def make(folder, kind):
+        stage, argv = tiny[kind]
+        (folder / "model").mkdir(parents=True)
+        if not any(word.startswith("training.data=") for word in argv):  # captions of the same data
+            shutil.copy(trained_tokenizer / "captions.origin.json", folder)
+            shutil.copy(trained_tokenizer / "model" / "captions.json", folder / "model")
+        if stage != "tokenizer" and kind.partition(",")[0] != "unet":  # that one is tried on pixels
+            shutil.copytree(trained_tokenizer / "model", folder / "model", dirs_exist_ok=True)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
