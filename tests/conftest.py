@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,23 @@ def trained_tokenizer(tiny, tmp_path_factory):
     recipe, training = runs.load(given.recipe, given.overrides)
     trainer._prepare_captions(recipe, trainer.source_of(recipe, training.data), folder / "model")
     return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(tiny, trained_tokenizer):
+    """A function (folder, kind) -> that new run folder, with the captions and the tokenizer that the kind reads."""
+
+    def make(folder, kind):
+        stage, argv = tiny[kind]
+        (folder / "model").mkdir(parents=True)
+        if not any(word.startswith("training.data=") for word in argv):  # captions of the same data
+            shutil.copy(trained_tokenizer / "captions.origin.json", folder)
+            shutil.copy(trained_tokenizer / "model" / "captions.json", folder / "model")
+        if stage != "tokenizer" and kind.partition(",")[0] != "unet":  # that one is tried on pixels
+            shutil.copytree(trained_tokenizer / "model", folder / "model", dirs_exist_ok=True)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

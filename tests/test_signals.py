@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +13,7 @@ import pytest
 import torch
 
 from kartina.training import __main__ as trainer
-from kartina.training import state
-from kartina.training.stages import STAGES
+from kartina.training import exchange, state
 
 
 def events(folder, name):
@@ -50,46 +48,50 @@ def family(process):
 
 
 PATTERNS = ("patch_dvae", "vqgan", "vqvae, moved", "clip")  # one network, two, a codebook, a loss over pairs of samples
-OTHERS = [kind for kind in STAGES if kind not in PATTERNS]
 LONG = ["stages.tokenizer.steps=100000", "stages.tokenizer.validate_every=100000"]
 
 
+@pytest.fixture
+def folder(prepared, tmp_path):
+    """Of a run that need not make its captions."""
+    return prepared(tmp_path / "run", "patch_dvae")
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_to_the_command_saves_and_leaves_no_process(processes, tiny, tmp_path):
-    process = start([*tiny["patch_dvae"][1], *LONG, "--run", str(tmp_path)], processes)
-    wait_for_step(tmp_path, 5, process)
+def test_a_signal_to_the_command_saves_and_leaves_no_process(processes, tiny, folder):
+    process = start([*tiny["patch_dvae"][1], *LONG, "--run", str(folder)], processes)
+    wait_for_step(folder, 5, process)
     started = family(process)
     assert len(started) == 1 if processes == 1 else len(started) >= 4  # the command, torchrun, two trainers
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, output
     assert not psutil.wait_procs(started, timeout=10)[1]
-    (stopped,) = events(tmp_path, "stopped")
-    assert newest(tmp_path)["step"] == stopped["step"] >= 5
+    (stopped,) = events(folder, "stopped")
+    assert newest(folder)["step"] == stopped["step"] >= 5
 
 
-def test_a_signal_to_the_whole_group_saves_too(tiny, tmp_path):
+def test_a_signal_to_the_whole_group_saves_too(tiny, folder):
     """As a scheduler sends it: to the processes that read as well."""
-    argv = [*tiny["patch_dvae"][1], *LONG, "training.data.workers=2", "--run", str(tmp_path)]
+    argv = [*tiny["patch_dvae"][1], *LONG, "training.data.workers=2", "--run", str(folder)]
     process = start(argv, start_new_session=True)
-    wait_for_step(tmp_path, 5, process)
+    wait_for_step(folder, 5, process)
     started = family(process)
     assert len(started) == 3
     os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, output
-    assert not psutil.wait_procs(started, timeout=10)[1] and events(tmp_path, "stopped")
+    assert not psutil.wait_procs(started, timeout=10)[1] and events(folder, "stopped")
 
 
-def test_a_second_signal_stops_at_once(tiny, tmp_path):
+def test_a_second_signal_stops_at_once(tiny, folder):
     """Also a trainer that no longer comes to look at signals, as one that waits for ever in a save."""
     stuck = "import time; from kartina.training import state; state.save = lambda *rest: time.sleep(1000); "
-    argv = [*tiny["patch_dvae"][1], *LONG, "stages.tokenizer.save_every=7", "--run", str(tmp_path)]
+    argv = [*tiny["patch_dvae"][1], *LONG, "stages.tokenizer.save_every=7", "--run", str(folder)]
     code = f"{stuck}import sys; from kartina.training import __main__ as trainer; sys.exit(trainer.main({argv!r}))"
-    (tmp_path / "state" / "tokenizer").mkdir(parents=True)
     code = code.replace("lambda *rest: time", "lambda folder, content, *rest: content['at'] and time")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
-    wait_for_step(tmp_path, 7, process)
+    wait_for_step(folder, 7, process)
     process.send_signal(signal.SIGTERM)
     time.sleep(2.5)
     assert process.poll() is None
@@ -97,36 +99,49 @@ def test_a_second_signal_stops_at_once(tiny, tmp_path):
     assert process.wait(timeout=10) == -signal.SIGTERM
 
 
-def test_a_killed_command_leaves_no_process_either(tiny, tmp_path):
-    process = start([*tiny["patch_dvae"][1], *LONG, "--run", str(tmp_path)], 2)
-    wait_for_step(tmp_path, 5, process)
+def test_a_killed_command_leaves_no_process_either(tiny, folder):
+    process = start([*tiny["patch_dvae"][1], *LONG, "--run", str(folder)], 2)
+    wait_for_step(folder, 5, process)
     started = family(process)
     process.kill()
     assert not psutil.wait_procs(started, timeout=60)[1]
-    assert newest(tmp_path)["step"] >= 5
+    assert newest(folder)["step"] >= 5
 
 
-@pytest.mark.parametrize("kind", [*PATTERNS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)])
-def test_sigkill_and_a_new_process_equal_an_uninterrupted_run(kind, tiny, trained_tokenizer, tmp_path):
+@pytest.fixture
+def killed(tiny, prepared, tmp_path, monkeypatch):
+    """A function (kind): a run that was killed is resumed by a new process, and ends as one that was not."""
+    monkeypatch.setattr(exchange, "_VALIDATED", 64)  # at the end alone, where all is trained
+
+    def check(kind):
+        stage, argv = tiny[kind]
+        argv = [*argv, f"stages.{stage}.save_every=3", f"stages.{stage}.validate_every=20", "--run"]
+        folders = [prepared(tmp_path / name, kind) for name in ("whole", "killed")]
+        process = start([*argv, str(folders[1])])
+        wait_for_step(folders[1], 4, process)
+        process.kill()
+        output, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, output
+        assert 3 <= newest(folders[1], stage)["step"] < 20
+        for folder in folders:
+            assert trainer.main([*argv, str(folder)]) == 0
+        whole, resumed = (newest(folder, stage) for folder in folders)
+        assert whole["step"] == resumed["step"] == 20
+        for name in ("networks", "optimizers", "ema"):
+            torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=0)
+
+    return check
+
+
+@pytest.mark.parametrize("tiny_kind", PATTERNS)
+def test_sigkill_and_a_new_process_equal_an_uninterrupted_run(tiny_kind, killed):
     """What the killed run had done since its last checkpoint is done again, bit for bit."""
-    stage, argv = tiny[kind]
-    argv = [*argv, f"stages.{stage}.save_every=3", "--run"]
-    folders = [tmp_path / name for name in ("whole", "killed")]
-    for folder in folders:
-        if stage == "tokenizer" or kind == "unet":  # that one is tried on pixels
-            folder.mkdir()
-        else:
-            shutil.copytree(trained_tokenizer, folder, ignore=shutil.ignore_patterns("state", "log.jsonl"))
-    assert trainer.main([*argv, str(folders[0])]) == 0
-    process = start([*argv, str(folders[1])])
-    wait_for_step(folders[1], 7, process)
-    process.kill()
-    process.communicate()
-    assert trainer.main([*argv, str(folders[1])]) == 0
-    whole, killed = (newest(folder, stage) for folder in folders)
-    assert whole["step"] == killed["step"] == 20
-    for name in ("networks", "optimizers", "ema"):
-        torch.testing.assert_close(killed[name], whole[name], rtol=0, atol=0)
+    killed(tiny_kind)
+
+
+@pytest.mark.slow
+def test_so_it_is_for_the_whole_table(tiny_kind, killed):
+    killed(tiny_kind)
 
 
 def save_forever(folder):

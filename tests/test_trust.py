@@ -1,7 +1,6 @@
 """Every stage: stopped and resumed bit for bit, and the same run on one process, on two, and in several passes."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -28,19 +27,8 @@ def is_separable(tiny, kind):
     return not STAGES[kind.partition(",")[0]].coupled(recipe, training.stages[stage])
 
 
-def prepared(folder, trained_tokenizer, kind, stage, argv):
-    """A new run folder, which holds a tokenizer where the stage needs one, and captions where the data are the same."""
-    (folder / "model").mkdir(parents=True)
-    if not any(word.startswith("training.data=") for word in argv):
-        shutil.copy(trained_tokenizer / "captions.origin.json", folder)
-        shutil.copy(trained_tokenizer / "model" / "captions.json", folder / "model")
-    if stage != "tokenizer" and kind.partition(",")[0] != "unet":  # that one is tried on pixels
-        shutil.copytree(trained_tokenizer / "model", folder / "model", dirs_exist_ok=True)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def trainings(tiny, trained_tokenizer, tmp_path_factory, work):
+def trainings(tiny, prepared, tmp_path_factory, work):
     """Every stage, trained whole, parted by a real SIGTERM, on one process and on two, and in two passes.
 
     A function (processes, kind, "whole" or "parted" or "passes") -> (run folder, [facts of each rank] of each job). It
@@ -56,7 +44,7 @@ def trainings(tiny, trained_tokenizer, tmp_path_factory, work):
             if processes == 1 and is_separable(tiny, kind):
                 plans["passes"] = [None]
             for plan, stops in plans.items():
-                folder = prepared(home / f"{kind}-{plan}-{processes}", trained_tokenizer, kind, stage, argv)
+                folder = prepared(home / f"{kind}-{plan}-{processes}", kind)
                 own = [*argv, "--run", str(folder)] + ([f"stages.{stage}.micro_batch=4"] if plan == "passes" else [])
                 names = [f"{kind}-{plan}-{i}" for i in range(len(stops))]
                 jobs += [{"name": n, "argv": own, "stop_at": s} for n, s in zip(names, stops, strict=True)]

@@ -7,8 +7,9 @@ the same of a discriminator, if there is one:
   With training.shard=fsdp all four are divided over the devices, where there are blocks, and each gathers two blocks
   and what lies in none at a time; without it, several devices keep DDP's buckets too, as large as the gradients.
 - peak: the most that is alive at once. In a single pass gradients grow as activations shrink, so it may lie below the
-  sum of the lines; AdamW's update takes its weights' size once more for a moment. A device is full at 90 %, for CUDA's
-  context, the kernels' workspace and the allocator's gaps are not counted.
+  sum of the lines. AdamW's update takes nothing more, for it is fused; Muon's takes its matrices' size once more, and
+  what it makes of them. A device is full at 90 %, for CUDA's context, the kernels' workspace and the allocator's gaps
+  are not counted.
 - time: FLOPs over the peak rate times the utilisation, which is an assumption and stands for all that is no matrix
   product, exchange between devices included; then the update, which reads and writes its state once at full bandwidth.
   Frozen parts compute in float32; so does everything on a device without bfloat16. Muon's products are shared out over
@@ -143,7 +144,7 @@ def _stage(setting: _Setting, name: str, config: runs.Stage, stated: bool) -> di
             recompute_blocks(network)
         share = setting.devices if divided else 1
         held = {
-            part: _held(each, config.optimizer_of(part), share if part == name else 1, setting.devices)
+            part: _held(each, config.optimizer_of(part), share if part == name else 1, setting)
             for part, each in prepared.networks.items()
         }
         average = sum(value.nbytes for value in network.state_dict().values()) / share
@@ -222,17 +223,51 @@ class _Held:
     parameters: int  # their number
     weights: float
     optimizer: float
-    temporary: float  # for a moment in AdamW's update, on a GPU
+    temporary: float  # for a moment in Muon's update
     flops: int  # of an update, on the device that has most of them
 
 
-def _held(network: Any, config: runs.Optimizer, share: int, devices: int) -> _Held:
+def _held(network: Any, config: runs.Optimizer, share: int, setting: _Setting) -> _Held:
     """share: the number of devices that the network is divided over; where it is whole, all share its update."""
-    update = _update(network, config, 1 if share > 1 else devices)
-    weights = sum(parameter.nbytes for parameter in network.parameters())
-    state, temporary = update["state"] / share, update["temporary"] / share
+    from .optim import Muon, build_optimizers
+
+    flops, state, temporary = 0, 0.0, 0.0
+    for optimizer in build_optimizers(network, config):
+        muon = isinstance(optimizer, Muon)
+        for group in optimizer.param_groups:
+            state += sum(parameter.nbytes for parameter in group["params"]) * (1 if muon else 2)
+            if muon:
+                shapes = [parameter.flatten(1).shape for parameter in group["params"]]
+                flops += _muon_load(shapes, 1 if share > 1 else setting.devices)
+                temporary += _muon_bytes(shapes, share, setting)
     count = sum(parameter.numel() for parameter in network.parameters())
-    return _Held(count, weights / share, state, temporary, update["flops"])
+    weights = sum(parameter.nbytes for parameter in network.parameters())
+    return _Held(count, weights / share, state / share, temporary, flops)
+
+
+def _muon_load(shapes: list[Any], devices: int) -> int:
+    """FLOPs of one update on the device that has most of them, where so many share it."""
+    from .optim import shares
+
+    load = [0] * devices
+    for shape, owner in zip(shapes, shares(shapes, devices), strict=True):
+        load[owner] += _muon_flops(shape)
+    return max(load)
+
+
+def _muon_bytes(shapes: list[Any], share: int, setting: _Setting) -> float:
+    """What one update takes besides its state: all gradients with momentum, and what it makes of them.
+
+    That is all matrices at once, in bfloat16 where the device has it, and twice what each device sends to the others;
+    of a divided network one whole matrix at a time. And the products of one: its next state, and two squares.
+    """
+    width, sizes = 2 if setting.device.bf16 else 4, [rows * columns for rows, columns in shapes]
+    whole = 4 if share > 1 else 0  # bytes of each value that are gathered first
+    most = max((whole + width) * size + 2 * width * min(shape) ** 2 for size, shape in zip(sizes, shapes, strict=True))
+    if share > 1:
+        return 4 * sum(sizes) / share + most + width * max(sizes)
+    sent = 2 * width * sum(sizes) / setting.devices if setting.devices > 1 else 0.0
+    return (4 + width) * sum(sizes) + max(most, sent)
 
 
 def _seconds_of(
@@ -243,30 +278,6 @@ def _seconds_of(
     frozen = sum(found.frozen_flops * passes for found in cost.values()) / setting.device.fp32
     touched = 2 * (sum(2 * held[part].weights + held[part].optimizer for part in cost) + average)
     return (trained + frozen) / setting.utilisation, touched / setting.device.bandwidth
-
-
-def _update(network: Any, config: runs.Optimizer, devices: int) -> dict[str, int]:
-    """FLOPs of one update on the device that has most of them, where so many share; bytes of the optimizers' state, and
-    bytes that AdamW takes for a moment on a GPU.
-    """
-    from .optim import Muon, build_optimizers, shares
-
-    found = {"flops": 0, "state": 0, "temporary": 0}
-    for optimizer in build_optimizers(network, config):
-        muon = isinstance(optimizer, Muon)
-        for group in optimizer.param_groups:
-            size = sum(parameter.nbytes for parameter in group["params"])
-            found["state"] += size if muon else 2 * size
-            if not muon:  # for all weights of a group at once
-                found["temporary"] = max(found["temporary"], size)
-                continue
-            shapes = [parameter.flatten(1).shape for parameter in group["params"]]
-            owners = shares(shapes, devices)
-            load = [0] * devices
-            for shape, owner in zip(shapes, owners, strict=True):
-                load[owner] += _muon_flops(shape)
-            found["flops"] += max(load)
-    return found
 
 
 @functools.cache

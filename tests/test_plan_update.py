@@ -1,0 +1,26 @@
+"""The memory that an update takes, as planned, against a CPU's allocator."""
+
+import pytest
+import torch
+
+from kartina.training import passes, plan
+from kartina.training import run as runs
+from kartina.training.optim import build_optimizers, newton_schulz_dtype
+
+PRIOR = [f"parts.prior.{key}" for key in ("depth=2", "attention=[conv, causal]", "width=256", "num_heads=2")]
+
+
+def test_the_peak_of_an_update_against_the_allocator(profiled):
+    """Of a network so large that Muon's update takes more than a pass of one sample. AdamW's takes nothing."""
+    recipe, training = runs.load("shapes/dalle", [*PRIOR, "stages.prior.micro_batch=1"])
+    network, config = passes.build_trained(recipe, "prior"), training.stages["prior"]
+    optimizers = build_optimizers(network, config.optimizer)
+    for _ in range(2):  # the first one makes the state
+        for parameter in network.parameters():
+            parameter.grad = torch.full_like(parameter, 0.01)
+        adamw, muon = (max(profiled(optimizer.step)[1]) for optimizer in optimizers)
+    device = "h100" if newton_schulz_dtype(torch.device("cpu")) == torch.bfloat16 else "v100"
+    memory = plan.plan(recipe, training, device, stage="prior")["stages"]["prior"]["memory"]
+    held = sum(memory[name] for name in ("weights", "gradients", "optimizer", "ema", "frozen"))
+    assert memory["peak"] == pytest.approx(held + muon, rel=0.02)
+    assert adamw < 0.01 * memory["weights"] < memory["weights"] < muon
