@@ -136,9 +136,10 @@ def demo(out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = P
     for name in shipped:
         system = load(name, "auto", "float32")
         with progress_bar(name) as progress:
-            paintings += system(gallery.DEMO[name], candidates=8, progress=progress)
-    for painting in paintings:
-        typer.echo(f"{painting.clip_score:.3f}  {painting.prompt}")
+            painted = system(gallery.DEMO[name], candidates=8, progress=progress)
+        for painting in painted:
+            typer.echo(f"{painting.clip_score:.3f}  {name}: {painting.prompt}")
+        paintings += painted
     gallery.save_grid(paintings, path)
     typer.echo(str(path))
 

@@ -14,17 +14,19 @@ if TYPE_CHECKING:
 
 CELL = 192  # pixels a side of a picture in a grid
 SAME = 40  # dB from which on two pictures differ by rounding only
+_SCENES = (
+    "a large yellow circle on a purple background",
+    "маленькое красное кольцо на синем фоне",
+    "a small white cross above a large red square on a black background",
+    "большой зелёный треугольник слева от маленького жёлтого ромба на белом фоне",
+    "a small red ring right of a large blue square on an orange background",
+    "большое белое кольцо под маленьким чёрным квадратом на красном фоне",
+    "a large black diamond left of a small orange circle on a white background",
+    "маленький синий крест над большим фиолетовым кругом на жёлтом фоне",
+)
 DEMO = {
-    "shapes/dalle": (
-        "a large yellow circle on a purple background",
-        "маленькое красное кольцо на синем фоне",
-        "a small white cross above a large red square on a black background",
-        "большой зелёный треугольник слева от маленького жёлтого ромба на белом фоне",
-        "a small red ring right of a large blue square on an orange background",
-        "большое белое кольцо под маленьким чёрным квадратом на красном фоне",
-        "a large black diamond left of a small orange circle on a white background",
-        "маленький синий крест над большим фиолетовым кругом на жёлтом фоне",
-    ),
+    "shapes/dalle": _SCENES,
+    "shapes/stable-diffusion": _SCENES,
     "emoji/dalle": (
         "grinning cat",
         "red apple",

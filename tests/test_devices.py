@@ -17,6 +17,7 @@ DVAE = """parts.tokenizer={kind: dvae, image_size: 32, num_codes: 32, width: 8, 
 PATCHES = "parts.tokenizer={kind: patch_dvae, num_codes: 32, width: 8, depth: 1}"
 SMALL = [
     *[f"stages.tokenizer.{key}" for key in ("steps=4", "global_batch=4", "log_every=1")],
+    *[f"stages.{stage}.validate_samples=96" for stage in ("tokenizer", "clip")],
     "stages.tokenizer.optimizer.muon=0.02",
     "training.precision=fp32",
 ]
