@@ -14,10 +14,9 @@ from kartina.pipeline.text_to_image import TextToImage, metadata, repaint
 from kartina.priors import transformers_text
 from kartina.priors.transformers_text import FOLDER, PAD, TransformersText, digest, find
 from kartina.training import __main__ as trainer
-from kartina.training import cache, checks, encode, stream
+from kartina.training import checks, encode, state, stream
 from kartina.training import run as runs
 from kartina.training.data.shapes import ShapesSource
-from kartina.training.run import Data
 from kartina.training.shards import ShardWriter
 from kartina.training.sources import source_of
 from kartina.training.stages.diffusion import DiffusionStage
@@ -163,6 +162,8 @@ def test_the_recipe_is_counted_without_its_package():
 
 def test_a_prior_is_trained_over_it_and_painted_with(encoders, tmp_path, monkeypatch):
     command = ["shapes/stable-diffusion-minilm", *RECIPE, "--run", str(tmp_path / "run")]
+    assert trainer.main([*command, "--stage", "tokenizer"]) == 0
+    bare = shutil.copytree(tmp_path / "run", tmp_path / "bare")
     assert trainer.main(command) == 0
     model = tmp_path / "run" / "model"
     card = checkpoint.read_card(model)
@@ -175,7 +176,7 @@ def test_a_prior_is_trained_over_it_and_painted_with(encoders, tmp_path, monkeyp
     assert repaint(system, metadata(second)).image.tobytes() == second.image.tobytes()
     assert not any(parameter.requires_grad for parameter in system.parts["text"].parameters())
 
-    from_cache(model, tmp_path)
+    from_cache(model, bare, tmp_path)
 
     other = tmp_path / "other" / "tiny" / "bert"
     shutil.copytree(encoders[0] / "tiny" / "bert", other)
@@ -185,29 +186,33 @@ def test_a_prior_is_trained_over_it_and_painted_with(encoders, tmp_path, monkeyp
         TextToImage.load(model)
 
 
-def from_cache(model, folder):
-    """The stage is given the same latents and tokens by a cache as it makes itself."""
+def from_cache(model, bare, folder):
+    """20 steps from cached latents and tokens equal 20 from pictures and captions, bit for bit.
+
+    bare: a run folder that holds the tokenizer alone.
+    """
     with ShardWriter(folder / "shards", 8) as writer:
         for k, picture in enumerate(to_pil(ShapesSource().read(range(6)).image)):
             data = io.BytesIO()
             picture.save(data, "PNG")
             writer.write({"png": b"broken" if k == 4 else data.getvalue(), "txt": b"a red ring" if k else b"a ring"})
     encode.encode(folder / "shards", folder / "cache", model, ["latents", "text_tokens"], processes=1)
-    recipe, training = runs.load("shapes/stable-diffusion-minilm", RECIPE)
-    data = Data(kind="shards", shards=str(folder / "shards"), cache=str(folder / "cache"))
-    pictures, against = stream.ShardSource(folder / "shards", 32, seed=0), checkpoint.read_card(model)["parts"]["prior"]
-    cached = cache.source_for(DiffusionStage, pictures, data, against["trained_against"], model)
-    fit = DiffusionStage(recipe, training.stages["prior"], cached, model, 0, torch.device("cpu"))
-    own, held = pictures.read(range(6)), cached.read(range(6))
-    good = own.weight > 0
-    assert good.sum() == 5 and set(held.encoded) == {"latents", "text_tokens"}
-    assert torch.allclose(fit._read(own)[good], fit._read(held)[good], atol=1e-5)
-    mine, found = fit._condition(own), fit._condition(held)
-    seen = mine.mask & good[:, None]
-    assert torch.equal(found.mask[good], mine.mask[good])
-    assert torch.allclose(found.tokens[seen], mine.tokens[seen], atol=1e-5)
-    ((_, (total, count), _),) = fit.updates(held, 0)
-    assert count == 5 and total.isfinite()
+    words = ["shapes/stable-diffusion-minilm", *RECIPE, "stages.prior.steps=20", "stages.prior.log_every=1"]
+    words += [f"training.data={{kind: shards, shards: {folder / 'shards'}, validation_share: 0, bad_limit: 0.5}}"]
+    words += ["sampling.num_steps=2", "stages.prior.objective={condition_drop: 0.3}", "--stage", "prior"]
+    ends, logs = [], []
+    for name, more in {"on the fly": [], "cached": [f"training.data.cache={folder / 'cache'}"]}.items():
+        run = shutil.copytree(bare, folder / name)
+        with pytest.MonkeyPatch.context() as patch:
+            if more:
+                patch.setattr(stream.ShardSource, "read", None)  # no picture is read
+            assert trainer.main([*words, *more, "--run", str(run)]) == 0
+        ends.append(state.load(state.newest(run / "state" / "prior")))
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        logs.append([(line["prior/error"], line["prior/norm"]) for line in lines if "prior/error" in line])
+    assert len(logs[0]) == 20 and logs[1] == logs[0]
+    for name in ("networks", "optimizers", "ema"):
+        torch.testing.assert_close(ends[1][name], ends[0][name], rtol=0, atol=0)
 
 
 @pytest.fixture

@@ -131,12 +131,13 @@ class DiffusionStage(TrainingStage):
         yield self.part, *self._loss(batch, step)
 
     def _loss(self, batch: Batch, step: int) -> Loss:
-        x_0, config, total = self._read(batch), self.config, self.schedule.num_timesteps
+        config, total, unread = self.config, self.schedule.num_timesteps, batch.weight == 0
+        x_0 = self._read(batch).masked_fill(unread[:, None, None, None], 0.0)
         draws = random.Draws(self.seed, step, batch.samples)
         t = random.integers(*draws, (), "timestep", total)
         eps = random.normal(*draws, tuple(x_0.shape[1:]), "noise")
         drop = random.uniform(*draws, (), "condition drop") < config.number("condition_drop", 0.1)
-        condition = self._dropped(self._condition(batch), drop)
+        condition = self._dropped(self._condition(batch), drop | unread)  # alike from pictures and from a cache
         x_t = self.schedule.diffuse(x_0, t, eps)
         found = self._denoiser(draws)(x_t, t, condition)
         share = found.variance_share
