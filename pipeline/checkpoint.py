@@ -26,7 +26,7 @@ from .whole_file import replaced, save_tensors
 
 FORMAT = 1
 _RECIPE_LIMIT = 2**15  # bytes
-_FILLS = {"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_"}
+_KEEP_SHAPE = {"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_", "normalize"}
 _CALLS_PER_TENSOR = 200  # a constructor makes about ten torch calls for each of its tensors
 
 
@@ -244,7 +244,7 @@ def load_tokenizer(folder: Path, device: Any = "cpu") -> tuple[Recipe, Any]:
 
 
 class _Outline(TorchFunctionMode):
-    """Building shapes alone: random fills do nothing (on meta they only import the compiler), and calls are counted.
+    """Building shapes alone: what changes numbers does nothing (on meta it imports the compiler), calls are counted.
 
     The meta device takes no memory for a tensor, but an absurd depth would still make tensors without end.
     """
@@ -257,7 +257,7 @@ class _Outline(TorchFunctionMode):
         self.calls -= 1
         if self.calls < 0:
             raise ValueError("it asks for more tensors than the file holds")
-        if getattr(function, "__name__", "") in _FILLS:
+        if getattr(function, "__name__", "") in _KEEP_SHAPE:
             return args[0] if args else kwargs["tensor"]
         return function(*args, **(kwargs or {}))
 
