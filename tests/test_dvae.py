@@ -10,7 +10,7 @@ import torch
 
 from kartina.tokenizers.dvae import DiscreteVAE, map_pixels, openai_state_dict, relax, unmap_pixels
 from kartina.tokenizers.spec import CodesSpec
-from kartina.training.objectives.dvae import dvae, kl_weight, logit_laplace_nll, temperature, uniform_kl
+from kartina.training.objectives.dvae import codebook_use, dvae, kl_weight, logit_laplace_nll, temperature, uniform_kl
 
 HERE = Path(__file__).parent
 SMALL = {"image_size": 32, "num_codes": 32, "width": 16, "init_width": 16, "num_groups": 3, "blocks_per_group": 1}
@@ -77,13 +77,14 @@ def test_objective_weights_images_and_divides_by_the_values_of_an_image():
     torch.testing.assert_close(scalars["kl"], (uniform_kl(logits).mean(dim=(1, 2)) * weight).sum() / 3)
 
 
-def test_perplexity_and_usage_of_known_codes():
+def test_codes_are_counted_by_the_weight_of_their_image():
     codes = torch.tensor([[[0, 1], [2, 3]], [[7, 7], [7, 7]]])
     logits = torch.nn.functional.one_hot(codes, 8).permute(0, 3, 1, 2).float()
     image, parameters = torch.zeros(2, 3, 4, 4), torch.zeros(2, 6, 4, 4)
     _, scalars = dvae(parameters, logits, image, 0.0, torch.tensor([1.0, 0.0]))
-    assert scalars["perplexity"].item() == pytest.approx(4.0)
-    assert scalars["usage"].item() == pytest.approx(0.5)
+    assert scalars["codes"].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    used = codebook_use(scalars["codes"])
+    assert (used["perplexity"].item(), used["usage"].item()) == pytest.approx((4.0, 0.5))
 
 
 def test_schedules():

@@ -100,9 +100,9 @@ def test_stopped_and_resumed_equals_uninterrupted(tiny_kind, processes, training
 
 
 def logged(folder):
-    """Losses, metrics, gradient norms and learning rates by (step, name): what a rounding cannot move by a jump."""
+    """Losses, metrics, gradient norms and learning rates by (step, name): what a rounding moves but little."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    left_out = {"stage", "wait", "seconds", "accuracy", "perplexity", "usage", "active_units"}
+    left_out = {"stage", "wait", "seconds", "accuracy", "active_units"}
     of_accuracies = {"ema_gain", "ema_gain_error"}
     return {
         (line["step"], name): value
@@ -131,6 +131,8 @@ def test_one_process_two_and_two_passes_are_the_same_run(tiny_kind, trainings, t
             tolerance = 1e-5
             if key[1].endswith(("norm", "adaptive")):  # of gradients, in which rounding grows from step to step
                 tolerance = 1e-3 if key[0] <= STEPS // 2 else 5e-3
+            if key[1].endswith(("perplexity", "usage")):  # rounding may give a latent to another code
+                tolerance = 0.1
             assert found[key] == pytest.approx(value, rel=tolerance, abs=1e-5), (how, key)
         for step in range(STEPS):
             read = [key for rank in facts for s, keys in rank["keys"] if s == step for key in keys]

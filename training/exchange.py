@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from . import parallel
+from .objectives.dvae import codebook_use
 from .optim import EMA
 from .stages import TrainingStage, Update
 from .stream import Batch, Source
@@ -61,9 +62,10 @@ def divide(network: torch.nn.Module, updates: list[Update], accelerator: Acceler
 def mean_scalars(updates: list[Update], accelerator: Accelerator) -> dict[str, float]:
     """The scalars of one step, averaged over micro-batches and ranks by the weight of their samples.
 
-    `total` among them is the loss itself, whatever it is made of.
+    `total` among them is the loss itself, whatever it is made of. `codes`, (K,) counts of codes, are added up instead:
+    what they say together, see `codebook_use`, no average over parts says.
     """
-    names = sorted(updates[0][2])
+    names = sorted(updates[0][2].keys() - {"codes"})
     rows = []
     for _, (loss, count), scalars in updates:
         weight, loss, *values = (
@@ -73,7 +75,11 @@ def mean_scalars(updates: list[Update], accelerator: Accelerator) -> dict[str, f
         rows.append(torch.stack([weight, loss, *(weight * value for value in values)]))
     total = accelerator.reduce(torch.stack(rows).sum(0), reduction="sum")
     mean = (total[1:] / total[0].clamp(min=1e-12)).tolist()
-    return {f"{updates[0][0]}/{name}": value for name, value in zip(["total", *names], mean, strict=True)}
+    found = dict(zip(["total", *names], mean, strict=True))
+    if "codes" in updates[0][2]:
+        counts = accelerator.reduce(torch.stack([scalars["codes"] for *_, scalars in updates]).sum(0), reduction="sum")
+        found |= {name: float(value) for name, value in codebook_use(counts).items()}
+    return {f"{updates[0][0]}/{name}": value for name, value in found.items()}
 
 
 def of_all_ranks(found: dict[str, str], accelerator: Accelerator) -> dict[str, str]:

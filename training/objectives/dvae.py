@@ -55,12 +55,6 @@ def codebook_use(counts: Tensor) -> dict[str, Tensor]:
     return {"perplexity": torch.exp(torch.special.entr(share).sum()), "usage": (counts > 0).float().mean()}
 
 
-@torch.no_grad()
-def codebook_scalars(codes: Tensor, num_codes: int, weight: Tensor) -> dict[str, Tensor]:
-    """`codebook_use` of a batch's codes (B, h, w), by image weight (B,)."""
-    return codebook_use(codebook_counts(codes, num_codes, weight))
-
-
 def dvae(
     parameters: Tensor,
     logits: Tensor,
@@ -77,9 +71,8 @@ def dvae(
     learned b lets the likelihood call small objects uncertain, long before it draws them.
 
     Returns ((weighted loss sum, weight sum), scalars); scalars are detached weighted means: `nll` nats per value,
-    `squared` error of mapped pixels, `kl` nats per position, and of the batch's argmax codes `perplexity` in [1, K] and
-    `usage` in (0, 1]. The KL is of the plain categorical at any temperature. Raises ValueError when the shapes do not
-    fit.
+    `squared` error of mapped pixels, `kl` nats per position; and `codes`, the counts (K,) of the argmax codes. The KL
+    is of the plain categorical at any temperature. Raises ValueError when the shapes do not fit.
     """
     if parameters.shape != (image.shape[0], 6, *image.shape[2:]) or weight.shape != image.shape[:1]:
         raise ValueError(
@@ -92,7 +85,7 @@ def dvae(
     kl = uniform_kl(logits if beta != 0 else logits.detach())  # (B, h, w)
     loss = nll + beta * kl.sum(dim=(1, 2)) / image[0].numel() + squared_weight * squared
     total, scalars = weighted(loss, weight, {"nll": nll, "squared": squared, "kl": kl.mean(dim=(1, 2))})
-    return total, scalars | codebook_scalars(logits.argmax(dim=1), logits.shape[1], weight)
+    return total, scalars | {"codes": codebook_counts(logits.argmax(dim=1), logits.shape[1], weight)}
 
 
 def anneal(step: int, start: float, end: float, steps: int, shape: str = "cosine") -> float:

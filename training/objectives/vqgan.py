@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...layers.precision import full
-from .dvae import codebook_scalars
+from .dvae import codebook_counts
 from .weighting import Average, check_images, pixel_error, weighted
 
 
@@ -108,11 +108,12 @@ def vqgan(
 
     Coupled where ramp is not 0: the adaptive weight is the whole batch's. Returns ((weighted loss sum, weight sum),
     scalars), the scalars detached weighted means: `l1` or `l2`, `perceptual`, `nll` (both), `regular`, `fooling`,
-    `adaptive`, `perplexity` and `usage` of the codes. Raises ValueError when shapes disagree.
+    `adaptive`; and `codes`, the counts (K,) of the codes. Raises ValueError when shapes disagree.
     """
     check_images("vqgan", reconstruction, image, regular, weight, *([] if perceptual is None else [perceptual]))
     nll = pixel_error(reconstruction, image, error)
     shown = {error: nll, "regular": regular} | ({} if perceptual is None else {"perceptual": perceptual})
     nll = nll if perceptual is None else nll + perceptual_weight * full(perceptual)
     total, scalars = generator(nll, full(regular), weight, fake_logits, last_layer, ramp, average)
-    return total, scalars | weighted(nll, weight, shown)[1] | codebook_scalars(codes, num_codes, weight)
+    counts = codebook_counts(codes, num_codes, weight)
+    return total, scalars | weighted(nll, weight, shown)[1] | {"codes": counts}

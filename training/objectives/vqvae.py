@@ -8,7 +8,7 @@ It does not know the model. Terms are means over values where the paper has sums
 from torch import Tensor
 
 from ...layers.precision import full
-from .dvae import codebook_scalars
+from .dvae import codebook_counts
 from .weighting import check_images, weighted
 
 
@@ -48,12 +48,12 @@ def vqvae(
     commitment weight means the same for any data.
 
     Returns ((weighted loss sum, weight sum), scalars), the scalars detached weighted means: `squared`, `codebook` and
-    `commitment`, each before its weight, and of the batch's codes `perplexity` in [1, K] and `usage` in (0, 1]. Raises
-    ValueError when shapes disagree.
+    `commitment`, each before its weight; and `codes`, the counts (K,) of the codes. Raises ValueError when shapes
+    disagree.
     """
     check_images("vqvae", reconstruction, image, weight)
     squared = (full(reconstruction) - full(image)).square().mean(dim=(1, 2, 3))
     codebook, commitment = quantization(latents, codewords)
     loss = squared / data_variance + codebook_weight * codebook + commitment_weight * commitment  # (B,)
     total, scalars = weighted(loss, weight, {"squared": squared, "codebook": codebook, "commitment": commitment})
-    return total, scalars | codebook_scalars(codes, num_codes, weight)
+    return total, scalars | {"codes": codebook_counts(codes, num_codes, weight)}
