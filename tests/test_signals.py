@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kartina.training import __main__ as trainer
-from kartina.training import exchange, state
+from kartina.training import state
 
 
 def events(folder, name):
@@ -109,13 +109,13 @@ def test_a_killed_command_leaves_no_process_either(tiny, folder):
 
 
 @pytest.fixture
-def killed(tiny, prepared, tmp_path, monkeypatch):
+def killed(tiny, prepared, tmp_path):
     """A function (kind): a run that was killed is resumed by a new process, and ends as one that was not."""
-    monkeypatch.setattr(exchange, "_VALIDATED", 64)  # at the end alone, where all is trained
 
     def check(kind):
         stage, argv = tiny[kind]
-        argv = [*argv, f"stages.{stage}.save_every=3", f"stages.{stage}.validate_every=20", "--run"]
+        argv = [*argv, f"stages.{stage}.save_every=3", f"stages.{stage}.validate_every=20"]
+        argv += [f"stages.{stage}.validate_samples=64", "--run"]
         folders = [prepared(tmp_path / name, kind) for name in ("whole", "killed")]
         process = start([*argv, str(folders[1])])
         wait_for_step(folders[1], 4, process)

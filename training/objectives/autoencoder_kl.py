@@ -41,8 +41,8 @@ def autoencoder_kl(
 
     mean, log_variance: of the posterior, (B, C, h, w); its KL is summed over all three. error: "l1" as published, or
     "l2", which learns edges sooner. shrunk: what shrunk latents give back, (B, 3, H / n, W / n) each; their errors are
-    added up. ramp: 0.5 from step 50,001 on as published for KL-f8. The other arguments, and when it is coupled: see
-    `vqgan.vqgan`.
+    added up, and the adaptive weight does not see them. ramp: 0.5 from step 50,001 on as published for KL-f8. The other
+    arguments, and when it is coupled: see `vqgan.vqgan`.
 
     Returns ((weighted loss sum, weight sum), scalars), the scalars detached weighted means: `l1` or `l2`, `perceptual`
     and `shrunk_n` per value, `nll` and `kl` per image, `fooling`, `adaptive`. Raises ValueError when shapes disagree.

@@ -68,15 +68,18 @@ def snr_weight(snr: Tensor, target: str, weighting: str = "none", gamma: float |
     that, one of v is (1 + 1 / SNR) of it, so the same loss has other weights there.
 
     "none": 1 in any target. "min_snr": min(SNR, gamma) / SNR of eps, gamma 5. "truncated": of x_0 max(SNR, 1), so that
-    where noise prevails the whole picture still counts, and at most gamma, 5. "p2": (1 + SNR) ** -gamma, gamma 1.
-    Raises ValueError for another weighting.
+    where noise prevails the whole picture still counts; an addition of ours is gamma, at most which it is, by default
+    without end. "p2": (1 + SNR) ** -gamma, gamma 1.
+    Raises ValueError for another weighting, and a gamma that it cannot have.
     """
     if weighting == "none":
         return torch.ones_like(snr)
     if weighting == "min_snr":
         of_x_0 = snr.clamp(max=5.0 if gamma is None else gamma)
     elif weighting == "truncated":
-        of_x_0 = snr.clamp(1.0, 5.0 if gamma is None else gamma)
+        if gamma is not None and gamma < 1:
+            raise ValueError(f"diffusion: truncated weights are at least 1, so that their gamma is too, got {gamma}")
+        of_x_0 = snr.clamp(1.0, gamma)
     elif weighting == "p2":
         of_x_0 = snr * (1 + snr) ** -(1.0 if gamma is None else gamma)
     else:

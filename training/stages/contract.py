@@ -96,8 +96,9 @@ class TrainingStage(ABC):
     def updates(self, batch: Batch, step: int) -> Updates:
         """Yields (network, (loss_sum, count), scalars); the loop steps that network's optimizer and resumes.
 
-        The names are a function of `step` alone. Where a step is skipped, for a number that is not finite, the loop
-        does not resume. What is alive across a yield is kept for every micro-batch of a step.
+        Scalars are means over the samples of a batch; one of the name `codes` holds counts (K,) of codes instead, which
+        add up. The names are a function of `step` alone. Where a step is skipped, for a number that is not finite, the
+        loop does not resume. What is alive across a yield is kept for every micro-batch of a step.
         """
 
     @abstractmethod

@@ -1,0 +1,30 @@
+"""What micro-batches and ranks put together."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from kartina.training.exchange import mean_scalars
+
+
+def test_scalars_are_averaged_by_samples_and_codes_are_added_up():
+    """Two micro-batches of 1 and 3 samples, of which each meets other codes: together they meet all four, evenly."""
+    parts = [
+        (
+            "tokenizer",
+            (torch.tensor(2.0), torch.tensor(1.0)),
+            {"error": torch.tensor(1.0), "codes": codes([4, 4, 0, 0])},
+        ),
+        (
+            "tokenizer",
+            (torch.tensor(3.0), torch.tensor(3.0)),
+            {"error": torch.tensor(5.0), "codes": codes([0, 0, 4, 4])},
+        ),
+    ]
+    found = mean_scalars(parts, Accelerator(cpu=True))
+    expected = {"total": 5 / 4, "error": (1 + 3 * 5) / 4, "usage": 1.0, "perplexity": 4.0}
+    assert found == pytest.approx({f"tokenizer/{name}": value for name, value in expected.items()})
+
+
+def codes(counts):
+    return torch.tensor(counts, dtype=torch.float32)
