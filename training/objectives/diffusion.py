@@ -48,6 +48,16 @@ def diffusion(
     if found.x_0.shape != x_0.shape or eps.shape != x_0.shape or weight.shape != x_0.shape[:1]:
         shapes = [tuple(x.shape) for x in (found.x_0, x_0, eps, weight)]
         raise ValueError(f"diffusion needs found, x_0 and eps of one shape (B, ...) and weight (B,), got {shapes}")
+    error = squared_error(found, x_0, eps, alpha, sigma, target)
+    snr = (alpha / sigma).square().flatten()
+    loss, shown = snr_weight(snr, target, weighting, gamma) * error, {"error": error}
+    if bound is not None:
+        loss, shown = loss + bound_weight * bound, shown | {"bound": bound}
+    return weighted(loss, weight, shown)
+
+
+def squared_error(found: Denoised, x_0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, target: str) -> Tensor:
+    """Of each sample, (B,), the mean over D in terms of the target; see `diffusion`."""
     errors = {
         "eps": lambda: found.eps - full(eps),
         "x_0": lambda: found.x_0 - full(x_0),
@@ -55,12 +65,7 @@ def diffusion(
     }
     if target not in errors:
         raise ValueError(f"diffusion: the error is taken in one of {', '.join(errors)}, got {target!r:.40}")
-    error = errors[target]().square().flatten(1).mean(dim=1)  # (B,)
-    snr = (alpha / sigma).square().flatten()
-    loss, shown = snr_weight(snr, target, weighting, gamma) * error, {"error": error}
-    if bound is not None:
-        loss, shown = loss + bound_weight * bound, shown | {"bound": bound}
-    return weighted(loss, weight, shown)
+    return errors[target]().square().flatten(1).mean(dim=1)
 
 
 def snr_weight(snr: Tensor, target: str, weighting: str = "none", gamma: float | None = None) -> Tensor:

@@ -197,7 +197,8 @@ class DiffusionStage(TrainingStage):
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, Tensor]:
-        """`error`: the squared error of eps, at timesteps spread over all; a sample has the same ones each time.
+        """`error`: the squared error of what the network predicts, at timesteps spread over all; a sample has the same
+        ones each time. (That of eps says nothing of a network that predicts x_0: it has no bound where noise ends.)
 
         `bits_per_dim`, of pixels: the variational bound, from these timesteps, the first one and the prior's term, with
         x_0 clipped. `caption_gain`, where captions are read: by how much that of the sample before makes the error
@@ -210,7 +211,8 @@ class DiffusionStage(TrainingStage):
             eps = random.normal(self.seed, number, batch.samples, shape, "validation noise")
             found = denoise(self.schedule.diffuse(x_0, t, eps), t, condition)
             bits = self._bits(x_0, found.x_0.clamp(-1, 1), found.variance_share, t)
-            return (found.eps - eps).square().flatten(1).mean(dim=1), bits
+            alpha, sigma = self.schedule.at(t, x_0)
+            return objective.squared_error(found, x_0, eps, alpha, sigma, self.recipe.diffusion.prediction), bits
 
         place = random.uniform(self.seed, 0, batch.samples, (_LOOKS,), "validation timestep")
         place = (place + torch.arange(_LOOKS, device=place.device)) / _LOOKS  # one in each part, (B, _LOOKS)
