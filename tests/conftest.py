@@ -1,5 +1,6 @@
 """Tiny recipes of every stage, and processes in which many trainings run one after the other."""
 
+import gc
 import json
 import os
 import shutil
@@ -288,8 +289,13 @@ def profiled(tmp_path):
     def of(work) -> tuple[float, list[int], object]:
         """FLOPs by torch's formulas, the bytes alive after each allocation and release, and the result."""
         activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True, with_flops=True) as profiler:
-            result = work()
+        gc.collect()
+        gc.disable()  # else what earlier tests left may be released meanwhile, and count against what is measured
+        try:
+            with torch.profiler.profile(activities=activities, profile_memory=True, with_flops=True) as profiler:
+                result = work()
+        finally:
+            gc.enable()
         products = {"aten::conv2d", "aten::mm", "aten::addmm", "aten::bmm"}
         flops = sum(event.flops for event in profiler.events() if event.name in products)
         profiler.export_chrome_trace(str(tmp_path / "trace.json"))
