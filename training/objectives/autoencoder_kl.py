@@ -54,8 +54,9 @@ def autoencoder_kl(
     nll = image[0].numel() * (nll if perceptual is None else nll + perceptual_weight * full(perceptual))
     regular = kl_weight * kl
     for small in shrunk:
-        apart = pixel_error(small, F.avg_pool2d(image, image.shape[-1] // small.shape[-1]), error)
+        times = image.shape[-1] // small.shape[-1]
+        apart = pixel_error(small, F.avg_pool2d(image, times), error)
         regular = regular + equivariance * image[0].numel() * apart
-        shown[f"shrunk_{image.shape[-1] // small.shape[-1]}"] = apart
+        shown[f"shrunk_{times}"] = apart
     total, scalars = generator(nll, regular, weight, fake_logits, last_layer, ramp, average)
     return total, scalars | weighted(nll, weight, shown)[1]

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ...layers import random
 from ...layers.precision import full
@@ -22,6 +21,7 @@ from ...priors.condition import Condition
 from ...priors.denoiser import Denoise
 from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import diffusion as objective
+from ..parallel import is_sharded
 from ..run import Stage
 from ..stream import Batch, Source
 from .contract import Knob, Loss, TrainingStage, Updates, captions_of, contact_sheet, evaluating
@@ -245,7 +245,7 @@ class DiffusionStage(TrainingStage):
         """Sixteen samples, of the batch's captions or classes where the network reads them, as users paint, but in no
         more than 50 steps.
         """
-        if self.along and isinstance(next(self.network.parameters()), DTensor):
+        if self.along and is_sharded(self.network):
             return None  # divided as one network, of which neither half can be called alone
         captions = batch.captions[:16]
         if self.prior.num_classes is not None and batch.labels is not None:
