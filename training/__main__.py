@@ -151,6 +151,8 @@ def _train(
     check(recipe, training, names, asked, folder / "model")
     # The tails of a softmax are denormal numbers, with which a CPU is many times slower. Threads made later inherit it.
     torch.set_flush_denormal(True)
+    # What is kept out of bfloat16 means float32, and a GPU's convolutions would round it to 10 bits.
+    torch.backends.cudnn.allow_tf32 = False
     _keep_memory()
     # The flag that Accelerator reads itself: without it several CPU processes would each stand alone.
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
