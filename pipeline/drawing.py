@@ -153,7 +153,8 @@ class DiffusionDrawing:
         batch = len(told)
         null = self.condition([negative] * batch) if negative else self.null(batch)
         null = null._replace(image=condition.image)
-        return Guided(denoise, null, scale, (low, math.inf if high is None else high), rescale)
+        interval = (low, math.inf if high is None else high)
+        return Guided(denoise, null, scale, interval, rescale, Condition.beside)
 
     def condition(self, captions: Sequence[str]) -> Condition:
         """What the prior reads of captions or numbers of classes; one that fills has the whole picture to fill."""

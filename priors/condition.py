@@ -32,6 +32,12 @@ class Condition(NamedTuple):
         """
         return Condition(*(_chosen(drop, other, own) for other, own in zip(null, self, strict=True)))
 
+    def beside(self, other: "Condition") -> "Condition":
+        """Both as one of twice the samples, (2 B, ...): first this, then the other, which has the same fields."""
+        pairs = list(zip(self, other, strict=True))
+        assert all((a is None) == (b is None) for a, b in pairs), "conditions of one network have the same fields"
+        return Condition(*(torch.cat([a, b]) if a is not None and b is not None else None for a, b in pairs))
+
 
 def _chosen(drop: Tensor, null: Tensor | None, own: Tensor | None) -> Tensor | None:
     if null is None or own is None:

@@ -99,7 +99,8 @@ class Guided:
     null: the null condition, or that of a negative prompt. scale: 1 is no guidance and runs no second pass. interval:
     guides only where low < sigma / alpha <= high (Kynkaanniemi 2024, arXiv:2404.07724), and runs no second pass
     elsewhere. rescale: share in [0, 1] of v that is brought back to the deviation it has without guidance (Lin 2023,
-    arXiv:2305.08891, equations 15 and 16). Learned variances are those of the condition.
+    arXiv:2305.08891, equations 15 and 16). Learned variances are those of the condition. join: of two conditions one of
+    twice the samples, such as `Condition.beside`, so that both passes are one; without it they are two.
     """
 
     denoise: Denoise
@@ -107,6 +108,7 @@ class Guided:
     scale: float
     interval: tuple[float, float] | None = None
     rescale: float = 0.0
+    join: Callable[[Any, Any], Any] | None = None
 
     def __post_init__(self) -> None:
         low, high = self.interval or (0.0, float("inf"))
@@ -123,19 +125,30 @@ class Guided:
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Denoised:
         """See `Denoise`."""
-        own = self.denoise(x_t, t, condition)
         alpha, sigma = self.schedule.at(t, x_t)
         low, high = self.interval or (0.0, float("inf"))
         inside = (sigma > low * alpha) & (sigma / high <= alpha)  # alpha may be 0
-        if self.scale == 1 or not inside.any():
-            return own
-        null = self.denoise(x_t, t, self.null)
+        always = low == 0 and high == float("inf")  # else the device is waited for
+        if self.scale == 1 or not (always or inside.any()):
+            return self.denoise(x_t, t, condition)
+        own, null = self._both(x_t, t, condition)
         x_0, eps = (b + self.scale * (a - b) for a, b in ((own.x_0, null.x_0), (own.eps, null.eps)))
         if self.rescale:
             plain, guided = alpha * own.eps - sigma * own.x_0, alpha * eps - sigma * x_0
             factor = 1 + self.rescale * (_deviation(plain) / _deviation(guided) - 1)
             x_0, eps = convert(factor * guided, full(x_t), alpha, sigma, "v")
         return replace(own, x_0=torch.where(inside, x_0, own.x_0), eps=torch.where(inside, eps, own.eps))
+
+    def _both(self, x_t: Tensor, t: Tensor, condition: Any) -> tuple[Denoised, Denoised]:
+        """What is found under the condition and under the null one."""
+        if self.join is None:
+            return self.denoise(x_t, t, condition), self.denoise(x_t, t, self.null)
+        found = self.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), self.join(condition, self.null))
+        halves = (found.x_0.chunk(2), found.eps.chunk(2), (None, None))
+        if found.variance_share is not None:
+            halves = (*halves[:2], found.variance_share.chunk(2))
+        own, null = (Denoised(*parts) for parts in zip(*halves, strict=True))
+        return own, null
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ class Schedule:
 
 def _pick(table: Tensor, index: Tensor, like: Tensor) -> Tensor:
     """table (N,) at index (B,), as (B, 1, ...) beside `like` (B, ...), in its full precision and on its device."""
-    values = table.to(full(like[:0]).dtype).to(like.device)
+    values = table.to(full(like[:0]).dtype).to(like.device, non_blocking=True)  # else the device is waited for
     return values[index].view(-1, *[1] * (like.dim() - 1))
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
+from kartina.priors.condition import Condition
 from kartina.priors.denoiser import Clipped, Denoiser, Guided, convert
 from kartina.priors.schedules import new_schedule
 
@@ -83,6 +84,24 @@ def test_guidance_by_hand():
     alpha, sigma = plain.schedule.at(T, x_t)
     torch.testing.assert_close(alpha * found.x_0 + sigma * found.eps, x_t)  # the same in x_0
     torch.testing.assert_close(Guided(plain, -1.0, 0.0)(x_t, T, 2.0).x_0, null.x_0)
+
+
+def test_one_pass_over_both_conditions_is_two_passes():
+    weight = normal(6, 3, seed=2)
+    passes = []
+
+    def network(x, t, condition):  # learns variances
+        passes.append(len(x))
+        return torch.einsum("oc,bchw->bohw", weight, torch.tanh(x * condition.embedding[:, :, None, None]))
+
+    x_t, condition, null = normal(4, 3, 2, 2), *(Condition(embedding=normal(4, 3, seed=n)) for n in (3, 4))
+    plain = Denoiser(network, new_schedule(), "v")
+    expected = Guided(plain, null, 3.0)(x_t, T, condition)
+    found = Guided(plain, null, 3.0, join=Condition.beside)(x_t, T, condition)
+    assert passes == [4, 4, 8]
+    torch.testing.assert_close(found.x_0, expected.x_0)
+    torch.testing.assert_close(found.eps, expected.eps)
+    torch.testing.assert_close(found.variance_share, expected.variance_share)
 
 
 def test_rescaled_guidance_is_that_of_diffusers():

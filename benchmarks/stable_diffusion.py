@@ -1,0 +1,251 @@
+"""Pictures of Stable Diffusion 1.5, by our sampling path and by diffusers' `StableDiffusionPipeline`, in one run.
+
+Run as `python -m kartina.benchmarks.stable_diffusion [--size tiny] [--compile]`, or by path with the package installed;
+sizes are in `sizes.yaml`. From tokens of captions to 8-bit pictures: DDIM, classifier-free guidance of 7.5, decoding.
+Ours as `kartina paint` does it; theirs as built, with channels last as their documentation advises, and with --compile
+also with a compiled U-Net. Both have the same weights, random ones, the same tokens and noise; that they come to the
+same latents, and to the same pictures of the same latents, is checked first. A row has the best of two rounds of
+batch 1, of other batches one round, after a short one to warm up. Memory is a side's weights and what it takes beyond
+them. `--json` prints one JSON line. On a GPU if there is one. Without other work on the machine only.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import yaml
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from kartina.layers.random import normal
+from kartina.pipeline.convert import to_diffusers
+from kartina.pipeline.convert_scheduler import scheduler_config
+from kartina.pipeline.convert_unet import unet_to_diffusers
+from kartina.pipeline.convert_unet_config import unet_config
+from kartina.pipeline.drawing import DiffusionDrawing
+from kartina.pipeline.images import to_pil
+from kartina.pipeline.published import SCALING_FACTOR
+from kartina.pipeline.recipe import Diffusion, Recipe, sampling_knobs
+from kartina.priors.condition import Condition
+from kartina.priors.unet import UNet
+from kartina.tokenizers.autoencoder_kl import AutoencoderKL
+
+SIZES = yaml.safe_load(Path(__file__).with_name("sizes.yaml").read_text(encoding="utf-8"))["stable_diffusion"]
+GUIDANCE = 7.5
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# How far the latents may be apart after two steps, as a share of their deviation: theirs are of the dtype, ours full.
+TOLERANCE = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.2}
+Paint = Callable[[int, int], list[Image]]  # batch, steps
+
+
+class NoCaptions:
+    """In place of a text encoder: captions come as tokens, and this gives those of the null caption, (1, L, D)."""
+
+    def __init__(self, null: Tensor) -> None:
+        self.null, self.width = null, null.shape[2]
+
+    def null_text(self, batch: int) -> int:
+        return batch
+
+    def __call__(self, batch: int) -> tuple[Tensor, None]:
+        return self.null.expand(batch, -1, -1), None
+
+
+class Ours:
+    """The system that a folder of Stable Diffusion loads as, but for its text encoder."""
+
+    def __init__(self, size: dict[str, Any], device: str, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        self.arguments = size["unet"]
+        with torch.device(device), torch.no_grad():
+            self.unet, self.vae = UNet(**size["unet"]), AutoencoderKL(**size["autoencoder"])
+            for parameter in self.unet.parameters():  # so that none is zero
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        self.vae.scale.std.fill_(1 / SCALING_FACTOR)
+        self.networks = [each.to(dtype).eval().requires_grad_(False) for each in (self.unet, self.vae)]
+        self.recipe = Recipe(
+            name="random/stable-diffusion",
+            paper="arXiv:2112.10752",
+            image_size=size["autoencoder"]["image_size"],
+            parts={"prior": {"kind": "unet", **size["unet"]}, "tokenizer": {"kind": "autoencoder_kl"}},
+            sampling={"sampler": "ddim", "guidance_scale": GUIDANCE},
+            diffusion=Diffusion(schedule="scaled_linear"),
+        )
+        shape = max(size["batches"]), size["tokens"], self.unet.context_dim
+        self.tokens, null = (torch.randn(n, *shape[1:], device=device).to(dtype) for n in (shape[0], 1))
+        self.text = NoCaptions(null)
+        parts = {"prior": self.unet, "tokenizer": self.vae, "text": self.text}
+        self.draw = DiffusionDrawing(self.recipe, parts, None)
+
+    @torch.inference_mode()
+    def latents(self, batch: int, steps: int) -> Tensor:
+        """(B, C, h, w), of seeds 0, 1 and so on."""
+        knobs = sampling_knobs(self.recipe, {"num_steps": steps}, "knobs")
+        return self.draw.sample(Condition(tokens=self.tokens[:batch]), range(batch), knobs)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> list[Image]:
+        return to_pil(self.vae.decode(latents).float())
+
+    def paint(self, batch: int, steps: int) -> list[Image]:
+        return self.decode(self.latents(batch, steps))
+
+
+class Theirs:
+    """Their pipeline with the weights of ours: of the U-Net the same memory, as long as the layout is left alone."""
+
+    def __init__(self, ours: Ours) -> None:
+        levels = ours.vae.encoder.down
+        config = unet_config(ours.arguments, linear_projections=False)
+        config.pop("_class_name")
+        scheduler = scheduler_config(ours.recipe)
+        with torch.device("meta"):
+            unet = diffusers.UNet2DConditionModel(**config)
+            vae = diffusers.AutoencoderKL(
+                block_out_channels=[level.block[0].conv2.out_channels for level in levels],
+                layers_per_block=len(levels[0].block), sample_size=ours.vae.image_size,
+                latent_channels=ours.unet.in_channels, scaling_factor=SCALING_FACTOR,
+                down_block_types=["DownEncoderBlock2D"] * len(levels),
+                up_block_types=["UpDecoderBlock2D"] * len(levels),
+            )  # fmt: skip
+        unet.load_state_dict(unet_to_diffusers(ours.unet.state_dict(), linear_projections=False), assign=True)
+        vae.load_state_dict(to_diffusers(ours.vae.state_dict()), assign=True)
+        vae.to(memory_format=torch.contiguous_format)
+        self.networks = [each.eval().requires_grad_(False) for each in (unet, vae)]
+        self.pipeline = diffusers.StableDiffusionPipeline(
+            vae=vae, unet=unet, scheduler=getattr(diffusers, scheduler.pop("_class_name"))(**scheduler),
+            text_encoder=None, tokenizer=None, safety_checker=None, feature_extractor=None,
+            requires_safety_checker=False,
+        )  # fmt: skip
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.ours = ours
+
+    def channels_last(self) -> None:
+        for network in self.networks:
+            network.to(memory_format=torch.channels_last)
+
+    def compile(self) -> None:
+        """As their documentation has it, with one graph for each batch."""
+        self.pipeline.unet = torch.compile(self.networks[0], mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+    def run(self, batch: int, steps: int, output: str) -> Any:
+        """output: "latent" or "pil"."""
+        tokens, side = self.ours.tokens[:batch], self.ours.recipe.image_size
+        seeds = torch.arange(batch, device=tokens.device)
+        noise = normal(0, 0, seeds, self.ours.draw.shape, "sampler start").to(tokens.dtype)
+        return self.pipeline(
+            prompt_embeds=tokens, negative_prompt_embeds=self.ours.text(batch)[0], latents=noise, height=side,
+            width=side, num_inference_steps=steps, guidance_scale=GUIDANCE, output_type=output,
+        ).images  # fmt: skip
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Image]:
+        image = self.pipeline.vae.decode(latents / SCALING_FACTOR).sample
+        return self.pipeline.image_processor.postprocess(image, output_type="pil")
+
+    def paint(self, batch: int, steps: int) -> list[Image]:
+        return self.run(batch, steps, "pil")
+
+
+def check(ours: Ours, theirs: Theirs, precision: str) -> float:
+    """How far two steps lead apart, as a share of the latents' deviation. Raises SystemExit where it is too far."""
+    found, expected = ours.latents(1, 2), theirs.run(1, 2, "latent")
+    apart = float((found.float() - expected.float()).std() / expected.float().std())
+    if not apart < TOLERANCE[precision]:  # NaN too
+        raise SystemExit(f"{precision}: the latents differ by {apart:.2g} of their deviation")
+    pictures = [np.asarray(decode(found)[0]).astype(float) for decode in (ours.decode, theirs.decode)]
+    off = np.abs(pictures[0] - pictures[1]).mean()
+    if pictures[1].std() < 1 or off > 255 * TOLERANCE[precision] / 10:
+        raise SystemExit(f"{precision}: the pictures of one latent differ by {off:.2g} of 255 levels on average")
+    return apart
+
+
+def measure(paint: Paint, networks: list[nn.Module], batch: int, steps: int, device: str) -> tuple[float, float]:
+    """Seconds for a batch of pictures and, on a GPU, gibibytes: those of the weights and what is taken beside them."""
+    held = 0
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+    paint(batch, min(3, steps))  # counts for the memory: what a graph is captured in is not seen when it is replayed
+    taken = []
+    for _ in range(2 if batch == 1 else 1):
+        begin = time.perf_counter()
+        paint(batch, steps)  # pictures are on the CPU, so nothing is left to wait for
+        taken.append(time.perf_counter() - begin)
+    weights = sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
+    peak = weights + torch.cuda.max_memory_allocated() - held if device == "cuda" else 0
+    return min(taken), peak / 2**30
+
+
+def rows(
+    name: str, precision: str, batches: list[int], steps: int, compiled: bool, device: str
+) -> list[dict[str, Any]]:
+    """Of one dtype: each batch beside each setting of theirs."""
+    ours = Ours(SIZES[name], device, DTYPES[precision])
+    theirs = Theirs(ours)
+    apart = check(ours, theirs, precision)
+    own = {batch: measure(ours.paint, ours.networks, batch, steps, device) for batch in batches}
+    settings: dict[str, Callable[[], None]] = {"eager": lambda: None, "channels last": theirs.channels_last}
+    if compiled:
+        settings["channels last, compiled"] = theirs.compile
+    found = []
+    for setting, prepare in settings.items():
+        prepare()
+        for batch in batches:
+            seconds, memory = measure(theirs.paint, theirs.networks, batch, steps, device)
+            found.append(
+                {
+                    "size": name,
+                    "precision": precision,
+                    "device": torch.cuda.get_device_name() if device == "cuda" else device,
+                    "batch": batch,
+                    "steps": steps,
+                    "diffusers": setting,
+                    "seconds": round(own[batch][0], 3),
+                    "diffusers_seconds": round(seconds, 3),
+                    "ratio": round(seconds / own[batch][0], 2),
+                    "gib": round(own[batch][1], 2),
+                    "diffusers_gib": round(memory, 2),
+                    "apart": float(f"{apart:.2g}"),
+                }
+            )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON line")
+    parser.add_argument("--size", choices=list(SIZES), help="by default 1.5 on a GPU, else tiny")
+    parser.add_argument("--precisions", nargs="+", choices=list(DTYPES), help="by default fp16 and bf16 on a GPU")
+    parser.add_argument("--batches", nargs="+", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--compile", action="store_true", help="their U-Net compiled too, which takes minutes")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = options.size or ("1.5" if device == "cuda" else "tiny")
+    precisions = options.precisions or (["fp16", "bf16"] if device == "cuda" else ["fp32", "bf16"])
+    batches, steps = options.batches or SIZES[name]["batches"], options.steps or SIZES[name]["steps"]
+    found = []
+    for precision in precisions:
+        for row in rows(name, precision, batches, steps, options.compile, device):
+            found.append(row)
+            if not options.json:
+                print(
+                    "{size}, {precision}, batch {batch}, {steps} steps, {device}: {ratio} times as fast as diffusers, "
+                    "{diffusers} ({seconds} s and {diffusers_seconds} s; {gib} and {diffusers_gib} GiB; {apart} apart "
+                    "after two steps)".format(**row),
+                    flush=True,
+                )
+    if options.json:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
