@@ -166,7 +166,7 @@ def check(ours: Ours, theirs: Theirs, precision: str) -> float:
     return apart
 
 
-def measure(paint: Paint, networks: list[nn.Module], batch: int, steps: int, device: str) -> tuple[float, float]:
+def measure(paint: Paint, networks: list[nn.Module], batch: int, steps: int, device: str) -> tuple[float, float | None]:
     """Seconds for a batch of pictures and, on a GPU, gibibytes: those of the weights and what is taken beside them."""
     held = 0
     if device == "cuda":
@@ -179,9 +179,10 @@ def measure(paint: Paint, networks: list[nn.Module], batch: int, steps: int, dev
         begin = time.perf_counter()
         paint(batch, steps)  # pictures are on the CPU, so nothing is left to wait for
         taken.append(time.perf_counter() - begin)
+    if device != "cuda":
+        return min(taken), None
     weights = sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
-    peak = weights + torch.cuda.max_memory_allocated() - held if device == "cuda" else 0
-    return min(taken), peak / 2**30
+    return min(taken), round((weights + torch.cuda.max_memory_allocated() - held) / 2**30, 2)
 
 
 def rows(
@@ -211,8 +212,8 @@ def rows(
                     "seconds": round(own[batch][0], 3),
                     "diffusers_seconds": round(seconds, 3),
                     "ratio": round(seconds / own[batch][0], 2),
-                    "gib": round(own[batch][1], 2),
-                    "diffusers_gib": round(memory, 2),
+                    "gib": own[batch][1],
+                    "diffusers_gib": memory,
                     "apart": float(f"{apart:.2g}"),
                 }
             )
@@ -239,8 +240,8 @@ def main() -> None:
             if not options.json:
                 print(
                     "{size}, {precision}, batch {batch}, {steps} steps, {device}: {ratio} times as fast as diffusers, "
-                    "{diffusers} ({seconds} s and {diffusers_seconds} s; {gib} and {diffusers_gib} GiB; {apart} apart "
-                    "after two steps)".format(**row),
+                    "{diffusers} ({seconds} s and {diffusers_seconds} s; {apart} apart after two steps)".format(**row)
+                    + ("" if row["gib"] is None else "; {gib} and {diffusers_gib} GiB".format(**row)),
                     flush=True,
                 )
     if options.json:

@@ -101,6 +101,8 @@ class DiffusionDrawing:
             self.problem = (
                 f"the prior looks at tokens of width {self.prior.context_dim}, its text encoder gives {width}"
             )
+        if self.prior.embedding_dim or (self.prior.num_classes and self.prior.context_dim):
+            self.problem = "the prior reads classes or embeddings beside captions, which nothing gives it here"
 
     def __call__(
         self, captions: Sequence[str], seeds: Sequence[int], knobs: dict[str, Any], progress: Progress | None
@@ -154,7 +156,8 @@ class DiffusionDrawing:
         null = self.condition([negative] * batch) if negative else self.null(batch)
         null = null._replace(image=condition.image)
         interval = (low, math.inf if high is None else high)
-        return Guided(denoise, null, scale, interval, rescale, Condition.beside)
+        join = None if self.prior.sliced else Condition.beside  # where memory is spared, one after the other
+        return Guided(denoise, null, scale, interval, rescale, join)
 
     def condition(self, captions: Sequence[str]) -> Condition:
         """What the prior reads of captions or numbers of classes; one that fills has the whole picture to fill."""

@@ -15,13 +15,17 @@ _QUERIES = 1024
 def spare(parts: dict[str, Any]) -> bool:
     """Lets the parts of a diffusion model take less memory from now on, with a warning; whether more could be spared.
 
-    First attention takes so many queries at a time, which changes no number but by rounding; then the decoder takes
-    tiles of half the side, which changes pictures slightly: see `tokenizers.tiles`.
+    First attention takes so many queries at a time, and guidance looks at one condition after the other, which changes
+    no number but by rounding; then the decoder takes tiles of half the side, which changes pictures slightly: see
+    `tokenizers.tiles`.
     """
     prior, tokenizer = parts.get("prior"), parts.get("tokenizer")
     if isinstance(prior, UNet) and not prior.sliced:
         prior.slice_attention(_QUERIES)
-        warnings.warn(f"out of memory with one picture: attention takes {_QUERIES} queries at a time", stacklevel=2)
+        warnings.warn(
+            f"out of memory with one picture: attention takes {_QUERIES} queries at a time, guidance two passes",
+            stacklevel=2,
+        )
         return True
     if isinstance(tokenizer, AutoencoderKL) and tokenizer.tile is None:
         tokenizer.tile = max(1, min(tokenizer.spec.shape[1:]) // 2)

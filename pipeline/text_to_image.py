@@ -241,7 +241,7 @@ class _OwnCLIP:
 def repaint(system: TextToImage, facts: Any) -> Painting:
     """Paints a picture again from its `metadata`, in the same row of a micro-batch of the same size.
 
-    On the machine, device and dtype of the first time the picture is the same bit for bit. The other rows are copies.
+    On the machine, device, dtype and version of the first time it is the same bit for bit. The other rows are copies.
     Raises ValueError for facts that are not one painting's (see `check_facts`), or those of another model.
     """
     wanted = check_facts(facts)

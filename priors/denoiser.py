@@ -96,9 +96,9 @@ def convert(predicted: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, predic
 class Guided:
     """Classifier-free guidance (Ho 2022, arXiv:2207.12598): null + scale (conditional - null), in x_0 and eps alike.
 
-    null: the null condition, or that of a negative prompt. scale: 1 is no guidance and runs no second pass. interval:
-    guides only where low < sigma / alpha <= high (Kynkaanniemi 2024, arXiv:2404.07724), and runs no second pass
-    elsewhere. rescale: share in [0, 1] of v that is brought back to the deviation it has without guidance (Lin 2023,
+    null: the null condition, or that of a negative prompt. scale: 1 is no guidance, and looks at no null condition.
+    interval: guides only where low < sigma / alpha <= high (Kynkaanniemi 2024, arXiv:2404.07724); elsewhere as scale 1.
+    rescale: share in [0, 1] of v that is brought back to the deviation it has without guidance (Lin 2023,
     arXiv:2305.08891, equations 15 and 16). Learned variances are those of the condition. join: of two conditions one of
     twice the samples, such as `Condition.beside`, so that both passes are one; without it they are two.
     """
@@ -144,10 +144,8 @@ class Guided:
         if self.join is None:
             return self.denoise(x_t, t, condition), self.denoise(x_t, t, self.null)
         found = self.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), self.join(condition, self.null))
-        halves = (found.x_0.chunk(2), found.eps.chunk(2), (None, None))
-        if found.variance_share is not None:
-            halves = (*halves[:2], found.variance_share.chunk(2))
-        own, null = (Denoised(*parts) for parts in zip(*halves, strict=True))
+        shares = (None, None) if found.variance_share is None else found.variance_share.chunk(2)
+        own, null = (Denoised(*half) for half in zip(found.x_0.chunk(2), found.eps.chunk(2), shares, strict=True))
         return own, null
 
 

@@ -161,7 +161,7 @@ def test_where_memory_ends_attention_is_sliced_and_then_the_picture_decoded_in_t
     monkeypatch.setattr(system, "_paint", fail_at_first)
     monkeypatch.setattr("kartina.pipeline.memory._QUERIES", 3)
     fails[:] = [False, True]
-    with pytest.warns(UserWarning, match="attention takes 3 queries"):
+    with pytest.warns(UserWarning, match="attention takes 3 queries at a time, guidance two passes"):
         assert np.abs(ours(system) - picture).max() <= 1
     fails[:] = [False, True]
     with pytest.warns(UserWarning, match="decoding in tiles"):

@@ -1,10 +1,9 @@
 """Writes a cache of shards: what frozen parts of a model make of each sample, computed once (`cache` says what it is).
 
 The work is divided by shards. A shard is written beside, fsynced and renamed, so that one that is there is whole, and
-a run that was killed goes on with the next. Any number of processes may write one cache, on one machine or on several
-that share the folder: each takes its own share first (shard i mod N), then what others have left, and holds what it
-writes by a lock. On the CPU a process computes with one thread, in batches that begin with each shard: so the bytes
-depend on neither the number of processes nor on where a run was interrupted.
+a killed run goes on with the next. Any number of processes may write one cache, on one machine or on several that share
+the folder: each takes its own share first (shard i mod N), then what others left, and locks what it writes. On the CPU
+a process computes with one thread, in batches that begin with each shard: the bytes depend on no number of processes.
 
 B samples of a batch, S image side, C x h x w latents, D features of an embedding, T caption tokens.
 
@@ -217,11 +216,12 @@ def _write_share(
     """Writes every shard that no other process writes, those of its own number first."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # as the trainer has it, so that a cache holds what it would compute
     try:
         encoder = _Encoder(folder, what, device)
         _begin(out, encoder.describe(shards))  # in a process of its own the folders may have changed
-        for first in range(many):
-            for shard in shards[(number + first) % many :: many]:
+        for turn in range(number, number + many):
+            for shard in shards[turn % many :: many]:
                 _write_shard(load_index(shard), out / shard.name, encoder, report)
     finally:
         torch.set_num_threads(threads)

@@ -54,7 +54,8 @@ def divide(network: torch.nn.Module, updates: list[Update], accelerator: Acceler
     total = accelerator.reduce(torch.stack(sums).sum(0).detach(), reduction="sum")
     scale = accelerator.num_processes / total[1]
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-    torch._foreach_mul_(gradients, scale)  # all at once: on a GPU each alone takes longer to launch
+    if gradients:
+        torch._foreach_mul_(gradients, scale)  # all at once: on a GPU each alone takes longer to launch
     return total
 
 

@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from .parallel import like, whole
 from .run import Optimizer
 
+_STACK = 2**18  # values
+
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan 2024) as torch.optim.Muon computes it, with three additions: kernels too, without slow bfloat16, and
@@ -34,6 +36,8 @@ class Muon(torch.optim.Optimizer):
         """One step from the gradients of the parameters, which every process has alike."""
         for group in self.param_groups:
             kept = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not kept:
+                continue
             matrices = self._momentum(kept, group["momentum"])
             updates: Iterable[Tensor]
             if any(isinstance(matrix, DTensor) for matrix in matrices):
@@ -94,14 +98,26 @@ def shares(shapes: Sequence[Sequence[int]], world: int) -> list[int]:
 
 
 def _orthogonalise_each(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """`orthogonalise` of each, those of one shape at once."""
-    places: dict[torch.Size, list[int]] = {}
-    for i, matrix in enumerate(matrices):
-        places.setdefault(matrix.shape, []).append(i)
+    """`orthogonalise` of each, those of a stack at once."""
     found: dict[int, Tensor] = {}
-    for alike in places.values():
-        found |= zip(alike, orthogonalise(torch.stack([matrices[i] for i in alike])), strict=True)
+    for places in stacks([matrix.shape for matrix in matrices]):
+        found |= zip(places, orthogonalise(torch.stack([matrices[i] for i in places])), strict=True)
     return [found[i] for i in range(len(matrices))]
+
+
+def stacks(shapes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Which matrices are orthogonalised together: of one shape, and small, so that few kernels are launched.
+
+    A stack takes no more memory than a large matrix does alone.
+    """
+    places: dict[tuple[int, ...], list[int]] = {}
+    for i, shape in enumerate(shapes):
+        places.setdefault(tuple(shape), []).append(i)
+    found = []
+    for shape, alike in places.items():
+        count = max(1, _STACK // math.prod(shape))
+        found += [alike[at : at + count] for at in range(0, len(alike), count)]
+    return found
 
 
 def orthogonalise(matrix: Tensor, rounds: int = 5) -> Tensor:
@@ -183,6 +199,8 @@ def rate(step: int, steps: int, config: Optimizer, restart: int = 0) -> float:
 
 class EMA:
     """Moving average of a module's floating tensors, in fp32; the decay warms up as min(decay, (1 + n) / (10 + n)).
+
+    They are divided over processes all or none.
 
     Parameters are matched by object at construction, so wrappers' name prefixes cannot make it a no-op.
     """
