@@ -2,20 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
 
 from kartina.pipeline import recipe as recipes
-from kartina.training.optim import (
-    EMA,
-    Muon,
-    build_optimizers,
-    orthogonalise,
-    orthogonalise_all,
-    outer_parameters,
-    rate,
-    shares,
-    stacks,
-)
+from kartina.training.optim import EMA, Muon, build_optimizers, orthogonalise, outer_parameters, rate, shares
 from kartina.training.run import Optimizer
 
 # kind of the part -> the matrices, tables and kernels of it that are AdamW's, where Muon has the hidden ones
@@ -136,24 +125,6 @@ def test_muon_sees_a_kernel_as_a_matrix(memory_format):
 def test_singular_values_come_near_one(shape):
     values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0))).float())
     assert values.min() > 0.3 and values.max() < 1.3
-
-
-def test_matrices_of_a_stack_are_orthogonalised_as_each_alone():
-    """Wide, tall and square ones in any order; large ones stand alone."""
-    shapes = [(8, 20), (20, 8), (8, 20), (8, 8), (1024, 512), (8, 20), (1024, 512)]
-    assert stacks(shapes) == [[0, 2, 5], [1], [3], [4], [6]]
-    matrices = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes[:4])]
-    for matrix, found in zip(matrices, orthogonalise_all(matrices), strict=True):
-        assert torch.allclose(found, orthogonalise(matrix), atol=1e-6) and found.shape == matrix.shape
-
-
-def test_parameters_without_gradient_stay():
-    still, moved = (nn.Parameter(torch.ones(4, 6)) for _ in range(2))
-    muon = Muon([still, moved], lr=0.1, weight_decay=0.1)
-    muon.step()
-    moved.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    muon.step()
-    assert torch.equal(still, torch.ones(4, 6)) and not torch.equal(moved, still)
 
 
 def test_processes_share_the_matrices_evenly():

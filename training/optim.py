@@ -14,8 +14,6 @@ from torch.distributed.tensor import DTensor
 from .parallel import like, whole
 from .run import Optimizer
 
-_STACK = 2**18  # values
-
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan 2024) as torch.optim.Muon computes it, with three additions: kernels too, without slow bfloat16, and
@@ -36,30 +34,27 @@ class Muon(torch.optim.Optimizer):
         """One step from the gradients of the parameters, which every process has alike."""
         for group in self.param_groups:
             kept = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not kept:
-                continue
-            matrices = self._momentum(kept, group["momentum"])
+            matrices = [self._momentum(parameter, group["momentum"]) for parameter in kept]
             updates: Iterable[Tensor]
             if any(isinstance(matrix, DTensor) for matrix in matrices):
                 updates = (orthogonalise(whole(matrix)) for matrix in matrices)  # whole one at a time
             else:
                 updates = orthogonalise_all(matrices)
-            if group["weight_decay"]:
-                torch._foreach_mul_(kept, 1 - group["lr"] * group["weight_decay"])
             for parameter, matrix, update in zip(kept, matrices, updates, strict=True):
                 update = update.to(parameter.dtype).view(parameter.shape)
                 wide = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
-                parameter.add_(like(update, parameter), alpha=-group["lr"] * wide)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(
+                    like(update, parameter), alpha=-group["lr"] * wide
+                )
 
-    def _momentum(self, parameters: Sequence[nn.Parameter], momentum: float) -> list[Tensor]:
-        """The gradients with Nesterov's momentum, each (n_out, rest)."""
-        gradients = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        torch._foreach_lerp_(averages, gradients, 1 - momentum)
-        return [matrix.flatten(1) for matrix in torch._foreach_lerp(gradients, averages, momentum)]
+    def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        """The gradient with Nesterov's momentum, (n_out, rest)."""
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        average = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(average, momentum).flatten(1)
 
 
 def orthogonalise_all(matrices: Sequence[Tensor]) -> list[Tensor]:
@@ -69,14 +64,14 @@ def orthogonalise_all(matrices: Sequence[Tensor]) -> list[Tensor]:
     """
     world = distributed.get_world_size() if distributed.is_initialized() else 1
     if world == 1:
-        return _orthogonalise_each(matrices)
+        return [orthogonalise(matrix) for matrix in matrices]
     owners, here = shares([matrix.shape for matrix in matrices], world), distributed.get_rank()
     sizes = [sum(m.numel() for m, of in zip(matrices, owners, strict=True) if of == owner) for owner in range(world)]
-    own = _orthogonalise_each([matrix for matrix, owner in zip(matrices, owners, strict=True) if owner == here])
+    own = [orthogonalise(matrix).flatten() for matrix, owner in zip(matrices, owners, strict=True) if owner == here]
     device = matrices[0].device
     sent = torch.zeros(max(sizes), dtype=newton_schulz_dtype(device), device=device)  # of one length from everywhere
     if own:
-        sent[: sizes[here]] = torch.cat([update.flatten() for update in own])
+        sent[: sizes[here]] = torch.cat(own)
     found = sent.new_empty(world, len(sent))
     distributed.all_gather_into_tensor(found.view(-1), sent)
     places = [0] * world
@@ -97,39 +92,16 @@ def shares(shapes: Sequence[Sequence[int]], world: int) -> list[int]:
     return owners
 
 
-def _orthogonalise_each(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """`orthogonalise` of each, those of a stack at once."""
-    found: dict[int, Tensor] = {}
-    for places in stacks([matrix.shape for matrix in matrices]):
-        found |= zip(places, orthogonalise(torch.stack([matrices[i] for i in places])), strict=True)
-    return [found[i] for i in range(len(matrices))]
-
-
-def stacks(shapes: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Which matrices are orthogonalised together: of one shape, and small, so that few kernels are launched.
-
-    A stack takes no more memory than a large matrix does alone.
-    """
-    places: dict[tuple[int, ...], list[int]] = {}
-    for i, shape in enumerate(shapes):
-        places.setdefault(tuple(shape), []).append(i)
-    found = []
-    for shape, alike in places.items():
-        count = max(1, _STACK // math.prod(shape))
-        found += [alike[at : at + count] for at in range(0, len(alike), count)]
-    return found
-
-
 def orthogonalise(matrix: Tensor, rounds: int = 5) -> Tensor:
-    """(..., A, B) -> about U V^T of its singular value decomposition, by Newton-Schulz with Jordan's coefficients."""
-    x = matrix.to(newton_schulz_dtype(matrix.device)).reshape(-1, *matrix.shape[-2:])
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    """(A, B) -> about U V^T of its singular value decomposition, by Newton-Schulz with Jordan's coefficients."""
+    x = matrix.to(newton_schulz_dtype(matrix.device))
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=1e-7)
     for _ in range(rounds):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return (x.mT if tall else x).reshape(matrix.shape)
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.T.contiguous() if tall else x
 
 
 def newton_schulz_dtype(device: torch.device) -> torch.dtype:

@@ -259,14 +259,11 @@ def _muon_bytes(shapes: list[Any], share: int, setting: _Setting) -> float:
     """What one update takes besides its state: all gradients with momentum, and what it makes of them.
 
     That is all matrices at once, in bfloat16 where the device has it, and twice what each device sends to the others;
-    of a divided network one whole matrix at a time. And the products of one, or of a stack of them: what is gathered
-    or stacked, its next state, and two squares.
+    of a divided network one whole matrix at a time. And the products of one: its next state, and two squares.
     """
-    from .optim import stacks
-
     width, sizes = 2 if setting.device.bf16 else 4, [rows * columns for rows, columns in shapes]
-    together = [[i] for i in range(len(shapes))] if share > 1 else stacks(shapes)
-    most = max(len(i) * ((4 + width) * sizes[i[0]] + 2 * width * min(shapes[i[0]]) ** 2) for i in together)
+    whole = 4 if share > 1 else 0  # bytes of each value that are gathered first
+    most = max((whole + width) * size + 2 * width * min(shape) ** 2 for size, shape in zip(sizes, shapes, strict=True))
     if share > 1:
         return 4 * sum(sizes) / share + most + width * max(sizes)
     sent = 2 * width * sum(sizes) / setting.devices if setting.devices > 1 else 0.0
