@@ -30,8 +30,8 @@ from kartina.pipeline.convert_unet import unet_to_diffusers
 from kartina.pipeline.convert_unet_config import unet_config
 from kartina.pipeline.drawing import DiffusionDrawing
 from kartina.pipeline.images import to_pil
-from kartina.pipeline.published import SCALING_FACTOR
-from kartina.pipeline.recipe import Diffusion, Recipe, sampling_knobs
+from kartina.pipeline.published import SCALING_FACTOR, autoencoder_layout
+from kartina.pipeline.recipe import Diffusion, Recipe, defaults, sampling_knobs
 from kartina.priors.condition import Condition
 from kartina.priors.unet import UNet
 from kartina.tokenizers.autoencoder_kl import AutoencoderKL
@@ -73,7 +73,10 @@ class Ours:
             name="random/stable-diffusion",
             paper="arXiv:2112.10752",
             image_size=size["autoencoder"]["image_size"],
-            parts={"prior": {"kind": "unet", **size["unet"]}, "tokenizer": {"kind": "autoencoder_kl"}},
+            parts={
+                "prior": {"kind": "unet", **size["unet"]},
+                "tokenizer": {"kind": "autoencoder_kl", **size["autoencoder"]},
+            },
             sampling={"sampler": "ddim", "guidance_scale": GUIDANCE},
             diffusion=Diffusion(schedule="scaled_linear"),
         )
@@ -101,19 +104,13 @@ class Theirs:
     """Their pipeline with the weights of ours: of the U-Net the same memory, as long as the layout is left alone."""
 
     def __init__(self, ours: Ours) -> None:
-        levels = ours.vae.encoder.down
+        section = defaults("tokenizer", "autoencoder_kl") | ours.recipe.parts["tokenizer"]
         config = unet_config(ours.arguments, linear_projections=False)
         config.pop("_class_name")
         scheduler = scheduler_config(ours.recipe)
         with torch.device("meta"):
             unet = diffusers.UNet2DConditionModel(**config)
-            vae = diffusers.AutoencoderKL(
-                block_out_channels=[level.block[0].conv2.out_channels for level in levels],
-                layers_per_block=len(levels[0].block), sample_size=ours.vae.image_size,
-                latent_channels=ours.unet.in_channels, scaling_factor=SCALING_FACTOR,
-                down_block_types=["DownEncoderBlock2D"] * len(levels),
-                up_block_types=["UpDecoderBlock2D"] * len(levels),
-            )  # fmt: skip
+            vae = diffusers.AutoencoderKL(**autoencoder_layout(section), scaling_factor=SCALING_FACTOR)
         unet.load_state_dict(unet_to_diffusers(ours.unet.state_dict(), linear_projections=False), assign=True)
         vae.load_state_dict(to_diffusers(ours.vae.state_dict()), assign=True)
         vae.to(memory_format=torch.contiguous_format)

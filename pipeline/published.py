@@ -266,7 +266,7 @@ def save_diffusers(out: Path, section: dict[str, Any], weights: dict[str, Tensor
     section = defaults("tokenizer", kind) | section
     out.mkdir(parents=True)
     save_tensors(out / _WEIGHTS, to_diffusers(weights))
-    config = _layout(section) | {"_class_name": name}
+    config = autoencoder_layout(section) | {"_class_name": name}
     if kind == "vqgan":
         config |= {"num_vq_embeddings": section["num_codes"], "vq_embed_dim": section["code_dim"]}
     else:
@@ -274,7 +274,8 @@ def save_diffusers(out: Path, section: dict[str, Any], weights: dict[str, Tensor
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _layout(section: dict[str, Any]) -> dict[str, Any]:
+def autoencoder_layout(section: dict[str, Any]) -> dict[str, Any]:
+    """The sizes of a tokenizer, all of them given, in the words of diffusers' AutoencoderKL and VQModel."""
     size, mult = section["image_size"], list(section["channel_mult"])
     attends = [size >> level in section["attn_resolutions"] for level in range(len(mult))]
     return {

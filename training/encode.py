@@ -3,7 +3,7 @@
 The work is divided by shards. A shard is written beside, fsynced and renamed, so that one that is there is whole, and
 a killed run goes on with the next. Any number of processes may write one cache, on one machine or on several that share
 the folder: each takes its own share first (shard i mod N), then what others left, and locks what it writes. On the CPU
-a process computes with one thread, in batches that begin with each shard: the bytes depend on no number of processes.
+a process computes with one thread, in batches that begin with each shard: neither processes nor breaks change a byte.
 
 B samples of a batch, S image side, C x h x w latents, D features of an embedding, T caption tokens.
 
