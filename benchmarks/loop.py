@@ -31,9 +31,10 @@ from kartina.pipeline import checkpoint
 from kartina.pipeline.known_models import SHIPPED
 from kartina.training import exchange
 from kartina.training import run as runs
-from kartina.training.__main__ import source_of
+from kartina.training.__main__ import keep_memory
 from kartina.training.loop import train_stage
 from kartina.training.optim import EMA, build_optimizers, fast_bf16, rate
+from kartina.training.sources import source_of
 from kartina.training.stages import STAGES
 from kartina.training.stopping import Stop
 from kartina.training.stream import prefetch, rank_positions
@@ -142,18 +143,22 @@ def rate_of(run):
 
 def main() -> None:
     torch.set_flush_denormal(True)
+    keep_memory()  # as the trainer does
     accelerator = Accelerator(mixed_precision="bf16" if fast_bf16(torch.device("cpu")) else "no", cpu=True)
-    for word in sys.argv[1:] or ["shapes/dalle:tokenizer", "shapes/dalle:prior", "shapes/dalle:clip"]:
+    words = sys.argv[1:] or ["shapes/dalle:tokenizer", "shapes/dalle:prior", "shapes/dalle:clip"]
+    for word in words:
         model, name = word.split(":")
         rounds = [(in_the_loop(model, name, accelerator)[0], bare(model, name, accelerator)) for _ in range(ROUNDS)]
         looped, alone = (statistics.median(chain.from_iterable(both)) for both in zip(*rounds, strict=True))
         wait = in_the_loop(model, name, accelerator, workers=2)[1]
         print(f"{word}: a step {1000 * looped:.0f} ms in the loop, {1000 * alone:.0f} ms bare: {looped / alone:.3f}")
-        print(f"{word}: waiting for data with two workers {100 * wait:.2f} % of the time")
+        print(f"{word}: waiting for data with two workers {100 * wait:.2f} % of the time", flush=True)
+    for word in words:
+        model, name = word.split(":")
         found = [[samples_a_second(model, name, *how) for how in ((1, 1), (1, 2), (2, 1))] for _ in range(ROUNDS)]
         one, two, apart = (statistics.median(each) for each in zip(*found, strict=True))
         print(f"{word}: {one:.1f} samples/s on one process, {two:.1f} on two: {two / one / 2:.2f} of twice;", end=" ")
-        print(f"two that run apart bring {apart / one / 2:.2f}")
+        print(f"two that run apart bring {apart / one / 2:.2f}", flush=True)
 
 
 if __name__ == "__main__":

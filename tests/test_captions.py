@@ -1,9 +1,11 @@
 """The caption tokenizer: round trips, padding, truncation, and its one file."""
 
+import json
 import warnings
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from kartina.tokenizers.captions import PAD, CaptionTokenizer
 
@@ -74,6 +76,40 @@ def test_save_and_load_in_one_file(tokenizer, tmp_path):
     assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
 
 
+def test_dropout_splits_words_and_loses_nothing(tokenizer):
+    captions = sorted(set(CAPTIONS))
+    draws = torch.rand(len(captions), 64, generator=torch.Generator().manual_seed(0))
+    whole, split, again = (tokenizer.encode_with_dropout(captions, rate, draws) for rate in (0.0, 0.3, 0.3))
+    assert torch.equal(whole[0], tokenizer.encode(captions)[0]) and torch.equal(whole[1], tokenizer.encode(captions)[1])
+    assert torch.equal(split[0], again[0]) and (split[1] > whole[1]).all()
+    assert tokenizer.decode(split[0]) == tokenizer.decode(whole[0]) == captions
+    other = tokenizer.encode_with_dropout(captions, 0.3, draws.roll(1, 1))[0]
+    assert not torch.equal(split[0], other) and tokenizer.decode(other) == captions
+    row = tokenizer.encode_with_dropout(captions[:1], 0.3, draws[:1])[0]
+    assert torch.equal(row[0], split[0][0])  # a caption's tokens do not depend on what it stands beside
+
+
+def test_dropout_leaves_a_caption_whole_that_would_be_cut(tokenizer):
+    short = CaptionTokenizer(tokenizer._tokenizer, 9)
+    captions = ["a red circle above a blue square", "a red circle"]  # of 7 words and of 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokens, lengths = short.encode_with_dropout(captions, 0.9, torch.rand(2, 9))
+    assert lengths.tolist() == short.encode(captions)[1].tolist() and short.decode(tokens) == captions
+
+
+def test_dropout_splits_as_often_as_that_of_tokenizers(tokenizer):
+    """The number of pieces of a word, over 4,000 draws, against the library's own, which cannot be seeded."""
+    word, count = " квадратом", 4000
+    ours = torch.tensor([len(tokenizer._pieces(tokenizer._words(word)[0], 0.2, way)) for way in range(count)]).float()
+    model = Tokenizer.from_str(json.dumps(tokenizer.definition()))
+    model.model.dropout = 0.2
+    theirs = torch.tensor([len(model.encode(word).ids) for _ in range(count)]).float()
+    assert ours.std() > 0.5
+    assert abs(ours.mean() - theirs.mean()) < 5 * (2 / count) ** 0.5 * theirs.std()
+    assert ours.std() == pytest.approx(theirs.std().item(), rel=0.1)
+
+
 def test_training_is_deterministic(tokenizer, tmp_path):
     again = CaptionTokenizer.train(CAPTIONS, vocab_size=400, context_length=64)
     tokenizer.save(tmp_path / "a.json")
@@ -86,6 +122,11 @@ def test_errors_say_what_was_expected(tokenizer, tmp_path):
         CaptionTokenizer.train(CAPTIONS, vocab_size=100)
     with pytest.raises(ValueError, match="sequence"):
         tokenizer.encode("one caption")
+    with pytest.raises(ValueError, match=r"rate in \[0, 1\).*got 1.0"):
+        tokenizer.encode_with_dropout(["a"], 1.0, torch.rand(1, 64))
+    clip = CaptionTokenizer.clip({"a": 0, "a</w>": 1, "<|startoftext|>": 2, "<|endoftext|>": 3}, [])
+    with pytest.raises(ValueError, match="that of CLIP"):
+        clip.encode_with_dropout(["a"], 0.1, torch.rand(1, 75))
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(ValueError, match="format"):
         CaptionTokenizer.load(tmp_path / "x.json")

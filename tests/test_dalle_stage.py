@@ -1,4 +1,4 @@
-"""The stage of DALL-E: what of other parts it refuses to be trained against."""
+"""The stage of DALL-E: what of other parts it refuses to be trained against, and how it reads captions."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from kartina.tokenizers.captions import CaptionTokenizer
 from kartina.training import __main__ as trainer
 from kartina.training import run as runs
 from kartina.training.sources import source_of
+from kartina.training.stages.clip import CLIPStage
 from kartina.training.stages.dalle import DALLEStage
 
 
@@ -23,6 +24,38 @@ def test_a_fitting_prior_is_taken(tiny, tmp_path):
     stage = DALLEStage(recipe, training.stages["prior"], source, tmp_path, 0, torch.device("cpu"))
     ((name, (loss, count), _),) = stage.updates(source.read(range(2)), 0)
     assert name == "prior" and loss > 0 and count == 2
+
+
+@pytest.mark.parametrize("part", ["prior", "clip"])
+def test_words_are_split_in_training_by_step_and_sample_and_not_in_validation(part, tiny, tmp_path, monkeypatch):
+    argv = [*tiny["dalle" if part == "prior" else "clip"][1], f"stages.{part}.objective={{bpe_dropout: 0.3}}"]
+    argv += ["captions.context_length=99", "parts.prior.text_length=99", "parts.clip.text_length=101"]
+    given = trainer._arguments([*argv, f"stages.{part}.levels=[S1]"])
+    recipe, training = runs.load(given.recipe, given.overrides)
+    checkpoint.save_part(tmp_path, recipe, "tokenizer", checkpoint.export(build(recipe, "tokenizer")))
+    source = source_of(recipe, training.data_of(part))
+    CaptionTokenizer.train(source.captions(range(200)), 300, 99).save(tmp_path / "captions.json")
+    kind = {"prior": DALLEStage, "clip": CLIPStage}[part]
+    stage = kind(recipe, training.stages[part], source, tmp_path, 0, torch.device("cpu"))
+    read, split, whole = [], stage.captions.encode_with_dropout, stage.captions.encode
+
+    def noted(encode):
+        def call(*arguments):
+            read.append(encode(*arguments)[0])
+            return encode(*arguments)
+
+        return call
+
+    monkeypatch.setattr(stage.captions, "encode_with_dropout", noted(split))
+    monkeypatch.setattr(stage.captions, "encode", noted(whole))
+    batch, last = source.read(range(8)), source.read(range(4, 8))
+    for given, step in ((batch, 3), (batch, 3), (batch, 4), (last, 3)):
+        next(stage.updates(given, step))
+    stage.measure(batch)
+    one, again, other, part_of, measured = (tokens[:8] for tokens in read)
+    assert torch.equal(one, again) and not torch.equal(one, other) and torch.equal(one[4:], part_of[:4])
+    assert torch.equal(measured, whole(batch.captions)[0]) and not torch.equal(one, measured)
+    assert stage.captions.decode(one) == stage.captions.decode(other) == batch.captions
 
 
 PRIOR_ALONE = [

@@ -264,6 +264,7 @@ def test_flops_of_the_unet_against_the_profiler(counted, real, profiled):
 def test_a_published_diffusion_model_is_planned_by_the_parts_that_have_a_stage():
     found = planned("paper/ddpm-cifar10")
     assert list(found["stages"]) == ["prior"] and found["stages"]["prior"]["parameters"] == 35_746_307
+    assert found["stages"]["prior"]["samples"] == 800_000 * 128 and found["stages"]["prior"]["days"] > 0
     found = planned("shapes/dalle", *LATENT, "training={}")
     assert "text" not in found["stages"] and found["stages"]["prior"]["parts"] == ["prior", "text"]
     both = found["parameters"]["prior"] + found["parameters"]["text"]

@@ -6,8 +6,11 @@ B captions, T tokens of context.
 It does not know what reads the tokens, nor the special ids (start, one padding token for each place) of a prior.
 """
 
+import functools
+import itertools
 import json
 import os
+import random
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +28,8 @@ _CLIP_WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # of its release
 )
 _FORMAT = "kartina-captions-1"
+_WAYS = 64  # in which a word can be split by dropout: so they need not be found anew for each caption
+_KNOWN_WAYS = 2**17  # of all words
 
 
 class CaptionTokenizer:
@@ -46,6 +51,7 @@ class CaptionTokenizer:
         self._tokenizer = tokenizer
         self.context_length = context_length
         self.num_truncated = 0
+        self._known_ways: dict[tuple[str, float, int], list[int]] = {}
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int = 16384, context_length: int = 256) -> "CaptionTokenizer":
@@ -110,6 +116,63 @@ class CaptionTokenizer:
         found = self._tokenizer.encode_batch(list(captions), add_special_tokens=False)
         rows = [encoding.ids for encoding in found]
         self._count_truncated([row[self.context_length :] for row in rows if len(row) > self.context_length])
+        return self._padded(rows)
+
+    def encode_with_dropout(self, captions: Sequence[str], rate: float, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """As `encode`, but each merge that could come next is left out with probability `rate` (BPE-dropout, Provilkov
+        2020, arXiv:1910.13267): a word comes in one piece or in several, and a word that training does not hold is made
+        of pieces that it does.
+
+        draws: (B, T) in [0, 1), one for each word, which decide alone: equal draws give equal tokens. A caption that
+        is longer than T in its pieces is read as `encode` reads it. Raises ValueError for a rate outside [0, 1), or
+        CLIP's vocabulary.
+        """
+        if not 0 <= rate < 1 or not self.padded:
+            raise ValueError(
+                "CaptionTokenizer.encode_with_dropout needs a rate in [0, 1) and a vocabulary of `train`, got "
+                f"{rate} and {'one' if self.padded else 'that of CLIP'}"
+            )
+        rows: list[list[int]] = []
+        for caption, own in zip(captions, (draws * _WAYS).long().tolist(), strict=True):
+            words = self._words(caption)
+            row = [token for word, way in zip(words, own, strict=False) for token in self._pieces(word, rate, way)]
+            if max(len(words), len(row)) > self.context_length:
+                tokens, lengths = self.encode([caption])
+                row = tokens[0, : lengths[0]].tolist()
+            rows.append(row)
+        return self._padded(rows)
+
+    def _words(self, caption: str) -> list[str]:
+        """In the alphabet of bytes, each with the space before it."""
+        text = self._tokenizer.normalizer.normalize_str(caption)
+        return [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+    def _pieces(self, word: str, rate: float, way: int) -> list[int]:
+        """One of the ways in which dropout splits a word."""
+        found = self._known_ways.get((word, rate, way))
+        if found is None:
+            ranks, ids = self._merges
+            draw, pieces = random.Random(f"{rate} {way} {word}"), list(word)
+            while True:
+                pairs = enumerate(itertools.pairwise(pieces))
+                left = [(ranks[pair], i) for i, pair in pairs if pair in ranks and draw.random() >= rate]
+                if not left:
+                    break
+                _, i = min(left)
+                pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+            found = [ids[piece] for piece in pieces]
+            if len(self._known_ways) == _KNOWN_WAYS:
+                self._known_ways.clear()
+            self._known_ways[word, rate, way] = found
+        return found
+
+    @functools.cached_property
+    def _merges(self) -> tuple[dict[tuple[str, str], int], dict[str, int]]:
+        """(the rank of each merge, the first to be made 0; the id of each token)."""
+        model = self.definition()["model"]
+        return {tuple(pair): rank for rank, pair in enumerate(model["merges"])}, model["vocab"]
+
+    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         tokens = torch.full((len(rows), self.context_length), PAD, dtype=torch.int64)
         lengths = torch.tensor([min(len(row), self.context_length) for row in rows], dtype=torch.int64)
         for i, row in enumerate(rows):

@@ -126,7 +126,7 @@ def _sources(recipe: Recipe, training: runs.Training, names: list[str]) -> dict[
     return {data: source_of(recipe, data) for data in wanted}
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Lets the C library keep large blocks that a step frees, where it is glibc.
 
     By default each goes back to the system at once, and the next step waits for the same pages to be zeroed again.
@@ -153,7 +153,7 @@ def _train(
     torch.set_flush_denormal(True)
     # What is kept out of bfloat16 means float32, and a GPU's convolutions would round it to 10 bits.
     torch.backends.cudnn.allow_tf32 = False
-    _keep_memory()
+    keep_memory()
     # The flag that Accelerator reads itself: without it several CPU processes would each stand alone.
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
     precision = training.precision if fast_bf16(device) else "fp32"

@@ -34,6 +34,9 @@ class CLIPStage(TrainingStage):
     first wrong caption only; from there to the share `canonical_end` fewer and fewer are. With "A above B" and "B below
     A" equally often from the start, neither the order of the words nor the relation alone tells where A is, and both
     towers stay blind to it for long; with one wording the order alone tells, and the other wording is an exception.
+
+    With `bpe_dropout`, that share of merges is left out of the words it trains on, see
+    `CaptionTokenizer.encode_with_dropout`.
     """
 
     part = "clip"
@@ -45,6 +48,7 @@ class CLIPStage(TrainingStage):
         "canonical": Knob(high=1, grammar=True),
         "canonical_end": Knob(high=1, grammar=True),
         "contrast": Knob(low=1, high=64, grammar=True),
+        "bpe_dropout": Knob(high=0.9),
     }
 
     def __init__(
@@ -114,7 +118,14 @@ class CLIPStage(TrainingStage):
             drawn = (random.uniform(self.seed, step, batch.samples, (1,), "canonical wording")[:, 0] < share).tolist()
             rewrite = drawn + [draw for draw in drawn for _ in range(wanted)]
             captions = [self.source.canonical(c) if r else c for c, r in zip(captions, rewrite, strict=True)]
-        tokens, lengths = self.captions.encode(captions)
+        rate = self.config.number("bpe_dropout", 0)
+        if step is not None and rate:
+            shape = (1 + wanted, self.captions.context_length)
+            own, others = random.uniform(self.seed, step, batch.samples, shape, "bpe dropout").split((1, wanted), dim=1)
+            draws = torch.cat([own[:, 0], others.flatten(0, 1)])  # in the order of the captions
+            tokens, lengths = self.captions.encode_with_dropout(captions, rate, draws)
+        else:
+            tokens, lengths = self.captions.encode(captions)
         text = self.network.frame(tokens, lengths)[:, : int(lengths.max()) + 2]  # what follows the end is not read
         image_features, text_features, scale = towers(batch.image, text.to(batch.image.device))
         own, wrong = text_features[:count], text_features[count:]

@@ -23,14 +23,18 @@ from .contract import Knob, Loss, TrainingStage, Updates, captions_of, contact_s
 
 
 class DALLEStage(TrainingStage):
-    """Fits the DALL-E transformer on (caption, codes), with captions dropped for guidance (section 2.2)."""
+    """Fits the DALL-E transformer on (caption, codes) (section 2.2).
+
+    caption_drop: the share of samples that are shown no caption, for guidance. bpe_dropout: the share of merges that
+    are left out of a caption's words, see `CaptionTokenizer.encode_with_dropout`.
+    """
 
     part = "prior"
     metrics = ("nats_per_code", "caption_gain")
     higher_is_better = False
     depends: tuple[str, ...] = ("tokenizer", "captions")
     cached: tuple[str, ...] = ("codes",)
-    knobs: ClassVar = {"caption_drop": Knob(high=1)}
+    knobs: ClassVar = {"caption_drop": Knob(high=1), "bpe_dropout": Knob(high=0.9)}
 
     def __init__(
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
@@ -51,7 +55,7 @@ class DALLEStage(TrainingStage):
         yield self.part, *self._loss(batch, step)
 
     def _loss(self, batch: Batch, step: int) -> Loss:
-        text, codes = self._read(batch)
+        text, codes = self._read(batch, step)
         drop = random.uniform(self.seed, step, batch.samples, (1,), "caption drop")
         text = torch.where(drop < self.config.number("caption_drop", 0.1), self.network.null_text(len(text)), text)
         text_logits, image_logits = self.forward[self.part](text, codes)
@@ -59,10 +63,16 @@ class DALLEStage(TrainingStage):
         return loss, scalars | {"image_chance": torch.tensor(math.log(image_logits.shape[-1]))}
 
     @torch.no_grad()
-    def _read(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Caption tokens (B, T) and image codes (B, h*w)."""
+    def _read(self, batch: Batch, step: int | None = None) -> tuple[Tensor, Tensor]:
+        """Caption tokens (B, T) and image codes (B, h*w). step: of training, for its draws."""
         codes = batch.encoded["codes"] if batch.encoded else self.tokenizer.encode(batch.image)
-        return self.captions.encode(captions_of(batch))[0].to(codes.device), codes.flatten(1)
+        captions, rate = captions_of(batch), self.config.number("bpe_dropout", 0)
+        if step is not None and rate:
+            draws = random.uniform(self.seed, step, batch.samples, (self.captions.context_length,), "bpe dropout")
+            text, _ = self.captions.encode_with_dropout(captions, rate, draws)
+        else:
+            text, _ = self.captions.encode(captions)
+        return text.to(codes.device), codes.flatten(1)
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, Tensor]:
