@@ -68,7 +68,10 @@ _UNET = """parts={prior: {kind: unet, in_channels: 3, out_channels: 6, width: 8,
 _CAPTIONED = """parts={prior: {kind: unet, in_channels: 3, out_channels: 6, width: 8, channel_mult: [1, 2],
     blocks_per_level: 1, attn_levels: [1], num_heads: 2, context_dim: 16, norm_groups: 4},
     text: {kind: clip_text, text_vocab: 302, text_length: 24, width: 16, depth: 1, num_heads: 2}}"""
-_DENOISING = "diffusion={schedule: cosine, num_timesteps: 50, prediction: v, zero_terminal: true}"
+_DENOISED = [
+    "diffusion={schedule: cosine, num_timesteps: 50, prediction: v, zero_terminal: true}",
+    *["sampling={num_steps: 2}", "stages.prior.objective={}", *_GENTLE_PRIOR],
+]
 
 # kind of the part, and what is special of it -> (stage, arguments of the trainer): a new stage is trusted only with an
 # entry here.
@@ -100,8 +103,8 @@ _TINY = {
     "dvae": ("tokenizer", [_DVAE, "stages.tokenizer.objective.autoencoder=0.25"]),
     "patch_dvae": ("tokenizer", []),
     "dalle": ("prior", []),
-    "unet": ("prior", [_UNET, _DENOISING, "sampling={}", "stages.prior.objective={}", *_GENTLE_PRIOR]),
-    "unet, captioned": ("prior", [_CAPTIONED, _DENOISING, "sampling={}", "stages.prior.objective={}", *_GENTLE_PRIOR]),
+    "unet": ("prior", [_UNET, *_DENOISED]),
+    "unet, captioned": ("prior", [_CAPTIONED, *_DENOISED]),
     "clip": ("clip", []),
 }
 
@@ -120,6 +123,10 @@ def pytest_collection_modifyitems(items):
         kind = item.callspec.params.get("tiny_kind") if hasattr(item, "callspec") else None
         half = "" if kind is None else list(_TINY).index(kind) % 2
         item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{half}"))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported stays: the trainer looks for garbage at the end of each stage
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,13 @@
 
 A job is a line {"name", "argv", ...}: the arguments of the trainer, and what happens to it: "stop_at", the step at
 which the first rank sends itself a real SIGTERM; "poison", the first and last position of samples whose pictures are
-not numbers; "fail_at", the step at which the last rank fails. Per job and rank, RESULTS/<name>-<rank>.json holds
-{"status", "world", "keys", "scored", "held", "hash"}: the keys of the samples of each step; those that were measured,
-with a weight; of each network the number of its values that this rank holds, of how many, and whether all its
-parameters are DTensors; and the hash of the networks at the end.
+not numbers; "fail_at", the step at which the last rank fails; "chunk", the samples that validation reads at once. Per
+job and rank, RESULTS/<name>-<rank>.json holds {"status", "world", "keys", "scored", "held", "hash"}: the keys of the
+samples of each step; those that were measured, with a weight; of each network the number of its values that this rank
+holds, of how many, and whether all its parameters are DTensors; and the hash of the networks at the end.
 """
 
+import gc
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from kartina.pipeline.checkpoint import part_hash
 from kartina.training import __main__ as trainer
-from kartina.training import stages
+from kartina.training import exchange, stages
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -65,15 +66,18 @@ def troubled(kind, job, keys, scored, found, hashes):
 def run(job, results):
     keys, scored, found, hashes, known = [], [], {}, [], dict(stages.STAGES)
     stages.STAGES.update({name: troubled(kind, job, keys, scored, found, hashes) for name, kind in known.items()})
+    chunk, exchange._CHUNK = exchange._CHUNK, job.get("chunk", exchange._CHUNK)
     try:
         status = trainer.main([*job["argv"], f"--processes={WORLD}"])
     finally:
         stages.STAGES.update(known)
+        exchange._CHUNK = chunk
     facts = {"status": status, "world": PartialState().num_processes, "keys": keys, "scored": scored, "held": found}
     facts["hash"] = "".join(hashes)  # of one stage
     (results / f"{job['name']}-{RANK}.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what is imported stays: each job ends by looking for garbage
     for line in Path(sys.argv[1]).read_text().splitlines():
         run(json.loads(line), Path(sys.argv[2]))

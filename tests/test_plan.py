@@ -121,7 +121,7 @@ def test_flops_of_the_dvae_against_the_profiler(overrides, counted, real, profil
     assert counted(overrides, "tokenizer")["tokenizer"].flops == pytest.approx(3 * forward, rel=0.1)
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("bf16", [pytest.param(False, marks=pytest.mark.slow), True], ids=["fp32", "bf16"])
 @KINDS
 def test_activations_and_peak_against_the_allocator(overrides, part, bf16, counted, real, profiled):
     found, setting = counted(overrides, part, bf16), real(overrides, part, bf16)

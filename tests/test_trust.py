@@ -47,9 +47,10 @@ def trainings(tiny, prepared, tmp_path_factory, work):
             for plan, stops in plans.items():
                 folder = prepared(home / f"{kind}-{plan}-{processes}", kind)
                 own = [*argv, *([f"stages.{stage}.micro_batch={4 // processes}"] if plan == "passes" else [])]
-                own += ["--run", str(folder)]
+                # A chunk and a half: each of two ranks has one to measure.
+                own += [f"stages.{stage}.validate_samples=12", "--run", str(folder)]
                 names = [f"{kind}-{plan}-{i}" for i in range(len(stops))]
-                jobs += [{"name": n, "argv": own, "stop_at": s} for n, s in zip(names, stops, strict=True)]
+                jobs += [{"name": n, "argv": own, "stop_at": s, "chunk": 8} for n, s in zip(names, stops, strict=True)]
                 plans_of[processes, kind, plan] = folder, names
         results = work(jobs, processes)
         return {key: (folder, [results[name] for name in names]) for key, (folder, names) in plans_of.items()}

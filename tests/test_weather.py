@@ -32,18 +32,63 @@ def is_finite(saved):
     return all(torch.isfinite(value).all() for value in saved["networks"]["tokenizer"].values())
 
 
-# --- numbers that are not finite --------------------------------------------------------------------------------------
+# --- on two processes -------------------------------------------------------------------------------------------------
+
+
+def png(color):
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(out, "PNG")
+    return out.getvalue()
 
 
 @pytest.fixture(scope="module")
-def stormy(tiny, tmp_path_factory, work):
-    """Runs of 20 steps of 8 with samples that are not numbers, on two processes: one of the ranks alone meets them."""
+def shards(tmp_path_factory):
+    """3 shards of 10, 3 and 7 samples; the samples 4 and 17 have a broken picture."""
+    home, number = tmp_path_factory.mktemp("shards"), 0
+    for part, count in enumerate((10, 3, 7)):
+        with ShardWriter(home / f"{part}", prefix=f"part{part}") as writer:
+            for _ in range(count):
+                picture = b"broken" if number in (4, 17) else png((number * 10, 0, 99))
+                writer.write({"png": picture, "txt": f"number {number}".encode()})
+                number += 1
+        for path in (home / f"{part}").iterdir():
+            path.rename(home / path.name)
+    return home
+
+
+def of_shards(tiny, shards, *more):
+    data = [f"training.data={{kind: shards, shards: {shards}, validation: {shards}, bad_limit: 0.1}}"]
+    return [*tiny["dvae"][1], "stages.tokenizer.objective.autoencoder=0", *data, *more]
+
+
+@pytest.fixture(scope="module")
+def stormy(tiny, shards, tmp_path_factory, work):
+    """Runs on two processes of one life, each in a folder of its name: (their folder, {name: facts of each rank}).
+
+    20 steps of 8 with samples that are not numbers, which one of the ranks alone meets; and of shards that are uneven,
+    fewer than the readers, or of one sample. `two` is stopped half-way.
+    """
     home = tmp_path_factory.mktemp("weather")
     argv = [*tiny["patch_dvae"][1], "stages.tokenizer.patience=3", "stages.tokenizer.save_every=4"]
     spans = {"sample": (43, 43), "span": (40, 63), "parted": (40, 63), "start": (0, 23), "endless": (40, 10_000)}
     jobs = [{"name": n, "argv": [*argv, "--run", str(home / n)], "poison": span} for n, span in spans.items()]
     jobs[2]["stop_at"] = 9
     jobs.append({**jobs[2], "name": "resumed", "stop_at": None})
+    jobs.append({"name": "two", "argv": [*tiny["patch_dvae"][1], "--run", str(home / "two")], "stop_at": 9})
+    single, middle = home / "single", home / "middle"
+    for folder in (single, middle):
+        folder.mkdir()
+    with ShardWriter(single, prefix="alone") as writer:
+        writer.write({"png": png((9, 9, 9)), "txt": b"alone"})
+    shutil.copy(shards / "part1-000000.tar", middle)
+    of = {
+        "thread": (shards, []),
+        "workers": (shards, ["training.data.workers=3"]),
+        "few": (shards, [f"training.data.validation={single}"]),
+        "one": (middle, ["training.data.workers=2"]),
+    }
+    for name, (folder, words) in of.items():
+        jobs.append({"name": name, "argv": of_shards(tiny, folder, *words, "--run", str(home / name))})
     return home, work(jobs, 2)
 
 
@@ -100,81 +145,43 @@ def test_the_third_return_within_a_thousand_steps_ends_the_run(stormy):
 # --- samples and disks ------------------------------------------------------------------------------------------------
 
 
-def png(color):
-    out = io.BytesIO()
-    Image.new("RGB", (8, 8), color).save(out, "PNG")
-    return out.getvalue()
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """3 shards of 10, 3 and 7 samples; the samples 4 and 17 have a broken picture."""
-    home, number = tmp_path_factory.mktemp("shards"), 0
-    for part, count in enumerate((10, 3, 7)):
-        with ShardWriter(home / f"{part}", prefix=f"part{part}") as writer:
-            for _ in range(count):
-                picture = b"broken" if number in (4, 17) else png((number * 10, 0, 99))
-                writer.write({"png": picture, "txt": f"number {number}".encode()})
-                number += 1
-        for path in (home / f"{part}").iterdir():
-            path.rename(home / path.name)
-    return home
-
-
-def of_shards(tiny, shards, *more):
-    data = [f"training.data={{kind: shards, shards: {shards}, validation: {shards}, bad_limit: 0.1}}"]
-    return [*tiny["dvae"][1], "stages.tokenizer.objective.autoencoder=0", *data, *more]
-
-
-def test_uneven_shards_two_ranks_and_three_workers(tiny, shards, tmp_path, work):
+def test_uneven_shards_two_ranks_and_three_workers(stormy):
     """Exactly the steps of the recipe, each sample as often as any other, each scored once, bad ones named once."""
-    jobs = [
-        {"name": n, "argv": of_shards(tiny, shards, f"training.data.workers={workers}", "--run", str(tmp_path / n))}
-        for n, workers in (("thread", 0), ("workers", 3))
-    ]
-    results = work(jobs, 2)
+    home, results = stormy
     for name in ("thread", "workers"):
         assert [rank["status"] for rank in results[name]] == [0, 0]
         read = [key for rank in results[name] for _, keys in rank["keys"] for key in keys]
         assert len(read) == 20 * 8 and {read.count(key) for key in set(read)} == {8} and len(set(read)) == 20
         scored = sorted(key for rank in results[name] for key in rank["scored"])
         assert len(set(scored)) == 18 and scored == sorted([*set(scored)] * 4)  # steps 10 and 20, live and averaged
-        found = {key for event in events(tmp_path / name, "unreadable") for key in event["problems"]}
+        found = {key for event in events(home / name, "unreadable") for key in event["problems"]}
         assert found == {"part0-000000/000000004", "part2-000000/000000004"}
-        assert newest(tmp_path / name)["step"] == 20
+        assert newest(home / name)["step"] == 20
     assert results["thread"] == results["workers"]
 
 
-def test_validation_of_fewer_samples_than_ranks_hangs_nowhere(tiny, shards, tmp_path, work):
-    (tmp_path / "one").mkdir()
-    with ShardWriter(tmp_path / "one", prefix="alone") as writer:
-        writer.write({"png": png((9, 9, 9)), "txt": b"alone"})
-    argv = of_shards(tiny, shards, f"training.data.validation={tmp_path / 'one'}", "--run", str(tmp_path / "run"))
-    (ranks,) = work([{"name": "few", "argv": argv}], 2).values()
+def test_validation_of_fewer_samples_than_ranks_hangs_nowhere(stormy):
+    ranks = stormy[1]["few"]
     assert [rank["status"] for rank in ranks] == [0, 0]
     assert [rank["scored"] for rank in ranks] == [["alone-000000/000000000"] * 4, []]
 
 
-def test_one_shard_for_four_readers(tiny, shards, tmp_path, work):
-    one = tmp_path / "one"
-    one.mkdir()
-    shutil.copy(shards / "part1-000000.tar", one)
-    argv = of_shards(tiny, one, "training.data.workers=2", "--run", str(tmp_path / "run"))
-    (results,) = work([{"name": "one", "argv": argv}], 2).values()
+def test_one_shard_for_four_readers(stormy):
+    results = stormy[1]["one"]
     assert [rank["status"] for rank in results] == [0, 0]
     read = [key for rank in results for _, keys in rank["keys"] for key in keys]
     counts = sorted(read.count(key) for key in set(read))
     assert sum(counts) == 160 and len(counts) == 3 and counts[-1] - counts[0] <= 1
 
 
-def test_another_world_size_goes_on_with_the_next_sample(tiny, tmp_path, work):
-    argv = [*tiny["patch_dvae"][1], "--run", str(tmp_path / "run")]
-    two = work([{"name": "two", "argv": argv, "stop_at": 9}], 2)["two"]
-    one = work([{"name": "one", "argv": argv}], 1)["one"]
+def test_another_world_size_goes_on_with_the_next_sample(stormy, tiny, work):
+    home, results = stormy
+    words = tiny["patch_dvae"][1]
+    one, whole = work([{"name": n, "argv": [*words, "--run", str(home / n)]} for n in ("two", "all")], 1).values()
+    two = results["two"]
     assert two[0]["world"] == 2 and one[0]["world"] == 1
     steps = [[key for rank in two for key in rank["keys"][step][1]] for step in range(10)]
     steps += [keys for _, keys in one[0]["keys"]]
-    whole = work([{"name": "all", "argv": [*argv[:-1], str(tmp_path / "all")]}], 1)["all"]
     assert steps == [keys for _, keys in whole[0]["keys"]]
 
 
