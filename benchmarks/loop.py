@@ -39,7 +39,7 @@ from kartina.training.stages import STAGES
 from kartina.training.stopping import Stop
 from kartina.training.stream import prefetch, rank_positions
 
-STEPS, ROUNDS = 24, 3
+STEPS, ROUNDS = 12, 3
 QUIET = ["preview_every=100000", "validate_every=100000", "save_minutes=1000"]
 
 
@@ -114,7 +114,8 @@ def samples_a_second(model, name, runs_at_once, processes):
         words = [f"stages.{name}.{word}" for word in (*QUIET, f"steps={2 * STEPS}", f"log_every={STEPS}")]
         command = [sys.executable, "-m", "kartina.cli", "train", model, "--stage", name, *words]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        started = []
+        started: list[subprocess.Popen] = []
+        homes.callback(lambda: [process.terminate() for process in started])  # what still runs where one has failed
         for folder in folders:
             full = [*command, f"--processes={processes}", f"--run={folder}"]
             with (folder / "said").open("wb") as said:

@@ -252,6 +252,9 @@ def test_rotation_keeps_the_newest(tmp_path):
     for step in (1, 2, 3):
         state.save(tmp_path, {"at": step, "step": step}, keep=2)
     assert [p.name for p in state.complete(tmp_path)] == ["step-00000002", "step-00000003"]
+    for step in (99_999_999, 10**8, 10**8 + 1):  # whose numbers are longer
+        state.save(tmp_path, {"at": step, "step": step}, keep=2)
+    assert [p.name for p in state.complete(tmp_path)] == ["step-100000000", "step-100000001"]
 
 
 def test_ema_is_the_closed_form():

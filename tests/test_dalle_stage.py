@@ -62,6 +62,12 @@ PRIOR_ALONE = [
     "parts={prior: {kind: dalle, grid: [4, 4], width: 32, depth: 1, num_heads: 2}}",
     "training.stages={prior: {steps: 1, global_batch: 8, optimizer: {lr: 0.001}}}",
 ]
+SHRUNK = [
+    "parts={tokenizer: {kind: autoencoder_kl, image_size: 32, width: 8, channel_mult: [1, 1, 1, 1, 2],"
+    " norm_groups: 4, attn_resolutions: []}}",
+    "training.stages={tokenizer: {steps: 1, global_batch: 8, optimizer: {lr: 0.001}, objective: {equivariance: 1}}}",
+    "sampling={}",
+]
 
 
 @pytest.mark.parametrize(
@@ -75,6 +81,7 @@ PRIOR_ALONE = [
         (["parts.prior.text_length=24"], "stage prior: prior reads 24 tokens of 1024"),
         (["parts.clip.text_length=22"], "stage clip: clip reads 22 tokens of 1026, the captions have 22 of 1024"),
         (PRIOR_ALONE, "stage prior needs a tokenizer, which shapes/dalle has not"),
+        (SHRUNK, "stage tokenizer: its objective's equivariance shrinks latents (2, 4) times, got sides of 2"),
     ],
 )
 def test_what_a_later_stage_could_not_do_is_said_before_the_first_one_trains(tmp_path, capsys, overrides, said):

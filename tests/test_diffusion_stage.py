@@ -195,6 +195,7 @@ def test_latents_must_have_a_measured_scale(tmp_path):
 
 
 CODES = "parts.tokenizer={kind: patch_dvae, image_size: 32, num_codes: 32, width: 8}"
+OBJECTIVE = "stages.prior.objective"
 TEXT = "parts.text={kind: caption_encoder, text_vocab: 300, text_length: 12, width: 16, depth: 1, num_heads: 2}"
 
 
@@ -211,6 +212,10 @@ TEXT = "parts.text={kind: caption_encoder, text_vocab: 300, text_length: 12, wid
         ([TEXT], "null where there is none, got None and 16"),
         ([TEXT, "parts.prior.context_dim=16", "captions.vocab_size=301"], "text reads 12 tokens of 300, the captions"),
         (["diffusion={prediction: eps, zero_terminal: true}"], "let the network predict v or x_0"),
+        (
+            ["diffusion={prediction: v, zero_terminal: true}", f"{OBJECTIVE}={{target: eps, weighting: p2}}"],
+            "weights p2 of an error of eps are divided by the SNR, which ends at 0",
+        ),
     ],
 )
 def test_a_prior_that_does_not_fit_is_refused_before_anything_trains(overrides, said):

@@ -309,7 +309,7 @@ def test_a_recipe_with_a_tokenizer_alone_needs_no_captions(tmp_path):
 
 
 def test_latents_are_held_to_smaller_pictures(tiny):
-    """What averages of latents give back becomes the picture made as small; grids that cannot shrink are refused."""
+    """What averages of latents give back becomes the picture made as small."""
     stage, batch = stage_of(tiny, "autoencoder_kl", knob("discriminator_weight", 0), knob("equivariance", 1))
     optimizer = torch.optim.Adam(stage.network.parameters(), 0.01)
     stage.forward["tokenizer"] = stage.network
@@ -321,5 +321,3 @@ def test_latents_are_held_to_smaller_pictures(tiny):
         optimizer.step()
         found.append([float(scalars[name]) for name in ("shrunk_2", "shrunk_4")])
     assert all(last < first / 2 for first, last in zip(found[0], found[-1], strict=True))
-    with pytest.raises(ValueError, match="equivariance shrinks latents"):
-        stage_of(tiny, "autoencoder_kl", "parts.tokenizer.channel_mult=[1, 1, 1, 1, 2]")

@@ -35,6 +35,7 @@ RECIPE = [
     "parts.prior.context_dim=16",
     "parts.prior.attn_levels=[1]",
     *(f"stages.{stage}.{key}" for stage in ("tokenizer", "prior") for key in ("steps=2", "global_batch=4")),
+    *(f"stages.{stage}.validate_samples=16" for stage in ("tokenizer", "prior")),
     "training.precision=fp32",
     "training.trackers=[]",
 ]

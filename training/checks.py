@@ -58,7 +58,7 @@ def check(recipe: Recipe, training: runs.Training, names: list[str], processes: 
         for part in (name, *stage.beside, *stage.needs(recipe)):
             if problem := part in built and captions_problem(recipe, part, built[part]):
                 raise RecipeError(f"stage {name}: {problem}")
-        if problem := stage.problem(recipe, built, model):
+        if problem := stage.problem(recipe, built, config, model):
             raise RecipeError(f"stage {name}: {problem}")
         passes, why = runs.division(config, processes)[1], stage.coupled(recipe, config)
         if why and passes > 1:

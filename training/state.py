@@ -166,7 +166,8 @@ def path_of(folder: Path, at: int) -> Path:
 
 def complete(folder: Path) -> list[Path]:
     """The checkpoints that have a manifest, oldest first. A half-written folder is not among them."""
-    return sorted(path.parent for path in folder.glob("step-*/manifest.json"))
+    found = (path.parent for path in folder.glob("step-*/manifest.json"))
+    return sorted(found, key=lambda path: (len(path.name), path.name))  # from 10 ** 8 on the numbers are longer
 
 
 def _is_whole(path: Path) -> bool:

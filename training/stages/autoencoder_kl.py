@@ -4,7 +4,7 @@ B images of 3 x H x W pixels, C channels of latents on a grid of h x w.
 """
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
@@ -44,12 +44,17 @@ class AutoencoderKLStage(LatentsStage):
         self.kl_weight = config.number("kl_weight", 1e-6)
         self.equivariance = config.number("equivariance", 0)
         self.shrink = _SHRINK if self.equivariance else ()
-        side = self.network.spec.shape[-1]
-        if self.equivariance and side % max(_SHRINK):
-            raise ValueError(
-                f"{recipe.name}: stages.tokenizer.objective.equivariance shrinks latents {_SHRINK} times, got sides of "
-                f"{side}; choose an image_size and a channel_mult whose latents these divide, or leave equivariance out"
-            )
+
+    @staticmethod
+    def problem(recipe: Recipe, parts: dict[str, Any], config: Stage, model: Path) -> str:
+        """Latents that cannot be shrunk, where they are held to be."""
+        side = parts["tokenizer"].spec.shape[-1]
+        if not config.number("equivariance", 0) or side % max(_SHRINK) == 0:
+            return ""
+        return (
+            f"its objective's equivariance shrinks latents {_SHRINK} times, got sides of {side}; choose an image_size "
+            "and a channel_mult whose latents these divide, or leave equivariance out"
+        )
 
     @staticmethod
     def coupled(recipe: Recipe, config: Stage) -> str:

@@ -66,7 +66,7 @@ class CLIPStage(TrainingStage):
         return "its loss compares the captions of a step"
 
     @staticmethod
-    def problem(recipe: Recipe, parts: dict[str, Any], model: Path) -> str:
+    def problem(recipe: Recipe, parts: dict[str, Any], config: Stage, model: Path) -> str:
         """A text encoder of other sizes than those of the text tower that it is to be."""
         if not _gives_text(recipe, model):
             return ""

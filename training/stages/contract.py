@@ -80,8 +80,9 @@ class TrainingStage(ABC):
         return ""
 
     @staticmethod
-    def problem(recipe: Recipe, parts: dict[str, Any], model: Path) -> str:
-        """Why the parts of a recipe are not of one system, and what to correct, or "" where they are.
+    def problem(recipe: Recipe, parts: dict[str, Any], config: Stage, model: Path) -> str:
+        """Why the parts of a recipe and the stage's `config` are not of one system, and what to correct; "" where they
+        are.
 
         parts: with or without weights. model: the model folder, in which there may be parts already.
         """

@@ -46,7 +46,7 @@ class DALLEStage(TrainingStage):
         self.recipe, self.config, self.source, self.seed = recipe, config, source, seed
 
     @staticmethod
-    def problem(recipe: Recipe, parts: dict[str, Any], model: Path) -> str:
+    def problem(recipe: Recipe, parts: dict[str, Any], config: Stage, model: Path) -> str:
         """Another grid or codebook than the tokenizer's."""
         found = codes_problem(parts["prior"], parts["tokenizer"].spec)
         return found and f"{found}; correct parts.prior.grid and num_codes"

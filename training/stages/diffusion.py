@@ -88,10 +88,16 @@ class DiffusionStage(TrainingStage):
         return tuple(name for name in cls.depends if read[name])
 
     @staticmethod
-    def problem(recipe: Recipe, parts: dict[str, Any], model: Path) -> str:
-        """Noise that cannot be, or a prior that does not fit what it denoises or what it is conditioned on."""
+    def problem(recipe: Recipe, parts: dict[str, Any], config: Stage, model: Path) -> str:
+        """Noise that cannot be, a weight that has no end, or a prior that does not fit what it denoises or reads."""
         prior, width = parts["prior"], getattr(parts.get("text"), "width", None)
         denoiser_of(recipe, prior)  # raises for the noise
+        target, weighting = config.word("target", recipe.diffusion.prediction), config.word("weighting", "none")
+        if recipe.diffusion.zero_terminal and target == "eps" and weighting != "none":
+            return (
+                f"weights {weighting} of an error of eps are divided by the SNR, which ends at 0 with zero_terminal; "
+                "write target: x_0 or v in its objective"
+            )
         if prior.embedding_dim is not None:
             return "it has no image embeddings; leave parts.prior.embedding_dim out"
         if width != prior.context_dim:
