@@ -115,7 +115,7 @@ def samples_a_second(model, name, runs_at_once, processes):
         command = [sys.executable, "-m", "kartina.cli", "train", model, "--stage", name, *words]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         started: list[subprocess.Popen] = []
-        homes.callback(lambda: [process.terminate() for process in started])  # what still runs where one has failed
+        homes.callback(lambda: [end(process) for process in started])  # what still runs where one has failed
         for folder in folders:
             full = [*command, f"--processes={processes}", f"--run={folder}"]
             with (folder / "said").open("wb") as said:
@@ -123,6 +123,12 @@ def samples_a_second(model, name, runs_at_once, processes):
         for process, folder in zip(started, folders, strict=True):
             assert process.wait() == 0, (folder / "said").read_text()
         return sum(map(rate_of, folders))
+
+
+def end(process):
+    """A trainer saves before it ends."""
+    process.terminate()
+    process.wait(timeout=60)
 
 
 def lay_out(folder, model, name):

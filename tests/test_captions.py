@@ -92,9 +92,10 @@ def test_dropout_splits_words_and_loses_nothing(tokenizer):
 def test_dropout_leaves_a_caption_whole_that_would_be_cut(tokenizer):
     short = CaptionTokenizer(tokenizer._tokenizer, 9)
     captions = ["a red circle above a blue square", "a red circle"]  # of 7 words and of 3
+    draws = torch.rand(2, 9, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tokens, lengths = short.encode_with_dropout(captions, 0.9, torch.rand(2, 9))
+        tokens, lengths = short.encode_with_dropout(captions, 0.9, draws)
     assert lengths.tolist() == short.encode(captions)[1].tolist() and short.decode(tokens) == captions
 
 
@@ -124,6 +125,8 @@ def test_errors_say_what_was_expected(tokenizer, tmp_path):
         tokenizer.encode("one caption")
     with pytest.raises(ValueError, match=r"rate in \[0, 1\).*got 1.0"):
         tokenizer.encode_with_dropout(["a"], 1.0, torch.rand(1, 64))
+    with pytest.raises(ValueError, match=r"shape \(1, 64\), got list and \(1, 9\)"):
+        tokenizer.encode_with_dropout(["a"], 0.1, torch.rand(1, 9))
     clip = CaptionTokenizer.clip({"a": 0, "a</w>": 1, "<|startoftext|>": 2, "<|endoftext|>": 3}, [])
     with pytest.raises(ValueError, match="that of CLIP"):
         clip.encode_with_dropout(["a"], 0.1, torch.rand(1, 75))

@@ -28,7 +28,9 @@ def test_a_fitting_prior_is_taken(tiny, tmp_path):
 
 @pytest.mark.parametrize("part", ["prior", "clip"])
 def test_words_are_split_in_training_by_step_and_sample_and_not_in_validation(part, tiny, tmp_path, monkeypatch):
-    argv = [*tiny["dalle" if part == "prior" else "clip"][1], f"stages.{part}.objective={{bpe_dropout: 0.3}}"]
+    wrong = 2 if part == "clip" else 0
+    knobs = f"{{bpe_dropout: 0.3{', wrong_captions: 2' if wrong else ''}}}"
+    argv = [*tiny["dalle" if part == "prior" else "clip"][1], f"stages.{part}.objective={knobs}"]
     argv += ["captions.context_length=99", "parts.prior.text_length=99", "parts.clip.text_length=101"]
     given = trainer._arguments([*argv, f"stages.{part}.levels=[S1]"])
     recipe, training = runs.load(given.recipe, given.overrides)
@@ -52,10 +54,13 @@ def test_words_are_split_in_training_by_step_and_sample_and_not_in_validation(pa
     for given, step in ((batch, 3), (batch, 3), (batch, 4), (last, 3)):
         next(stage.updates(given, step))
     stage.measure(batch)
-    one, again, other, part_of, measured = (tokens[:8] for tokens in read)
-    assert torch.equal(one, again) and not torch.equal(one, other) and torch.equal(one[4:], part_of[:4])
-    assert torch.equal(measured, whole(batch.captions)[0]) and not torch.equal(one, measured)
-    assert stage.captions.decode(one) == stage.captions.decode(other) == batch.captions
+    one, again, other, part_of, measured = read  # the captions, then the wrong ones of each
+    assert [len(tokens) for tokens in read] == [count * (1 + wrong) for count in (8, 8, 8, 4, 8)]
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert torch.equal(torch.cat([one[4:8], one[8 + 4 * wrong :]]), part_of)
+    texts = stage.captions.decode(measured)
+    assert texts[:8] == batch.captions and stage.captions.decode(one) == stage.captions.decode(other) == texts
+    assert torch.equal(measured, whole(texts)[0]) and not torch.equal(one, measured)
 
 
 PRIOR_ALONE = [

@@ -35,7 +35,6 @@ def runs(tiny, prepared, tmp_path_factory, work):
         for (kind, _), folder in found:
             argv = [*tiny[kind][1], *divided]
             argv += ["stages.prior.micro_batch=2"] if name == "passes" else []
-            argv += ["stages.prior.optimizer.muon=0"] if kind == "unet" else []  # DALL-E's is Muon
             argv += [f"stages.prior.steps={STEPS}", "stages.prior.validate_samples=12"]  # a chunk and a half
             yield {"name": f"{kind} {name}{part}", "argv": [*argv, "--run", str(folder)], "chunk": 8, **more}
 

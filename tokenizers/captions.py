@@ -28,8 +28,8 @@ _CLIP_WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # of its release
 )
 _FORMAT = "kartina-captions-1"
-_WAYS = 64  # in which a word can be split by dropout: so they need not be found anew for each caption
-_KNOWN_WAYS = 2**17  # of all words
+_WAYS = 1024  # in which dropout may split a word, so that a way is found once and not for each caption
+_KNOWN_WAYS = 2**18  # of all words
 
 
 class CaptionTokenizer:
@@ -120,13 +120,19 @@ class CaptionTokenizer:
 
     def encode_with_dropout(self, captions: Sequence[str], rate: float, draws: Tensor) -> tuple[Tensor, Tensor]:
         """As `encode`, but each merge that could come next is left out with probability `rate` (BPE-dropout, Provilkov
-        2020, arXiv:1910.13267): a word comes in one piece or in several, and a word that training does not hold is made
-        of pieces that it does.
+        2020, arXiv:1910.13267, algorithm 1): a word comes in one piece or in several, and a word that training does not
+        hold is made of pieces that it does.
 
-        draws: (B, T) in [0, 1), one for each word, which decide alone: equal draws give equal tokens. A caption that
-        is longer than T in its pieces is read as `encode` reads it. Raises ValueError for a rate outside [0, 1), or
-        CLIP's vocabulary.
+        draws: (B, T) in [0, 1), one for each word: which of the 1,024 ways that were drawn for that word, and equal
+        draws give equal tokens. A caption that is longer than T in its pieces is read as `encode` reads it. Raises
+        ValueError for a rate outside [0, 1), CLIP's vocabulary, or draws of another shape.
         """
+        shape = (len(captions), self.context_length)
+        if isinstance(captions, str) or draws.shape != shape:
+            raise ValueError(
+                f"CaptionTokenizer.encode_with_dropout needs a sequence of captions and draws of shape {shape}, got "
+                f"{type(captions).__name__} and {tuple(draws.shape)}"
+            )
         if not 0 <= rate < 1 or not self.padded:
             raise ValueError(
                 "CaptionTokenizer.encode_with_dropout needs a rate in [0, 1) and a vocabulary of `train`, got "

@@ -121,8 +121,8 @@ class CLIPStage(TrainingStage):
         rate = self.config.number("bpe_dropout", 0)
         if step is not None and rate:
             shape = (1 + wanted, self.captions.context_length)
-            own, others = random.uniform(self.seed, step, batch.samples, shape, "bpe dropout").split((1, wanted), dim=1)
-            draws = torch.cat([own[:, 0], others.flatten(0, 1)])  # in the order of the captions
+            draws = random.uniform(self.seed, step, batch.samples, shape, "bpe dropout")  # (B, 1 + W, T)
+            draws = torch.cat([draws[:, 0], draws[:, 1:].flatten(0, 1)])  # in the order of the captions
             tokens, lengths = self.captions.encode_with_dropout(captions, rate, draws)
         else:
             tokens, lengths = self.captions.encode(captions)

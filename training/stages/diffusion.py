@@ -93,6 +93,8 @@ class DiffusionStage(TrainingStage):
         prior, width = parts["prior"], getattr(parts.get("text"), "width", None)
         denoiser_of(recipe, prior)  # raises for the noise
         target, weighting = config.word("target", recipe.diffusion.prediction), config.word("weighting", "none")
+        if weighting == "truncated" and config.number("gamma", 1) < 1:
+            return f"truncated weights are at least 1, and so is their gamma, got {config.number('gamma', 1):g}"
         if recipe.diffusion.zero_terminal and target == "eps" and weighting != "none":
             return (
                 f"weights {weighting} of an error of eps are divided by the SNR, which ends at 0 with zero_terminal; "
