@@ -1,6 +1,6 @@
 """What the training loop costs beside the work itself, how long it waits for data, and what a second process brings.
 
-    python benchmarks/loop.py [RECIPE:STAGE ...]
+    python benchmarks/loop.py [MODEL:STAGE ...]
 
 - loop: the time of a step in `train_stage` against the same forward pass, backward pass, clipping, optimizers and
   moving average in a bare `for`; both read the same stream. Rounds of both alternate; medians of the steps.
@@ -9,7 +9,7 @@
   beside it what the machine itself leaves to two that run at once and have nothing to do with each other. Rounds of
   the three alternate; medians.
 
-On an idle machine; of the shipped models of shapes, each stage as its recipe has it.
+On an idle machine; of shipped models, each stage as the recipe that lies beside its weights has it.
 """
 
 import json
@@ -46,11 +46,15 @@ QUIET = ["preview_every=100000", "validate_every=100000", "save_minutes=1000"]
 def build(model, name, workers=0):
     """Recipe's training half, the stage and its source, as the trainer makes them."""
     overrides = [f"stages.{name}.{word}" for word in (*QUIET, f"steps={STEPS}", f"log_every={STEPS}")]
-    recipe, training = runs.load(model, [*overrides, f"training.data.workers={workers}"])
+    recipe, training = runs.load(recipe_of(model), [*overrides, f"training.data.workers={workers}"])
     source = source_of(recipe, training.data_of(name))
     kind = STAGES[recipe.parts[name]["kind"]]
     torch.manual_seed(0)
     return training, kind(recipe, training.stages[name], source, SHIPPED / model, 0, torch.device("cpu")), source
+
+
+def recipe_of(model):
+    return str(SHIPPED / model / "recipe.yaml")
 
 
 def timed(updates, times):
@@ -112,7 +116,7 @@ def samples_a_second(model, name, runs_at_once, processes):
         for folder in folders:
             lay_out(folder / "model", model, name)
         words = [f"stages.{name}.{word}" for word in (*QUIET, f"steps={2 * STEPS}", f"log_every={STEPS}")]
-        command = [sys.executable, "-m", "kartina.cli", "train", model, "--stage", name, *words]
+        command = [sys.executable, "-m", "kartina.cli", "train", recipe_of(model), "--stage", name, *words]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         started: list[subprocess.Popen] = []
         homes.callback(lambda: [end(process) for process in started])  # what still runs where one has failed
