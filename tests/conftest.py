@@ -125,7 +125,11 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{half}"))
 
 
-def pytest_collection_finish():
+def pytest_collection_finish(session):
+    # pytest 9.2 passes by the names that xdist 3.8 gives to groups: every worker would make every fixture.
+    grouped = all("@test_" in item.nodeid for item in session.items)
+    if getattr(session.config.option, "loadgroup", False) and not grouped:
+        raise pytest.UsageError("groups of tests have no effect with this pytest; take that of constraints.txt")
     gc.freeze()  # what is imported stays: the trainer looks for garbage at the end of each stage
 
 

@@ -5,12 +5,16 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from kartina.training import __main__ as trainer
 from kartina.training import state
 from kartina.training.data.shapes import ShapesSource
 
+DVAE = """parts.tokenizer={kind: dvae, image_size: 32, num_codes: 32, width: 8, init_width: 8, num_groups: 2,
+    blocks_per_group: 1, branch_gain: 1.0}"""
+PATCHES = "parts.tokenizer={kind: patch_dvae, num_codes: 32, width: 8, depth: 1}"
 SMALL = [
     *[f"stages.tokenizer.{key}" for key in ("steps=4", "global_batch=4", "log_every=1")],
     *[f"stages.{stage}.validate_samples=96" for stage in ("tokenizer", "clip")],
@@ -38,6 +42,13 @@ def assert_two_train_as_one(command, stage, names, folder):
     assert len(one) > 4 and torch.allclose(one, two, rtol=1e-5, atol=1e-5)
     one, two = (state.load(state.newest(folder / run / "state" / stage))["networks"][stage] for run in ("one", "two"))
     assert all(torch.allclose(two[name], value, atol=1e-4) for name, value in one.items())
+
+
+@pytest.mark.parametrize(("tokenizer", "autoencoder"), [(DVAE, 0.5), (PATCHES, 0)])  # k-means half-way, and at once
+def test_two_processes_train_as_one(tokenizer, autoencoder, tmp_path):
+    command = [tokenizer, f"stages.tokenizer.objective.autoencoder={autoencoder}"]
+    names = ["tokenizer/nll", "tokenizer/total", "valid/psnr", "valid/usage", "valid/perplexity"]
+    assert_two_train_as_one(command, "tokenizer", names, tmp_path)
 
 
 def test_two_processes_compare_all_samples_of_a_step(tmp_path):
