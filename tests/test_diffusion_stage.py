@@ -216,7 +216,10 @@ TEXT = "parts.text={kind: caption_encoder, text_vocab: 300, text_length: 12, wid
             ["diffusion={prediction: v, zero_terminal: true}", f"{OBJECTIVE}={{target: eps, weighting: p2}}"],
             "weights p2 of an error of eps are divided by the SNR, which ends at 0",
         ),
-        ([f"{OBJECTIVE}={{weighting: truncated, gamma: 0.5}}"], "so is their gamma, got 0.5"),
+        (
+            [f"{OBJECTIVE}={{weighting: truncated, gamma: 0.5}}"],
+            "truncated weights are at least 1, so that their gamma is too, got 0.5",
+        ),
     ],
 )
 def test_a_prior_that_does_not_fit_is_refused_before_anything_trains(overrides, said):

@@ -20,7 +20,7 @@ from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import clip as clip_objective
 from ..run import Stage
 from ..stream import Batch, Source
-from .contract import Knob, Loss, TrainingStage, Updates, captions_of
+from .contract import Knob, Loss, TrainingStage, Updates, captions_of, read_captions
 
 
 class CLIPStage(TrainingStage):
@@ -118,14 +118,7 @@ class CLIPStage(TrainingStage):
             drawn = (random.uniform(self.seed, step, batch.samples, (1,), "canonical wording")[:, 0] < share).tolist()
             rewrite = drawn + [draw for draw in drawn for _ in range(wanted)]
             captions = [self.source.canonical(c) if r else c for c, r in zip(captions, rewrite, strict=True)]
-        rate = self.config.number("bpe_dropout", 0)
-        if step is not None and rate:
-            shape = (1 + wanted, self.captions.context_length)
-            draws = random.uniform(self.seed, step, batch.samples, shape, "bpe dropout")  # (B, 1 + W, T)
-            draws = torch.cat([draws[:, 0], draws[:, 1:].flatten(0, 1)])  # in the order of the captions
-            tokens, lengths = self.captions.encode_with_dropout(captions, rate, draws)
-        else:
-            tokens, lengths = self.captions.encode(captions)
+        tokens, lengths = read_captions(self.captions, captions, self.config, self.seed, step, batch.samples)
         text = self.network.frame(tokens, lengths)[:, : int(lengths.max()) + 2]  # what follows the end is not read
         image_features, text_features, scale = towers(batch.image, text.to(batch.image.device))
         own, wrong = text_features[:count], text_features[count:]

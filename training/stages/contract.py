@@ -16,9 +16,11 @@ from accelerate.utils import reduce
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from ...layers import random
 from ...layers.precision import full
 from ...pipeline.images import grid, to_pil
 from ...pipeline.recipe import Recipe
+from ...tokenizers.captions import CaptionTokenizer
 from ..run import Stage
 from ..stream import NO_CAPTION, Batch, Source
 
@@ -147,6 +149,21 @@ def captions_of(batch: Batch) -> list[str]:
         if not caption and key not in batch.problems:
             raise ValueError(NO_CAPTION.format(key))
     return batch.captions
+
+
+def read_captions(
+    tokenizer: CaptionTokenizer, captions: list[str], config: Stage, seed: int, step: int | None, samples: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens and lengths of captions, with a stage's `bpe_dropout` where `step` is one of training, not None.
+
+    captions: one for each of the samples (B,), then as many more of each, sample after sample.
+    """
+    rate = config.number("bpe_dropout", 0)
+    if step is None or not rate:
+        return tokenizer.encode(captions)
+    shape = (len(captions) // len(samples), tokenizer.context_length)
+    draws = random.uniform(seed, step, samples, shape, "bpe dropout")
+    return tokenizer.encode_with_dropout(captions, rate, torch.cat([draws[:, 0], draws[:, 1:].flatten(0, 1)]))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import dalle as dalle_objective
 from ..run import Stage
 from ..stream import Batch, Source
-from .contract import Knob, Loss, TrainingStage, Updates, captions_of, contact_sheet, evaluating
+from .contract import Knob, Loss, TrainingStage, Updates, captions_of, contact_sheet, evaluating, read_captions
 
 
 class DALLEStage(TrainingStage):
@@ -66,12 +66,7 @@ class DALLEStage(TrainingStage):
     def _read(self, batch: Batch, step: int | None = None) -> tuple[Tensor, Tensor]:
         """Caption tokens (B, T) and image codes (B, h*w). step: of training, for its draws."""
         codes = batch.encoded["codes"] if batch.encoded else self.tokenizer.encode(batch.image)
-        captions, rate = captions_of(batch), self.config.number("bpe_dropout", 0)
-        if step is not None and rate:
-            draws = random.uniform(self.seed, step, batch.samples, (self.captions.context_length,), "bpe dropout")
-            text, _ = self.captions.encode_with_dropout(captions, rate, draws)
-        else:
-            text, _ = self.captions.encode(captions)
+        text, _ = read_captions(self.captions, captions_of(batch), self.config, self.seed, step, batch.samples)
         return text.to(codes.device), codes.flatten(1)
 
     @torch.no_grad()

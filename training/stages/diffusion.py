@@ -92,13 +92,15 @@ class DiffusionStage(TrainingStage):
         """Noise that cannot be, a weight that has no end, or a prior that does not fit what it denoises or reads."""
         prior, width = parts["prior"], getattr(parts.get("text"), "width", None)
         denoiser_of(recipe, prior)  # raises for the noise
-        target, weighting = config.word("target", recipe.diffusion.prediction), config.word("weighting", "none")
-        if weighting == "truncated" and config.number("gamma", 1) < 1:
-            return f"truncated weights are at least 1, and so is their gamma, got {config.number('gamma', 1):g}"
-        if recipe.diffusion.zero_terminal and target == "eps" and weighting != "none":
+        weights = _weights(recipe, config)
+        try:
+            objective.snr_weight(torch.ones(1), **weights)
+        except ValueError as error:
+            return str(error)
+        if recipe.diffusion.zero_terminal and weights["target"] == "eps" and weights["weighting"] != "none":
             return (
-                f"weights {weighting} of an error of eps are divided by the SNR, which ends at 0 with zero_terminal; "
-                "write target: x_0 or v in its objective"
+                f"weights {weights['weighting']} of an error of eps are divided by the SNR, which ends at 0 with "
+                "zero_terminal; write target: x_0 or v in its objective"
             )
         if prior.embedding_dim is not None:
             return "it has no image embeddings; leave parts.prior.embedding_dim out"
@@ -150,11 +152,9 @@ class DiffusionStage(TrainingStage):
         found = self._denoiser(draws)(x_t, t, condition)
         share = found.variance_share
         bound = None if share is None else total * self._bits(x_0, found.x_0.detach(), share, t)
-        gamma = config.number("gamma", 0) if "gamma" in config.objective else None
         return objective.diffusion(
             found, x_0, eps, *self.schedule.at(t, x_0), batch.weight,
-            target=config.word("target", self.recipe.diffusion.prediction), weighting=config.word("weighting", "none"),
-            gamma=gamma, bound=bound, bound_weight=config.number("bound_weight", 0.001),
+            **_weights(self.recipe, config), bound=bound, bound_weight=config.number("bound_weight", 0.001),
         )  # fmt: skip
 
     @torch.no_grad()
@@ -266,6 +266,15 @@ class DiffusionStage(TrainingStage):
             z = draw(captions, range(len(captions)), knobs, None)
         images = z if self.tokenizer is None else self.tokenizer.decode(z).float()
         return contact_sheet(images, captions if self.text is not None else None)
+
+
+def _weights(recipe: Recipe, config: Stage) -> dict[str, Any]:
+    """How an error is weighted: see `objectives.diffusion.snr_weight`."""
+    return {
+        "target": config.word("target", recipe.diffusion.prediction),
+        "weighting": config.word("weighting", "none"),
+        "gamma": config.number("gamma", 0) if "gamma" in config.objective else None,
+    }
 
 
 def _before(each: Tensor | None) -> Tensor | None:
