@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from kartina.layers.attention import short_in_float32
 from kartina.pipeline import checkpoint
 from kartina.pipeline.known_models import SHIPPED
 from kartina.training import exchange
@@ -159,7 +160,8 @@ def main() -> None:
     words = sys.argv[1:] or ["shapes/dalle:tokenizer", "shapes/dalle:prior", "shapes/dalle:clip"]
     for word in words:
         model, name = word.split(":")
-        rounds = [(in_the_loop(model, name, accelerator)[0], bare(model, name, accelerator)) for _ in range(ROUNDS)]
+        with short_in_float32(accelerator.mixed_precision == "bf16"):  # as the loop does
+            rounds = [(in_the_loop(model, name, accelerator)[0], bare(model, name, accelerator)) for _ in range(ROUNDS)]
         looped, alone = (statistics.median(chain.from_iterable(both)) for both in zip(*rounds, strict=True))
         wait = in_the_loop(model, name, accelerator, workers=2)[1]
         print(f"{word}: a step {1000 * looped:.0f} ms in the loop, {1000 * alone:.0f} ms bare: {looped / alone:.3f}")

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .attention import attention
+
 
 def frame(text: Tensor, lengths: Tensor, vocab: int, pad: int) -> Tensor:
     """Captions as CLIP reads them: start, the caption, end, and pads; the start is vocab - 2, the end vocab - 1.
@@ -36,13 +38,25 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+class CLIPAttention(nn.MultiheadAttention):
+    """Multi-head self-attention: (B, L, W) -> the same, with the names of the published weights."""
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]
+        """mask: (L, L), added to the scores."""
+        batch, length, width = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(batch, length, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, L, E)
+        y = attention(q, k, v, mask)
+        return self.out_proj(y.transpose(1, 2).reshape(batch, length, width))
+
+
 class CLIPBlock(nn.Module):
     """Pre-norm residual block: attention, then a perceptron of four times the width."""
 
     def __init__(self, width: int, heads: int, quick_gelu: bool = False) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.attn = CLIPAttention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
         perceptron = [
             ("c_fc", nn.Linear(width, 4 * width)),
@@ -52,8 +66,7 @@ class CLIPBlock(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(perceptron))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        y = self.ln_1(x)
-        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        x = x + self.attn(self.ln_1(x), mask)
         return x + self.mlp(self.ln_2(x))
 
 

@@ -98,9 +98,12 @@ _TINY = {
         f"{_VQGAN}, quantizer: gumbel", "temperature_end: 0.1, discriminator_weight: 0", *_DISCRIMINATOR
     ),
     "autoencoder_kl": _tokenizer(
-        f"kind: autoencoder_kl, {_CONVOLUTIONS}", f"{_LISTENS}, equivariance: 0.3", *_DISCRIMINATOR
+        f"kind: autoencoder_kl, {_CONVOLUTIONS}",
+        f"{_LISTENS}, equivariance: 0.3",
+        *_DISCRIMINATOR,
+        "stages.tokenizer.optimizer.muon=0.0005",
     ),
-    "dvae": ("tokenizer", [_DVAE, "stages.tokenizer.objective.autoencoder=0.25"]),
+    "dvae": ("tokenizer", [_DVAE, "stages.tokenizer.objective.autoencoder=0.25", *_GENTLE]),
     "patch_dvae": ("tokenizer", []),
     "dalle": ("prior", []),
     "unet": ("prior", [_UNET, *_DENOISED]),

@@ -136,7 +136,7 @@ def test_activations_and_peak_against_the_allocator(overrides, part, bf16, count
     assert found[part].saved == pytest.approx(alive[-1], rel=0.02)  # what the loss holds on to, and the loss
     del loss
     # A CPU's convolutions in bfloat16 have a workspace of their own; a tiny discriminator has little else.
-    workspace = bf16 and setting.recipe.parts[part]["kind"] in (*RECONSTRUCTING, "unet")
+    workspace = bf16 and setting.recipe.parts[part]["kind"] in (*RECONSTRUCTING, "unet", "clip")
     setting, held = real(overrides, part, bf16), 0
     updates = updates_of(setting)
     for name, cost in found.items():

@@ -227,6 +227,12 @@ class LatentScale(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_(variance.sqrt())
 
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Makes it change nothing, as built."""
+        self.mean.zero_()
+        self.std.fill_(1)
+
     @staticmethod
     def _wide(values: Tensor, latents: Tensor) -> Tensor:
         return values.to(latents.dtype).view(-1, *[1] * (latents.dim() - 2))

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline import checkpoint
-from ..pipeline.recipe import Recipe, RecipeError, dump, is_pretrained
+from ..pipeline.known_models import find_model
+from ..pipeline.recipe import Recipe, RecipeError, dump, is_pretrained, reads_captions
 from ..pipeline.whole_file import replaced
-from . import cache
+from . import cache, warm_start
 from . import run as runs
 from .sources import source_of, validation_of
 
@@ -37,6 +38,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="STAGE=STEPS",
         help="go on to more steps than the run began with",
     )
+    parser.add_argument("--from", dest="origin", metavar="MODEL", help="begin with the weights of a model")
     parser.add_argument("--run", type=Path, help="the run folder; runs/<recipe> if absent")
     parser.add_argument(
         "--processes", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="the number of processes asked for"
@@ -44,27 +46,35 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _prepare_captions(recipe: Recipe, source: Any, model: Path) -> None:
+def _prepare_captions(recipe: Recipe, source: Any, model: Path, begun: Path | None = None) -> None:
     """Trains the caption tokenizer once, on the first captions of the data; later stages read its file.
+
+    begun: the model that the run begins with, whose caption tokenizer is taken instead.
 
     Raises RecipeError where the folder holds one of another recipe or other data.
     """
     from ..tokenizers.captions import CaptionTokenizer
 
     path, origin = model / "captions.json", model.parent / "captions.origin.json"
-    wanted = recipe.captions.model_dump() | {"data": source.fingerprint}
-    if path.exists() and origin.exists():
-        if keys := runs.differences(json.loads(origin.read_text(encoding="utf-8")), wanted):
+    known = json.loads(origin.read_text(encoding="utf-8")) if path.exists() and origin.exists() else {}
+    place = {"data": source.fingerprint} if begun is None else {"from": checkpoint.file_hash(begun / "captions.json")}
+    if begun is None and "from" in known:  # a later stage of a run that began with a model
+        place = {"from": known["from"]}
+    wanted = recipe.captions.model_dump() | place
+    if known:
+        if keys := runs.differences(known, wanted):
             raise RecipeError(
                 f"{path}: the caption tokenizer was trained with another recipe (differs in {keys}); "
                 "put the recipe back, or start another run with --run FOLDER"
             )
         return
     model.mkdir(parents=True, exist_ok=True)
-    captions = source.captions(range(20_000))
-    trained = CaptionTokenizer.train(captions, recipe.captions.vocab_size, recipe.captions.context_length)
     with replaced(path) as temporary:
-        trained.save(temporary)
+        if begun is not None:
+            shutil.copyfile(begun / "captions.json", temporary)
+        else:
+            captions = source.captions(range(20_000))
+            CaptionTokenizer.train(captions, recipe.captions.vocab_size, recipe.captions.context_length).save(temporary)
     checkpoint.write_text(origin, json.dumps(wanted))
 
 
@@ -138,7 +148,14 @@ def keep_memory() -> None:
 
 
 def _train(
-    recipe: Recipe, training: runs.Training, names: list[str], folder: Path, asked: int, extended: set[str], stop: Any
+    recipe: Recipe,
+    training: runs.Training,
+    names: list[str],
+    folder: Path,
+    asked: int,
+    extended: set[str],
+    begun: Path | None,
+    stop: Any,
 ) -> None:
     import torch
     from accelerate import Accelerator, PartialState
@@ -148,7 +165,7 @@ def _train(
     from .loop import train_stage
     from .optim import fast_bf16
 
-    check(recipe, training, names, asked, folder / "model")
+    check(recipe, training, names, asked, folder / "model", begun)
     # The tails of a softmax are denormal numbers, with which a CPU is many times slower. Threads made later inherit it.
     torch.set_flush_denormal(True)
     # What is kept out of bfloat16 means float32, and a GPU's convolutions would round it to 10 bits.
@@ -169,8 +186,11 @@ def _train(
     validation = validation_of(recipe, training.data)
     _check_frozen(recipe, model)
     if accelerator.is_main_process:
-        if any("captions" in stage_of(recipe, name).needs(recipe) for name in names):
-            _prepare_captions(recipe, sources[training.data], model)
+        reads = any("captions" in stage_of(recipe, name).needs(recipe) for name in names)
+        if reads or (begun is not None and reads_captions(recipe) and (begun / "captions.json").is_file()):
+            _prepare_captions(recipe, sources[training.data], model, begun)
+        if begun is not None:
+            warm_start.take_over(recipe, begun, model, names)
         _carry_notices(training.data, model)
         if not (folder / "recipe.yaml").exists():
             checkpoint.write_text(folder / "recipe.yaml", dump(recipe))
@@ -179,13 +199,16 @@ def _train(
         kind, config = stage_of(recipe, name), training.stages[name]
         against = _against(recipe, model, kind.needs(recipe))
         source = sources[training.data_of(name)]
-        identity = runs.identity(recipe, training, name, source.fingerprint, against, kind.beside)
+        trained = None if begun is None else warm_start.began_with(recipe, begun, (name, *kind.beside))
+        identity = runs.identity(recipe, training, name, source.fingerprint, against, kind.beside, trained)
         if _finished(model, name, identity, name in extended):
             accelerator.print(f"{name}: already trained in {model}")
             continue
         set_seed(training.seed)
         source = cache.source_for(kind, source, training.data, against, model)
         stage = kind(recipe, config, source, model, training.seed, accelerator.device)
+        if begun is not None:
+            warm_start.begin(stage, recipe, begun)  # which a checkpoint replaces
         run = (identity, stage, training, source, validation, folder, accelerator, stop, name in extended)
         ema = train_stage(*run)
         ema.copy_to_network()
@@ -255,8 +278,9 @@ def main(argv: list[str] | None = None) -> int:
             raise RecipeError(f"recipe {recipe.name} has no training section")
         training, extended = _extend(training, given.extend)
         names, folder = names_of(training, given.stage), given.run or runs.folder_of(recipe)
+        begun = find_model(given.origin) if given.origin else None
         with _locked(folder) if rank == "0" else contextlib.nullcontext(), watched() as stop:  # the lock is the job's
-            _train(recipe, training, names, folder, given.processes, extended, stop)
+            _train(recipe, training, names, folder, given.processes, extended, begun, stop)
     except Stopped as stopped:
         from torch.distributed import is_torchelastic_launched
 

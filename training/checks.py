@@ -9,6 +9,7 @@ from typing import Any
 from ..pipeline import checkpoint
 from ..pipeline.recipe import Recipe, RecipeError, captions_problem, is_frozen, is_pretrained, nearest
 from . import run as runs
+from . import warm_start
 from .log import check_trackers
 from .stages import STAGES
 
@@ -32,12 +33,19 @@ def stage_of(recipe: Recipe, name: str) -> Any:
     return STAGES[kind]
 
 
-def check(recipe: Recipe, training: runs.Training, names: list[str], processes: int, model: Path) -> None:
+def check(
+    recipe: Recipe, training: runs.Training, names: list[str], processes: int, model: Path, begun: Path | None = None
+) -> None:
     """Raises RecipeError for what any of the named stages could not do.
 
-    model: the model folder, in which there may be parts already, or nothing.
+    model: the model folder, in which there may be parts already, or nothing. begun: the model folder that they begin
+    with, if any.
     """
     check_trackers(training.trackers)
+    if begun is not None:
+        chosen = {name: (stage_of(recipe, name), training.stages[name]) for name in names}
+        warm_start.check(recipe, chosen, begun, model)
+        model = model if (model / "card.json").exists() else begun
     if training.data.contrast != 1:
         raise RecipeError("training.data.contrast is what stages.clip.objective.contrast sets; set that")
     stages = {name: stage_of(recipe, name) for name in names}

@@ -25,6 +25,7 @@ def train(
     run: Annotated[Path | None, typer.Option(help="the run folder; runs/<recipe> if absent")] = None,
     processes: Annotated[int, typer.Option(min=1)] = 1,
     extend: Annotated[list[str] | None, typer.Option(help="STAGE=STEPS: go on to more steps than before")] = None,
+    begun: Annotated[str | None, typer.Option("--from", help="begin with the weights of a model of such parts")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check the recipe, print it resolved and its size; train nothing")
     ] = False,
@@ -34,12 +35,13 @@ def train(
 
     resolved, training = runs.load(recipe, overrides or [])
     if dry_run:
+        from ..pipeline.known_models import find_model
         from ..pipeline.recipe import count_parameters, dump
         from .checks import check, names_of
 
         if training is not None:
             model = (run or runs.folder_of(resolved)) / "model"
-            check(resolved, training, names_of(training, stage), processes, model)
+            check(resolved, training, names_of(training, stage), processes, model, find_model(begun) if begun else None)
         typer.echo(dump(resolved))
         typer.echo(json.dumps({"parameters": count_parameters(resolved)}, indent=2))
         return
@@ -49,6 +51,7 @@ def train(
         *([f"--stage={stage}"] if stage else []),
         *([f"--run={run}"] if run else []),
         *(f"--extend={wish}" for wish in extend or []),
+        *([f"--from={begun}"] if begun else []),
     ]
     if processes == 1:  # replaced, not wrapped: a signal to this process reaches the trainer
         sys.stdout.flush()

@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 
+from ..layers.attention import short_in_float32
 from . import doctor, exchange, history, parallel, state
 from .exchange import TrainingError
 from .log import Log
@@ -55,7 +56,8 @@ def train_stage(
     """
     run = _Run(identity, stage, training, source, validation, folder, accelerator, stop, extend)
     try:
-        return run.train()
+        with short_in_float32(accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"):
+            return run.train()
     finally:
         run.stream.close()
         run.log.close()
@@ -88,7 +90,7 @@ class _Run:
         if training.shard == "fsdp" and not divided:
             accelerator.print(f"{name}: it has no blocks to divide, or one process has it alone: kept whole")
         self.checkpoints = self.folder / "state" / name
-        self.state = RunState(self.identity, stage.networks, self._optimizers(), self._average())
+        self.state = RunState(self.identity, stage.networks, *self._fresh())
         self._resume()
         settings = training.model_dump(mode="json")
         self.log = Log(self.folder, name, accelerator.is_main_process, self.state.at, training.trackers, settings)
@@ -108,12 +110,10 @@ class _Run:
         for at in itertools.count(self.state.at):
             yield from rank_positions(at, self.config.global_batch, rank, world, micro)
 
-    def _optimizers(self) -> dict[str, list[torch.optim.Optimizer]]:
-        networks = self.stage.networks.items()
-        return {name: build_optimizers(network, self.config.optimizer_of(name)) for name, network in networks}
-
-    def _average(self) -> EMA:
-        return EMA(self.stage.networks[self.stage.part], self.config.ema)
+    def _fresh(self) -> tuple[dict[str, list[torch.optim.Optimizer]], EMA]:
+        networks, of, bf16 = self.stage.networks, self.config.optimizer_of, self.training.precision == "bf16"
+        optimizers = {name: build_optimizers(network, of(name), bf16) for name, network in networks.items()}
+        return optimizers, EMA(networks[self.stage.part], self.config.ema)
 
     def _resume(self) -> None:
         path = self._newest()
@@ -182,7 +182,7 @@ class _Run:
         for network in self.stage.networks.values():
             for tensor in network.state_dict().values():
                 broadcast(tensor)  # ranks may round differently
-        self.state.optimizers, self.state.ema = self._optimizers(), self._average()
+        self.state.optimizers, self.state.ema = self._fresh()
 
     def _set_rates(self) -> None:
         step, begun = self.state.step, self.stage.restart_step

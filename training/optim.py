@@ -19,15 +19,21 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan 2024) as torch.optim.Muon computes it, with three additions: kernels too, without slow bfloat16, and
     each process does a share of the work.
 
-    A kernel is the matrix (n_out, rest). Newton-Schulz runs in bfloat16, as published, where the device multiplies it
-    quickly, else in float32: elsewhere it took longer than the rest of a step. See `orthogonalise_all`; of a network
-    that is divided over the processes each one gathers every matrix and does all of it.
+    A kernel is the matrix (n_out, rest). Newton-Schulz runs in bfloat16, as published, with `bf16` and where the device
+    multiplies it quickly, else in float32: elsewhere it took longer than the rest of a step. See `orthogonalise_all`;
+    of a network that is divided over the processes each one gathers every matrix and does all of it.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95
+        self,
+        parameters: Sequence[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.95,
+        bf16: bool = True,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.bf16 = bf16
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -37,9 +43,9 @@ class Muon(torch.optim.Optimizer):
             matrices = [self._momentum(parameter, group["momentum"]) for parameter in kept]
             updates: Iterable[Tensor]
             if any(isinstance(matrix, DTensor) for matrix in matrices):
-                updates = (orthogonalise(whole(matrix)) for matrix in matrices)  # whole one at a time
+                updates = (orthogonalise(whole(matrix), self.bf16) for matrix in matrices)  # whole one at a time
             else:
-                updates = orthogonalise_all(matrices)
+                updates = orthogonalise_all(matrices, self.bf16)
             for parameter, matrix, update in zip(kept, matrices, updates, strict=True):
                 update = update.to(parameter.dtype).view(parameter.shape)
                 wide = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
@@ -57,19 +63,21 @@ class Muon(torch.optim.Optimizer):
         return gradient.lerp(average, momentum).flatten(1)
 
 
-def orthogonalise_all(matrices: Sequence[Tensor]) -> list[Tensor]:
+def orthogonalise_all(matrices: Sequence[Tensor], bf16: bool = True) -> list[Tensor]:
     """`orthogonalise` of each; where there are several processes, all with the same matrices, each computes a share.
 
     Each process then sends its share to the others, so that all hold the same numbers to the bit.
     """
     world = distributed.get_world_size() if distributed.is_initialized() else 1
     if world == 1:
-        return [orthogonalise(matrix) for matrix in matrices]
+        return [orthogonalise(matrix, bf16) for matrix in matrices]
     owners, here = shares([matrix.shape for matrix in matrices], world), distributed.get_rank()
     sizes = [sum(m.numel() for m, of in zip(matrices, owners, strict=True) if of == owner) for owner in range(world)]
-    own = [orthogonalise(matrix).flatten() for matrix, owner in zip(matrices, owners, strict=True) if owner == here]
+    own = [
+        orthogonalise(matrix, bf16).flatten() for matrix, owner in zip(matrices, owners, strict=True) if owner == here
+    ]
     device = matrices[0].device
-    sent = torch.zeros(max(sizes), dtype=newton_schulz_dtype(device), device=device)  # of one length from everywhere
+    sent = torch.zeros(max(sizes), dtype=newton_schulz_dtype(device, bf16), device=device)  # of one length everywhere
     if own:
         sent[: sizes[here]] = torch.cat(own)
     found = sent.new_empty(world, len(sent))
@@ -92,9 +100,9 @@ def shares(shapes: Sequence[Sequence[int]], world: int) -> list[int]:
     return owners
 
 
-def orthogonalise(matrix: Tensor, rounds: int = 5) -> Tensor:
+def orthogonalise(matrix: Tensor, bf16: bool = True, rounds: int = 5) -> Tensor:
     """(A, B) -> about U V^T of its singular value decomposition, by Newton-Schulz with Jordan's coefficients."""
-    x = matrix.to(newton_schulz_dtype(matrix.device))
+    x = matrix.to(newton_schulz_dtype(matrix.device, bf16))
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / x.norm().clamp(min=1e-7)
@@ -104,9 +112,9 @@ def orthogonalise(matrix: Tensor, rounds: int = 5) -> Tensor:
     return x.T.contiguous() if tall else x
 
 
-def newton_schulz_dtype(device: torch.device) -> torch.dtype:
+def newton_schulz_dtype(device: torch.device, bf16: bool = True) -> torch.dtype:
     """What `orthogonalise` computes in, and gives."""
-    return torch.bfloat16 if fast_bf16(device) else torch.float32
+    return torch.bfloat16 if bf16 and fast_bf16(device) else torch.float32
 
 
 def fast_bf16(device: torch.device) -> bool:
@@ -130,10 +138,10 @@ def outer_parameters(module: nn.Module) -> set[str]:
     return found
 
 
-def build_optimizers(module: nn.Module, config: Optimizer) -> list[torch.optim.Optimizer]:
+def build_optimizers(module: nn.Module, config: Optimizer, bf16: bool = True) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon for matrices and kernels of hidden layers if the recipe asks for it. A group keeps its peak.
 
-    Hidden is what is not outer, see `outer_parameters`. What needs no gradient has no optimizer.
+    Hidden is what is not outer, see `outer_parameters`. What needs no gradient has no optimizer. bf16: see `Muon`.
     """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -149,7 +157,7 @@ def build_optimizers(module: nn.Module, config: Optimizer) -> list[torch.optim.O
         torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
     ]
     if matrices:
-        optimizers.append(Muon(matrices, lr=config.muon, weight_decay=config.weight_decay))
+        optimizers.append(Muon(matrices, lr=config.muon, weight_decay=config.weight_decay, bf16=bf16))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]

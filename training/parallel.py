@@ -28,11 +28,9 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
 
 def matrices_of(block: nn.Module) -> list[nn.Module]:
     """What autocast computes in bfloat16. Divided, they are gathered in it: of a weight that is gathered in float32 the
-    backward pass keeps autocast's copy, and so in the end of all blocks at once. Not what nn.MultiheadAttention holds,
-    which reads the weights of a part without calling it.
+    backward pass keeps autocast's copy, and so in the end of all blocks at once.
     """
-    inside = {part for owner in block.modules() if isinstance(owner, nn.MultiheadAttention) for part in owner.modules()}
-    return [part for part in block.modules() if isinstance(part, nn.Linear | nn.Conv2d) and part not in inside]
+    return [part for part in block.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
 
 
 def prepare(network: nn.Module, accelerator: Accelerator, shard: bool, recompute: bool) -> Callable[..., Any]:

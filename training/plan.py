@@ -258,10 +258,10 @@ def _muon_load(shapes: list[Any], devices: int) -> int:
 def _muon_bytes(shapes: list[Any], share: int, setting: _Setting) -> float:
     """What one update takes besides its state: all gradients with momentum, and what it makes of them.
 
-    That is all matrices at once, in bfloat16 where the device has it, and twice what each device sends to the others;
+    That is all matrices at once, in the recipe's precision, and twice what each device sends to the others;
     of a divided network one whole matrix at a time. And the products of one: its next state, and two squares.
     """
-    width, sizes = 2 if setting.device.bf16 else 4, [rows * columns for rows, columns in shapes]
+    width, sizes = 2 if setting.bf16 else 4, [rows * columns for rows, columns in shapes]
     whole = 4 if share > 1 else 0  # bytes of each value that are gathered first
     most = max((whole + width) * size + 2 * width * min(shape) ** 2 for size, shape in zip(sizes, shapes, strict=True))
     if share > 1:

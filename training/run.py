@@ -174,18 +174,24 @@ def _changes(key: str, old: Any, new: Any) -> list[str]:
 
 
 def identity(
-    recipe: Recipe, training: Training, name: str, data: str, against: dict[str, str], beside: tuple[str, ...] = ()
+    recipe: Recipe,
+    training: Training,
+    name: str,
+    data: str,
+    against: dict[str, str],
+    beside: tuple[str, ...] = (),
+    begun: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """All that decides what a stage learns: what a run is compared by at resume, and a part by before it is reused.
 
     data: the source's fingerprint. against: hashes of what the stage depends on, the caption tokenizer's too. beside:
-    parts that are trained along. How often a run logs, previews and saves, and how a batch is split over devices, are
-    left out: they may change at resume.
+    parts that are trained along. begun: hashes of trained weights that it begins with, if any. How often a run logs,
+    previews and saves, and how a batch is split over devices, are left out: they may change at resume.
     """
     left_out = {*_CADENCE, "levels"}  # the fingerprint tells of them
     config = training.stages[name].model_dump(mode="json", exclude=left_out)
     shared = {"image_size": recipe.image_size, "seed": training.seed}
-    run = {"precision": training.precision, "data": data, "against": dict(against)}
+    run = {"precision": training.precision, "data": data, "against": dict(against), "from": begun}
     along = {"beside": {part: recipe.parts[part] for part in beside if part in recipe.parts}} if beside else {}
     along |= {"diffusion": recipe.diffusion.model_dump()} if recipe.parts[name]["kind"] == "unet" else {}
     return {"stage": name, "part": recipe.parts[name], **along, **shared, **run, **config}

@@ -1,0 +1,166 @@
+"""Training that begins with the weights of a model."""
+
+import json
+
+import pytest
+import torch
+
+from kartina.pipeline import checkpoint
+from kartina.pipeline.recipe import build
+from kartina.tokenizers.captions import CaptionTokenizer
+from kartina.training import __main__ as trainer
+from kartina.training import run as runs
+from kartina.training import state, warm_start
+from kartina.training.checks import stage_of
+
+
+def short(stage, argv, folder, *more):
+    few = [f"stages.{stage}.{key}" for key in ("steps=2", "validate_samples=8", "validate_every=10")]
+    return trainer.main([*argv, *few, *more, "--run", str(folder)])
+
+
+def card(run):
+    return checkpoint.read_card(run / "model")["parts"]
+
+
+def test_every_stage_begins_with_the_weights_of_a_model(tiny_kind, tiny, prepared, tmp_path):
+    stage, argv = tiny[tiny_kind]
+    first, second = prepared(tmp_path / "first", tiny_kind), tmp_path / "second"
+    assert short(stage, argv, first) == 0
+    assert short(stage, argv, second, "training.seed=1", "--from", str(first)) == 0
+    begun = state.load(state.path_of(second / "state" / stage, 0))["networks"][stage]
+    old, new = card(first), card(second)
+    own = [part for part, entry in old.items() if entry["identity"]["stage"] == stage]
+    for part in own:
+        for name, value in checkpoint.load_weights(first / "model", part).items():
+            if not name.startswith("scale."):  # of the latents, which is measured at the end
+                assert any(key.endswith(name) and torch.equal(held, value.to(held)) for key, held in begun.items()), (
+                    name
+                )
+    assert stage in own and old.keys() == new.keys()
+    assert {part for part in old if old[part]["hash"] != new[part]["hash"]} == set(own)
+    assert new[stage]["identity"]["from"] == {part: old[part]["hash"] for part in own}
+    started = json.loads((second / "log.jsonl").read_text().splitlines()[0])
+    assert started["event"] == "started" and started["restart_step"] is None
+
+
+def test_a_run_goes_on_only_with_the_model_that_it_began_with(tiny, trained_tokenizer, tmp_path, capsys):
+    argv, other, run = tiny["patch_dvae"][1], tmp_path / "other", tmp_path / "run"
+    assert short("tokenizer", argv, other, "training.seed=1") == 0
+    assert short("tokenizer", argv, run, "--from", str(trained_tokenizer)) == 0
+    digest = card(run)["tokenizer"]["hash"]
+    assert short("tokenizer", argv, run, "--from", str(trained_tokenizer)) == 0
+    assert "already trained" in capsys.readouterr().out and card(run)["tokenizer"]["hash"] == digest
+    for model in (["--from", str(other)], []):  # once as a finished part, and once as a checkpoint
+        assert short("tokenizer", argv, run, *model) == 2
+        assert "from" in capsys.readouterr().err
+    (run / "model" / "tokenizer.safetensors").unlink()
+    for model in (["--from", str(other)], []):
+        assert short("tokenizer", argv, run, *model) == 2
+        assert "the recipe changed since this run began (from" in capsys.readouterr().err
+    assert short("tokenizer", argv, run, "--from", str(trained_tokenizer)) == 0
+    assert card(run)["tokenizer"]["hash"] == digest
+
+
+def test_the_stages_that_a_model_lacks_are_trained_after_it(tiny, trained_tokenizer, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert short("tokenizer", tiny["patch_dvae"][1], run, "--from", str(trained_tokenizer)) == 0
+    assert short("prior", tiny["dalle"][1], run, "--from", str(trained_tokenizer)) == 2
+    assert "has no prior to begin with, it has tokenizer" in capsys.readouterr().err
+    assert short("prior", tiny["dalle"][1], run) == 0
+    assert card(run)["prior"]["identity"]["from"] is None
+
+
+@pytest.fixture
+def origin(tiny, tmp_path):
+    """A recipe with its training half, and the folder of a model that has all its parts."""
+    given = trainer._arguments(tiny["dalle"][1])
+    recipe, training = runs.load(given.recipe, given.overrides)
+    folder = tmp_path / "origin"
+    folder.mkdir()
+    CaptionTokenizer.train(["a red ring"], 300, 22).save(folder / "captions.json")
+    (folder / "LICENSES").mkdir()
+    (folder / "LICENSES" / "notice.txt").write_text("of the data")
+    (folder / "LICENSES" / "secret").symlink_to(tmp_path / "secret")
+    (tmp_path / "secret").write_text("of the user")
+    captions = {"captions": checkpoint.file_hash(folder / "captions.json")}
+    tokenizer = checkpoint.save_part(folder, recipe, "tokenizer", checkpoint.export(build(recipe, "tokenizer")))
+    for part, against in (("clip", captions), ("prior", captions | {"tokenizer": tokenizer})):
+        checkpoint.save_part(folder, recipe, part, checkpoint.export(build(recipe, part)), trained_against=against)
+    return recipe, training, folder
+
+
+TAKEN = {"prior": {"tokenizer", "clip"}, "tokenizer": {"clip"}, "clip": {"tokenizer", "prior"}}
+
+
+@pytest.mark.parametrize("trained", TAKEN)
+def test_parts_come_along_where_what_they_read_does(trained, origin, tmp_path):
+    recipe, _, folder = origin
+    warm_start.take_over(recipe, folder, tmp_path / "model", [trained])
+    theirs = checkpoint.read_card(folder)["parts"]
+    assert checkpoint.read_card(tmp_path / "model")["parts"] == {part: theirs[part] for part in TAKEN[trained]}
+    for part in TAKEN[trained]:
+        assert checkpoint.load_weights(tmp_path / "model", part)
+    assert [notice.name for notice in (tmp_path / "model" / "LICENSES").iterdir()] == ["notice.txt"]
+
+
+def test_what_the_folder_holds_stays_and_what_reads_another_is_left_behind(origin, tmp_path):
+    recipe, _, folder = origin
+    own = checkpoint.save_part(tmp_path, recipe, "tokenizer", checkpoint.export(build(recipe, "tokenizer")))
+    warm_start.take_over(recipe, folder, tmp_path, [])
+    parts = checkpoint.read_card(tmp_path)["parts"]
+    assert parts.keys() == {"tokenizer", "clip"} and parts["tokenizer"]["hash"] == own
+
+
+def test_a_prior_does_not_begin_on_codes_that_it_never_read(origin, tmp_path):
+    recipe, training, folder = origin
+    stages = {"prior": (stage_of(recipe, "prior"), training.stages["prior"])}
+    weights = checkpoint.export(build(recipe, "tokenizer"))
+    run = tmp_path / "run"
+    checkpoint.save_part(run, recipe, "tokenizer", weights)
+    with pytest.raises(ValueError, match="the prior of .* was trained against another tokenizer than that of"):
+        warm_start.check(recipe, stages, folder, run)
+    theirs = checkpoint.read_card(folder)["parts"]["tokenizer"]["hash"]
+    checkpoint.save_part(run, recipe, "tokenizer", weights, identity={"from": {"tokenizer": theirs}})
+    warm_start.check(recipe, stages, folder, run)  # it grew out of theirs
+
+
+@pytest.mark.parametrize(
+    ("overrides", "licence", "said"),
+    [
+        ([], "MIT", "write licence='Apache-2.0 AND MIT'"),
+        ([], "Apache-2.0 AND MIT", "write licence='Apache-2.0 AND MIT'"),
+        (["licence=Apache-2.0 AND MIT"], "MIT", ""),
+        (["parts.clip.vision_heads=4"], "Apache-2.0", "its clip has vision_heads: 2, the recipe 4"),  # it comes along
+        (["parts.prior.num_heads=4"], "Apache-2.0", "its prior has num_heads: 2, the recipe 4"),
+        (["parts.prior.qk_norm=true"], "Apache-2.0", ""),  # as it is
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(overrides, licence, said, origin, tiny, tmp_path):
+    _, _, folder = origin
+    card = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(json.dumps(card | {"licence": licence}))
+    recipe, training = runs.load("shapes/dalle", [*trainer._arguments(tiny["dalle"][1]).overrides, *overrides])
+    stages = {"prior": (stage_of(recipe, "prior"), training.stages["prior"])}
+    if not said:
+        return warm_start.check(recipe, stages, folder, tmp_path / "run")
+    with pytest.raises(ValueError, match=said):
+        warm_start.check(recipe, stages, folder, tmp_path / "run")
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(tiny, trained_tokenizer, tmp_path, capsys):
+    argv, run = tiny["patch_dvae"][1], tmp_path / "run"
+    late = [*argv, "stages.tokenizer.objective.autoencoder=0.25"]
+    for words, said in (
+        ([*late, "--from", str(trained_tokenizer)], "codes would begin anew after that share"),
+        (
+            [*argv, "parts.tokenizer.depth=1", "--from", str(trained_tokenizer)],
+            "its tokenizer has depth: 2, the recipe 1",
+        ),
+        ([*argv, "--from", str(run)], "not a model folder"),
+    ):
+        assert trainer.main([*words, "--run", str(run)]) == 2
+        assert said in capsys.readouterr().err
+    assert not (run / "model").exists()
+    assert trainer.main([*argv, "--run", str(trained_tokenizer), "--from", str(trained_tokenizer)]) == 2
+    assert "is what this run writes" in capsys.readouterr().err
