@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from kartina.training import __main__ as trainer
 from kartina.training import features, footprint, passes
@@ -52,7 +53,8 @@ _VQGAN = f"kind: vqgan, {_CONVOLUTIONS}, num_codes: 32, code_dim: 4, latent_chan
 
 
 # Rounding grows by what Newton-Schulz and Adam make of gradients near 0: at full rates, beyond the tests' tolerance.
-_GENTLE = [f"stages.tokenizer.{key}" for key in ("optimizer.muon=0.002", "optimizer.lr=0.0005", "validate_every=20")]
+_GENTLE_RATES = [f"stages.tokenizer.optimizer.{key}" for key in ("muon=0.002", "lr=0.0005")]
+_GENTLE = [*_GENTLE_RATES, "stages.tokenizer.validate_every=20"]
 
 
 _GENTLE_PRIOR = [key.replace("tokenizer", "prior") for key in _GENTLE]
@@ -103,7 +105,7 @@ _TINY = {
         *_DISCRIMINATOR,
         "stages.tokenizer.optimizer.muon=0.0005",
     ),
-    "dvae": ("tokenizer", [_DVAE, "stages.tokenizer.objective.autoencoder=0.25", *_GENTLE]),
+    "dvae": ("tokenizer", [_DVAE, "stages.tokenizer.objective.autoencoder=0.25", *_GENTLE_RATES]),
     "patch_dvae": ("tokenizer", []),
     "dalle": ("prior", []),
     "unet": ("prior", [_UNET, *_DENOISED]),
@@ -134,6 +136,12 @@ def pytest_collection_finish(session):
     if getattr(session.config.option, "loadgroup", False) and not grouped:
         raise pytest.UsageError("groups of tests have no effect with this pytest; take that of constraints.txt")
     gc.freeze()  # what is imported stays: the trainer looks for garbage at the end of each stage
+
+
+@pytest.fixture(autouse=True)
+def any_precision():
+    """Each test may train in its own precision: of Accelerate's a process has one."""
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")

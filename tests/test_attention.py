@@ -71,11 +71,9 @@ def test_a_cpu_trains_so_in_bfloat16(tiny_kind, tiny, prepared, tmp_path, dtypes
     monkeypatch.setattr(optim, "fast_bf16", lambda device: True)  # also where it is slow
     few = ["training.precision=bf16", *(f"stages.{stage}.{key}" for key in ("steps=1", "validate_samples=8"))]
     monkeypatch.setattr(loop._Run, "_look", lambda run: None)  # which needs no gradient
-    AcceleratorState._reset_state()  # which a process has one of
-    try:
-        assert trainer.main([*argv, *few, "--run", str(prepared(tmp_path / "run", tiny_kind))]) == 0
-    finally:
-        AcceleratorState._reset_state()
+    run = prepared(tmp_path / "run", tiny_kind)
+    AcceleratorState._reset_state()  # a fixture may just have trained in another precision
+    assert trainer.main([*argv, *few, "--run", str(run)]) == 0
     assert dtypes == {torch.float32} and not layer._short_in_float32
 
 

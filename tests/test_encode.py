@@ -309,7 +309,13 @@ def test_the_trainer_refuses_a_cache_of_another_encoder(shards, run, encoded, tm
     assert trainer.main([*words, "--run", str(tmp_path / "other"), "--stage", "prior"]) == 2
     said = capsys.readouterr().err
     assert "does not fit the stage prior: it differs in parts.tokenizer; make it with `kartina data encode" in said
-    drawn = ["shapes/dalle", f"training.data.cache={encoded}", "--run", str(tmp_path / "drawn")]
+    drawn = [
+        "shapes/dalle",
+        "training.precision=fp32",
+        f"training.data.cache={encoded}",
+        "--run",
+        str(tmp_path / "drawn"),
+    ]
     assert trainer.main(drawn) == 2 and "'shapes' has none" in capsys.readouterr().err
 
 
