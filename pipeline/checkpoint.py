@@ -99,6 +99,11 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
+def parts_in(folder: Path) -> dict[str, Any]:
+    """The entries of a folder's card by part, none where there is no card. Raises ModelError like `read_card`."""
+    return read_card(folder)["parts"] if (folder / "card.json").exists() else {}
+
+
 def _check_links(folder: Path) -> None:
     home = folder.resolve()
     for path in folder.iterdir() if folder.is_dir() else []:
@@ -141,12 +146,12 @@ def save_part(folder: Path, recipe: Recipe, part: str, weights: dict[str, Tensor
     return digest
 
 
-def built_otherwise(card: dict[str, Any], recipe: Recipe) -> list[str]:
-    """The parts of a card that were trained from another section than the recipe's.
+def built_otherwise(entries: dict[str, Any], recipe: Recipe) -> list[str]:
+    """The parts, of these entries of a card, that were trained from another section than the recipe's.
 
     Not every change shows in the shapes of the weights: another number of heads changes what they mean.
     """
-    known = {part: entry.get("identity", {}) for part, entry in card["parts"].items()}
+    known = {part: entry.get("identity", {}) for part, entry in entries.items()}
     noise = recipe.diffusion.model_dump()
     return [
         part

@@ -20,6 +20,11 @@ def ends_of(noise: Diffusion) -> dict[str, float]:
     return {end: getattr(noise, end) or own[end].default for end in ("beta_start", "beta_end") if end in own}
 
 
+def noise_of(recipe: Recipe) -> dict[str, Any]:
+    """The `diffusion` section of a recipe, with the ends of beta that its schedule has by default."""
+    return recipe.diffusion.model_dump() | ends_of(recipe.diffusion)
+
+
 def schedule_of(recipe: Recipe) -> Schedule:
     """The noise schedule of a recipe. Raises RecipeError for ends of beta where the schedule has none."""
     given = recipe.diffusion

@@ -24,7 +24,7 @@ from .whole_file import save_tensors
 def save(model: Path, out: Path) -> None:
     """Writes the parts of a model folder. Raises ValueError for a system that their pipeline cannot hold."""
     card, recipe = checkpoint.read_card(model), checkpoint.load_recipe(model)
-    for part in checkpoint.built_otherwise(card, recipe):
+    for part in checkpoint.built_otherwise(card["parts"], recipe):
         raise checkpoint.ModelError(f"{model}: recipe.yaml builds another {part} than was trained; copy again")
     kinds = {part: recipe.parts.get(part, {}).get("kind") for part in ("tokenizer", "text", "prior")}
     if kinds != {"tokenizer": "autoencoder_kl", "text": "clip_text", "prior": "unet"}:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..tokenizers.captions import CaptionTokenizer
 from . import checkpoint, published
-from .denoising import ends_of
-from .recipe import Recipe, defaults, nearest
+from .denoising import noise_of
+from .recipe import Recipe, nearest, section_of
 
 SHIPPED = Path(__file__).parent / "models"
 
@@ -61,11 +61,10 @@ def model_hash(recipe: Recipe, hashes: Mapping[str, str], captions: CaptionToken
     hashes: of its parts, see `checkpoint.hashes`; what is no part of the recipe does not count. captions: the caption
     tokenizer, where it has one.
     """
-    sections = {part: defaults(part, section["kind"]) | section for part, section in recipe.parts.items()}
     facts = {
-        "parts": {part: [digest, sections[part]] for part, digest in hashes.items() if part in sections},
+        "parts": {part: [digest, section_of(recipe, part)] for part, digest in hashes.items() if part in recipe.parts},
         "image_size": recipe.image_size,
-        "diffusion": recipe.diffusion.model_dump() | ends_of(recipe.diffusion),
+        "diffusion": noise_of(recipe),
         "captions": None if captions is None else captions.definition(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

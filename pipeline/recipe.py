@@ -302,6 +302,11 @@ def defaults(part: str, kind: str) -> dict[str, Any]:
     return {each.name: each.default for each in parameters if each.default is not each.empty}
 
 
+def section_of(recipe: Recipe, part: str) -> dict[str, Any]:
+    """A part's kind and constructor arguments, those by default too."""
+    return defaults(part, recipe.parts[part]["kind"]) | recipe.parts[part]
+
+
 def count_parameters(recipe: Recipe) -> dict[str, int]:
     """The number of parameters of each part, counted on the meta device: no memory is taken."""
     import torch

@@ -107,7 +107,7 @@ class TextToImage:
                     raise checkpoint.ModelError(
                         f"{folder}: {part} was trained against another {other}; put that one back, or train again"
                     )
-        for part in checkpoint.built_otherwise(card, recipe):
+        for part in checkpoint.built_otherwise(card["parts"], recipe):
             raise checkpoint.ModelError(f"{folder}: recipe.yaml builds another {part} than was trained; copy again")
         needed = [str(part) for part in ("tokenizer", "text", "prior") if part in recipe.parts]
         needed += ["clip"] if "clip" in card["parts"] and reranker is None else []

@@ -309,14 +309,8 @@ def test_the_trainer_refuses_a_cache_of_another_encoder(shards, run, encoded, tm
     assert trainer.main([*words, "--run", str(tmp_path / "other"), "--stage", "prior"]) == 2
     said = capsys.readouterr().err
     assert "does not fit the stage prior: it differs in parts.tokenizer; make it with `kartina data encode" in said
-    drawn = [
-        "shapes/dalle",
-        "training.precision=fp32",
-        f"training.data.cache={encoded}",
-        "--run",
-        str(tmp_path / "drawn"),
-    ]
-    assert trainer.main(drawn) == 2 and "'shapes' has none" in capsys.readouterr().err
+    drawn = ["training.precision=fp32", f"training.data.cache={encoded}", "--run", str(tmp_path / "drawn")]
+    assert trainer.main(["shapes/dalle", *drawn]) == 2 and "'shapes' has none" in capsys.readouterr().err
 
 
 def test_other_shards_preprocessing_or_contents_are_refused_with_the_key(shards, run, encoded, tmp_path, monkeypatch):

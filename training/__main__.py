@@ -105,15 +105,11 @@ def _carry_notices(data: runs.Data, model: Path) -> None:
 
 def _check_frozen(recipe: Recipe, model: Path) -> None:
     """Raises RecipeError where a trained part of the folder was built by another section than the recipe's."""
-    for part in checkpoint.built_otherwise(checkpoint.read_card(model), recipe) if _has_card(model) else []:
+    for part in checkpoint.built_otherwise(checkpoint.parts_in(model), recipe):
         raise RecipeError(
             f"{model}: the trained {part} was built otherwise than parts.{part} of the recipe says; "
             "put the recipe back, or start another run with --run FOLDER"
         )
-
-
-def _has_card(model: Path) -> bool:
-    return (model / "card.json").exists()
 
 
 def _against(recipe: Recipe, model: Path, depends: tuple[str, ...]) -> dict[str, str]:
@@ -208,7 +204,7 @@ def _train(
         source = cache.source_for(kind, source, training.data, against, model)
         stage = kind(recipe, config, source, model, training.seed, accelerator.device)
         if begun is not None:
-            warm_start.begin(stage, recipe, begun)  # which a checkpoint replaces
+            warm_start.begin(stage, recipe, begun, list(trained or ()))  # which a checkpoint replaces
         run = (identity, stage, training, source, validation, folder, accelerator, stop, name in extended)
         ema = train_stage(*run)
         ema.copy_to_network()
@@ -232,7 +228,7 @@ def _finished(model: Path, part: str, identity: dict[str, Any], extended: bool) 
     extended: one of fewer steps, but else the same, is not finished. Raises RecipeError where it holds one trained
     otherwise.
     """
-    parts = checkpoint.read_card(model)["parts"] if _has_card(model) else {}
+    parts = checkpoint.parts_in(model)
     entry = parts.get(part)
     exported = {part, *(other for other, each in parts.items() if each.get("identity", {}).get("stage") == part)}
     if entry is None or not all((model / f"{other}.safetensors").is_file() for other in exported):

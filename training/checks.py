@@ -42,13 +42,12 @@ def check(
     with, if any.
     """
     check_trackers(training.trackers)
+    stages = {name: stage_of(recipe, name) for name in names}
     if begun is not None:
-        chosen = {name: (stage_of(recipe, name), training.stages[name]) for name in names}
-        warm_start.check(recipe, chosen, begun, model)
-        model = model if (model / "card.json").exists() else begun
+        warm_start.check(recipe, {name: (stage, training.stages[name]) for name, stage in stages.items()}, begun, model)
+        model = model if checkpoint.parts_in(model) else begun
     if training.data.contrast != 1:
         raise RecipeError("training.data.contrast is what stages.clip.objective.contrast sets; set that")
-    stages = {name: stage_of(recipe, name) for name in names}
     read = {other for stage in stages.values() for other in stage.needs(recipe)}
     built = {
         part: checkpoint.outline(recipe, part)

@@ -98,7 +98,7 @@ class _Encoder:
                 raise ValueError(f"--what {name!r} is unknown; {nearest(name, list(PART))}")
         recipe, card = checkpoint.load_recipe(folder), checkpoint.read_card(folder)
         self.what, self.device, self.size = sorted(set(what)), device, recipe.image_size
-        for part in checkpoint.built_otherwise(card, recipe):
+        for part in checkpoint.built_otherwise(card["parts"], recipe):
             raise checkpoint.ModelError(f"{folder}: recipe.yaml builds another {part} than was trained; copy again")
         names = sorted({PART[name] for name in what})
         self.parts = {part: checkpoint.load_part(folder, recipe, part, device) for part in names}

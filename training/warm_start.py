@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline import checkpoint
-from ..pipeline.denoising import ends_of
-from ..pipeline.recipe import Recipe, RecipeError, defaults, is_frozen, is_pretrained
+from ..pipeline.denoising import noise_of
+from ..pipeline.recipe import Recipe, RecipeError, is_frozen, is_pretrained, section_of
 from ..tokenizers.autoencoder import LatentScale
 from .run import Stage
 
@@ -25,6 +25,8 @@ def check(recipe: Recipe, stages: dict[str, tuple[Any, Stage]], origin: Path, mo
         raise RecipeError(f"{origin} is what this run writes; begin another run with it, by --run FOLDER")
     entries, theirs = checkpoint.read_card(origin)["parts"], checkpoint.load_recipe(origin)
     along = comes_along(recipe, origin, model, list(stages))
+    for part in along:
+        _check_built(recipe, theirs, origin, part)
     for name, (kind, config) in stages.items():
         if name not in entries:
             raise RecipeError(
@@ -32,7 +34,7 @@ def check(recipe: Recipe, stages: dict[str, tuple[Any, Stage]], origin: Path, mo
                 "then the others without --from"
             )
         begun = began_with(recipe, origin, (name, *kind.beside))
-        for part in (*begun, *along):
+        for part in begun:
             _check_built(recipe, theirs, origin, part)
         for knob in _ANEW:
             if round(config.number(knob, 0) * config.steps):
@@ -53,16 +55,17 @@ def check(recipe: Recipe, stages: dict[str, tuple[Any, Stage]], origin: Path, mo
 
 def _check_built(recipe: Recipe, theirs: Recipe, origin: Path, part: str) -> None:
     """Not every change shows in the shapes of the weights: another number of heads changes what they mean."""
-    ours, held = (defaults(part, one.parts[part]["kind"]) | one.parts[part] for one in (recipe, theirs))
+    ours, held = (section_of(one, part) for one in (recipe, theirs))
     changed = [key for key in sorted(ours | held) if _plain(ours.get(key)) != _plain(held.get(key))]
     if changed:
         raise RecipeError(
             f"{origin}: its {part} has {changed[0]}: {held.get(changed[0])}, the recipe {ours.get(changed[0])}; "
             f"write parts.{part} as in its recipe.yaml, or begin without --from"
         )
-    noises = [one.diffusion.model_dump() | ends_of(one.diffusion) for one in (recipe, theirs)]
-    if ours["kind"] == "unet" and noises[0] != noises[1]:
-        raise RecipeError(f"{origin}: its noise is {noises[1]}, the recipe's {noises[0]}; write diffusion as there")
+    if ours["kind"] == "unet" and noise_of(recipe) != noise_of(theirs):
+        raise RecipeError(
+            f"{origin}: its noise is {noise_of(theirs)}, the recipe's {noise_of(recipe)}; write diffusion as there"
+        )
 
 
 def _plain(value: Any) -> Any:
@@ -71,7 +74,7 @@ def _plain(value: Any) -> Any:
 
 def _check_read(origin: Path, model: Path, name: str, other: str, wanted: str) -> None:
     """What a part was trained against must be there still, or have grown out of it."""
-    entry = checkpoint.read_card(model)["parts"].get(other, {}) if (model / "card.json").exists() else {}
+    entry = checkpoint.parts_in(model).get(other, {})
     if wanted not in (entry.get("hash"), (entry.get("identity", {}).get("from") or {}).get(other)):
         raise RecipeError(
             f"the {name} of {origin} was trained against another {other} than that of {model}, and would read it "
@@ -85,7 +88,7 @@ def comes_along(recipe: Recipe, origin: Path, model: Path, names: list[str]) -> 
     Those that it has not, that no named stage trains, and that were trained against nothing else than what is there.
     """
     entries = checkpoint.read_card(origin)["parts"]
-    own = checkpoint.read_card(model)["parts"] if (model / "card.json").exists() else {}
+    own = checkpoint.parts_in(model)
     stage = {part: entry.get("identity", {}).get("stage", part) for part, entry in entries.items()}
     along = set(entries.keys() & recipe.parts.keys()) - own.keys() - set(names)
     if "prior" in names and not is_frozen(recipe, "text"):
@@ -118,16 +121,15 @@ def began_with(recipe: Recipe, origin: Path, parts: tuple[str, ...]) -> dict[str
     return {part: entries[part]["hash"] for part in ours}
 
 
-def begin(stage: Any, recipe: Recipe, origin: Path) -> None:
-    """Gives the networks of a stage the weights of the model.
+def begin(stage: Any, recipe: Recipe, origin: Path, parts: list[str]) -> None:
+    """Gives the networks of a stage the weights of the model, of these parts that it exports (see `began_with`).
 
     What only training needs is new, and so is what is measured at its end, the scale of latents. k-means is left out.
     """
     stage.restart_step = None
-    held = checkpoint.read_card(origin)["parts"]
-    for part, network in stage.exported().items():
-        if part not in held:
-            continue
+    networks = stage.exported()
+    for part in parts:
+        network = networks[part]
         weights = checkpoint.load_part(origin, recipe, part).state_dict()
         unknown = network.load_state_dict(weights, strict=False).unexpected_keys
         assert not unknown, unknown

@@ -156,7 +156,7 @@ def _gives_text(recipe: Recipe, model: Path) -> bool:
     """Whether the recipe's frozen text encoder is to be the text tower of its CLIP: the folder holds no other."""
     if recipe.parts.get("text", {}).get("kind") != "clip_text" or not is_frozen(recipe, "text"):
         return False
-    known = checkpoint.read_card(model)["parts"].get("text") if (model / "card.json").exists() else None
+    known = checkpoint.parts_in(model).get("text")
     return known is None or known.get("identity", {}).get("stage") == "clip"
 
 
