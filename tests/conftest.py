@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import job_worker
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -140,7 +141,8 @@ def pytest_collection_finish(session):
 
 @pytest.fixture(autouse=True)
 def any_precision():
-    """Each test may train in its own precision: of Accelerate's a process has one."""
+    """What follows a test may train in another precision: of Accelerate's a process has one."""
+    yield
     AcceleratorState._reset_state()
 
 
@@ -207,17 +209,21 @@ def prepared(tiny, trained_tokenizer):
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory):
-    """Runs jobs (see job_worker) in so many processes of one life; returns {name: [facts of each rank]}."""
+    """Runs jobs (see job_worker), in this process or in several of one life; returns {name: [facts of each rank]}."""
 
     def run(jobs, processes):
         folder = tmp_path_factory.mktemp("jobs")
         (folder / "jobs.jsonl").write_text("\n".join(json.dumps(job) for job in jobs))
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        worker = [*(launcher if processes > 1 else []), str(WORKER), str(folder / "jobs.jsonl"), str(folder)]
-        done = subprocess.run([sys.executable, *worker], env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
-        sys.stderr.write(done.stderr)  # shown where a test fails
+        if processes == 1:
+            job_worker.run_all(folder / "jobs.jsonl", folder)
+        else:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+            worker = [*launcher, str(WORKER), str(folder / "jobs.jsonl"), str(folder)]
+            command = [sys.executable, *worker]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stderr
+            sys.stderr.write(done.stderr)  # shown where a test fails
         ranks = range(processes)
         return {
             job["name"]: [json.loads((folder / f"{job['name']}-{rank}.json").read_text()) for rank in ranks]

@@ -1,13 +1,14 @@
-"""Runs training jobs one after the other in one process, as one of the ranks that torchrun started, or alone.
+"""Runs training jobs one after the other in one process: the caller's, or as one of the ranks that torchrun started.
 
-    python job_worker.py JOBS.jsonl RESULTS
+    torchrun --nproc_per_node=2 job_worker.py JOBS.jsonl RESULTS
 
 A job is a line {"name", "argv", ...}: the arguments of the trainer, and what happens to it: "stop_at", the step at
 which the first rank sends itself a real SIGTERM; "poison", the first and last position of samples whose pictures are
-not numbers; "fail_at", the step at which the last rank fails; "chunk", the samples that validation reads at once. Per
-job and rank, RESULTS/<name>-<rank>.json holds {"status", "world", "keys", "scored", "held", "hash"}: the keys of the
-samples of each step; those that were measured, with a weight; of each network the number of its values that this rank
-holds, of how many, and whether all its parameters are DTensors; and the hash of the networks at the end.
+not numbers; "fail_at", the step at which the last rank fails; "chunk", the samples that validation reads at once. Of
+images that codes begin with it reads few. Per job and rank, RESULTS/<name>-<rank>.json holds {"status", "world",
+"keys", "scored", "held", "hash"}: the keys of the samples of each step; those that were measured, with a weight; of
+each network the number of its values that this rank holds, of how many, and whether all its parameters are DTensors;
+and the hash of the networks at the end.
 """
 
 import gc
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from kartina.pipeline.checkpoint import part_hash
 from kartina.training import __main__ as trainer
 from kartina.training import exchange, stages
+from kartina.training.stages import contract
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -66,18 +68,24 @@ def troubled(kind, job, keys, scored, found, hashes):
 def run(job, results):
     keys, scored, found, hashes, known = [], [], {}, [], dict(stages.STAGES)
     stages.STAGES.update({name: troubled(kind, job, keys, scored, found, hashes) for name, kind in known.items()})
-    chunk, exchange._CHUNK = exchange._CHUNK, job.get("chunk", exchange._CHUNK)
+    usual = exchange.CHUNK, contract.IMAGES
+    exchange.CHUNK, contract.IMAGES = job.get("chunk", exchange.CHUNK), 256
     try:
         status = trainer.main([*job["argv"], f"--processes={WORLD}"])
     finally:
         stages.STAGES.update(known)
-        exchange._CHUNK = chunk
+        exchange.CHUNK, contract.IMAGES = usual
     facts = {"status": status, "world": PartialState().num_processes, "keys": keys, "scored": scored, "held": found}
     facts["hash"] = "".join(hashes)  # of one stage
     (results / f"{job['name']}-{RANK}.json").write_text(json.dumps(facts))
 
 
+def run_all(jobs, results):
+    """The lines of a file, one after the other."""
+    for line in jobs.read_text().splitlines():
+        run(json.loads(line), results)
+
+
 if __name__ == "__main__":
     gc.freeze()  # what is imported stays: each job ends by looking for garbage
-    for line in Path(sys.argv[1]).read_text().splitlines():
-        run(json.loads(line), Path(sys.argv[2]))
+    run_all(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -17,7 +17,7 @@ from kartina.training import sharded, state
 KINDS = pytest.mark.parametrize("kind", ["dalle", "unet"])
 DIVIDED = [(kind, name) for kind in ("dalle", "unet") for name in ("two", "passes", "parted", "moved")]
 DIVIDED.append(("dalle", "joined"))
-STEPS, STOP = 12, 6
+STEPS, STOP = 8, 4
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from .optim import EMA
 from .stages import TrainingStage, Update
 from .stream import Batch, Source
 
-_CHUNK = 64
+CHUNK = 64  # samples that validation reads at once
 
 
 class TrainingError(ValueError):
@@ -98,7 +98,7 @@ def validate(
     first chunk, and `ema_gain_error` its standard error.
     """
     total, world = samples if source.size is None else min(samples, source.size), accelerator.num_processes
-    chunks = [range(start, min(total, start + _CHUNK)) for start in range(0, total, _CHUNK)]
+    chunks = [range(start, min(total, start + CHUNK)) for start in range(0, total, CHUNK)]
 
     def read(turn: int) -> Batch:
         at = turn + accelerator.process_index

@@ -24,6 +24,8 @@ from ...tokenizers.captions import CaptionTokenizer
 from ..run import Stage
 from ..stream import NO_CAPTION, Batch, Source
 
+IMAGES = 2048  # of which a stage takes its first codes, or the scale of its latents
+
 Loss = tuple[tuple[Tensor, Tensor], dict[str, Tensor]]  # (loss_sum, count), scalars
 Update = tuple[str, tuple[Tensor, Tensor], dict[str, Tensor]]
 Updates = Iterator[Update]
@@ -205,10 +207,10 @@ def read_images(source: Source, positions: Sequence[int], device: torch.device) 
         yield batch.image[batch.weight > 0].to(device)
 
 
-def last_read(source: Source, end: int, count: int = 2048) -> range:
-    """The `count` positions before `end`; where nothing was read yet, the first ones."""
-    end = end or min(count, source.size or count)
-    return range(max(0, end - count), end)
+def last_read(source: Source, end: int) -> range:
+    """The `IMAGES` positions before `end`; where nothing was read yet, the first ones."""
+    end = end or min(IMAGES, source.size or IMAGES)
+    return range(max(0, end - IMAGES), end)
 
 
 def over_ranks(weight: Tensor) -> Callable[[Tensor], Tensor]:

@@ -15,9 +15,8 @@ from torch import Tensor
 from ...layers.precision import full
 from ...tokenizers.autoencoder import latent_sums
 from ..stream import Batch, Source
+from . import contract
 from .contract import TrainingStage, psnr, read_images, reconstruct
-
-_IMAGES = 2048
 
 
 class LatentsStage(TrainingStage):
@@ -53,7 +52,7 @@ def measure_scale(network: Any, source: Source, device: torch.device) -> None:
     Each rank encodes its share of the images. Raises ValueError, on all of them, where a channel does not vary.
     """
     here, channels = PartialState(), network.spec.shape[0]
-    total, rank, world = min(_IMAGES, source.size or _IMAGES), here.process_index, here.num_processes
+    total, rank, world = min(contract.IMAGES, source.size or contract.IMAGES), here.process_index, here.num_processes
     sums = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=device)
     for image in read_images(source, range(total * rank // world, total * (rank + 1) // world), device):
         count, first, second = latent_sums(network.scale.inverse(network.encode(image)))
