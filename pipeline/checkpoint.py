@@ -146,22 +146,6 @@ def save_part(folder: Path, recipe: Recipe, part: str, weights: dict[str, Tensor
     return digest
 
 
-def built_otherwise(entries: dict[str, Any], recipe: Recipe) -> list[str]:
-    """The parts, of these entries of a card, that were trained from another section than the recipe's.
-
-    Not every change shows in the shapes of the weights: another number of heads changes what they mean.
-    """
-    known = {part: entry.get("identity", {}) for part, entry in entries.items()}
-    noise = recipe.diffusion.model_dump()
-    return [
-        part
-        for part, identity in known.items()
-        if identity.get("part", recipe.parts.get(part)) != recipe.parts.get(part)
-        or identity.get("diffusion", noise) != noise
-        or any(is_pretrained(recipe, p) and recipe.parts[p] != was for p, was in identity.get("beside", {}).items())
-    ]
-
-
 def hashes(card: dict[str, Any], recipe: Recipe) -> dict[str, str]:
     """Of the parts of a card, and of the recipe's pretrained ones. Raises ValueError where one of these is not here."""
     found = {part: entry["hash"] for part, entry in card["parts"].items()}

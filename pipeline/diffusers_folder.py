@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..tokenizers.captions import CaptionTokenizer
 from . import caption_files, checkpoint, published
+from .built import check_built
 from .convert_scheduler import scheduler_config
 from .convert_unet import clip_text_to_transformers, unet_to_diffusers
 from .convert_unet_config import clip_text_config, unet_config
@@ -24,8 +25,7 @@ from .whole_file import save_tensors
 def save(model: Path, out: Path) -> None:
     """Writes the parts of a model folder. Raises ValueError for a system that their pipeline cannot hold."""
     card, recipe = checkpoint.read_card(model), checkpoint.load_recipe(model)
-    for part in checkpoint.built_otherwise(card["parts"], recipe):
-        raise checkpoint.ModelError(f"{model}: recipe.yaml builds another {part} than was trained; copy again")
+    check_built(model, card, recipe)
     kinds = {part: recipe.parts.get(part, {}).get("kind") for part in ("tokenizer", "text", "prior")}
     if kinds != {"tokenizer": "autoencoder_kl", "text": "clip_text", "prior": "unet"}:
         raise RecipeError(

@@ -303,8 +303,9 @@ def defaults(part: str, kind: str) -> dict[str, Any]:
 
 
 def section_of(recipe: Recipe, part: str) -> dict[str, Any]:
-    """A part's kind and constructor arguments, those by default too."""
-    return defaults(part, recipe.parts[part]["kind"]) | recipe.parts[part]
+    """A part's kind and constructor arguments, those by default too, with lists for all sequences."""
+    whole = defaults(part, recipe.parts[part]["kind"]) | recipe.parts[part]
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in whole.items()}
 
 
 def count_parameters(recipe: Recipe) -> dict[str, int]:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..tokenizers.captions import CaptionTokenizer
 from . import checkpoint, editing, interpolation, stable_diffusion
+from .built import check_built
 from .drawing import DRAWINGS, Progress, share_of
 from .images import to_pil
 from .known_models import find_model, model_hash
@@ -107,8 +108,7 @@ class TextToImage:
                     raise checkpoint.ModelError(
                         f"{folder}: {part} was trained against another {other}; put that one back, or train again"
                     )
-        for part in checkpoint.built_otherwise(card["parts"], recipe):
-            raise checkpoint.ModelError(f"{folder}: recipe.yaml builds another {part} than was trained; copy again")
+        check_built(folder, card, recipe)
         needed = [str(part) for part in ("tokenizer", "text", "prior") if part in recipe.parts]
         needed += ["clip"] if "clip" in card["parts"] and reranker is None else []
         parts = {part: checkpoint.load_part(folder, recipe, part, device, dtype) for part in needed}

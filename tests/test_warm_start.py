@@ -1,17 +1,20 @@
 """Training that begins with the weights of a model."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from kartina.pipeline import checkpoint
+from kartina.pipeline.known_models import find_model
 from kartina.pipeline.recipe import build
+from kartina.pipeline.text_to_image import TextToImage
 from kartina.tokenizers.captions import CaptionTokenizer
 from kartina.training import __main__ as trainer
+from kartina.training import notices, state, warm_start
 from kartina.training import run as runs
-from kartina.training import state, warm_start
-from kartina.training.checks import stage_of
+from kartina.training.checks import check, names_of, stage_of
 
 
 def short(stage, argv, folder, *more):
@@ -134,6 +137,7 @@ def test_a_prior_does_not_begin_on_codes_that_it_never_read(origin, tmp_path):
         (["parts.clip.vision_heads=4"], "Apache-2.0", "its clip has vision_heads: 2, the recipe 4"),  # it comes along
         (["parts.prior.num_heads=4"], "Apache-2.0", "its prior has num_heads: 2, the recipe 4"),
         (["parts.prior.qk_norm=true"], "Apache-2.0", ""),  # as it is
+        (["captions.context_length=30", "parts.prior.text_length=30"], "Apache-2.0", "its prior has text_length: 22"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(overrides, licence, said, origin, tiny, tmp_path):
@@ -164,3 +168,73 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tiny, trained_toke
     assert not (run / "model").exists()
     assert trainer.main([*argv, "--run", str(trained_tokenizer), "--from", str(trained_tokenizer)]) == 2
     assert "is what this run writes" in capsys.readouterr().err
+    assert trainer.main([*argv, "--run", str(run), "--from", ""]) == 2
+    assert "not a model folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trained", [["prior"], ["clip"], ["prior", "tokenizer"]])
+def test_parts_that_never_read_each_other_are_refused_or_left(trained, origin, tmp_path):
+    """Of a folder whose tokenizer, then whose captions, were exchanged."""
+    recipe, training, folder = origin
+    stages = {name: (stage_of(recipe, name), training.stages[name]) for name in trained}
+    warm_start.check(recipe, stages, folder, tmp_path / "run")
+    checkpoint.save_part(folder, recipe, "tokenizer", checkpoint.export(build(recipe, "tokenizer")))
+    assert "prior" not in warm_start.comes_along(recipe, folder, tmp_path / "run", trained)
+    if "prior" in trained:
+        with pytest.raises(ValueError, match="its prior was trained against another tokenizer than"):
+            warm_start.check(recipe, stages, folder, tmp_path / "run")
+    CaptionTokenizer.train(["a blue ring"], 300, 22).save(folder / "captions.json")
+    assert "clip" not in warm_start.comes_along(recipe, folder, tmp_path / "run", trained)
+    if "clip" in trained:
+        with pytest.raises(ValueError, match="its clip was trained against another captions than"):
+            warm_start.check(recipe, stages, folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize("part", ["prior", "clip"])  # which begins, and which comes along
+def test_altered_weights_are_met_before_anything_trains(part, origin, tmp_path):
+    recipe, training, folder = origin
+    stages = {name: (stage_of(recipe, name), training.stages[name]) for name in ("tokenizer", "prior")}
+    warm_start.check(recipe, stages, folder, tmp_path / "run")
+    content = bytearray((folder / f"{part}.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / f"{part}.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="altered"):
+        warm_start.check(recipe, stages, folder, tmp_path / "run")
+
+
+def test_what_is_written_and_what_is_left_to_its_default_are_the_same_part(tiny, trained_tokenizer, tmp_path):
+    """The tokenizer comes along; the same command again resumes, and the system paints."""
+    run = tmp_path / "run"
+    first = [*tiny["dalle"][1], "--run", str(run), "stages.prior.steps=2", "stages.prior.validate_samples=8"]
+    assert short("prior", tiny["dalle"][1], tmp_path / "whole", "--stage", "tokenizer", "stages.tokenizer.steps=2") == 0
+    assert short("prior", tiny["dalle"][1], tmp_path / "whole") == 0
+    written = "parts.tokenizer={kind: patch_dvae, image_size: 32, num_codes: 32, patch: [2, 4], width: 8, channels: 16}"
+    for _ in range(2):
+        assert trainer.main([*first, written, "--from", str(tmp_path / "whole")]) == 0
+    assert TextToImage.load(run / "model")("a red ring", seed=1)[0].image.size == (32, 32)
+
+
+def test_a_licence_stays_with_what_is_trained_on(tiny, trained_tokenizer, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(trained_tokenizer, folder)
+    card = json.loads((folder / "model" / "card.json").read_text())
+    (folder / "model" / "card.json").write_text(json.dumps(card | {"licence": "Apache-2.0 AND MIT"}))
+    assert short("prior", tiny["dalle"][1], folder) == 2
+    assert "is under its licence (MIT), not named by the recipe" in capsys.readouterr().err
+    assert short("prior", tiny["dalle"][1], folder, "licence=Apache-2.0 AND MIT") == 0
+
+
+def test_notices_of_one_name_are_kept_apart(tmp_path):
+    for source, text in (("a", "ours"), ("b", "theirs"), ("b", "theirs")):
+        (tmp_path / source).mkdir(exist_ok=True)
+        (tmp_path / source / "art.txt").write_text(text)
+        notices.copy(tmp_path / source, tmp_path / "model")
+    assert sorted(path.read_text() for path in (tmp_path / "model" / "LICENSES").iterdir()) == ["ours", "theirs"]
+
+
+@pytest.mark.parametrize("stage", [None, "clip", "prior"])
+def test_the_shipped_models_may_be_begun_with(stage, tmp_path):
+    """Of one of them the text tower is CLIP's, and frozen."""
+    for name in ("shapes/dalle", "shapes/stable-diffusion"):
+        recipe, training = runs.load(name, [])
+        check(recipe, training, names_of(training, stage), 1, tmp_path / "model", find_model(name))

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline import checkpoint
+from ..pipeline.built import built_otherwise
 from ..pipeline.known_models import find_model
 from ..pipeline.recipe import Recipe, RecipeError, dump, is_pretrained, reads_captions
 from ..pipeline.whole_file import replaced
-from . import cache, warm_start
+from . import cache, notices, warm_start
 from . import run as runs
 from .sources import source_of, validation_of
 
@@ -61,6 +62,8 @@ def _prepare_captions(recipe: Recipe, source: Any, model: Path, begun: Path | No
     if begun is None and "from" in known:  # a later stage of a run that began with a model
         place = {"from": known["from"]}
     wanted = recipe.captions.model_dump() | place
+    if begun is not None and path.exists() and checkpoint.file_hash(path) != wanted["from"]:
+        raise RecipeError(f"{path} is not the caption tokenizer of {begun}; start another run with --run FOLDER")
     if known:
         if keys := runs.differences(known, wanted):
             raise RecipeError(
@@ -98,14 +101,13 @@ def _carry_notices(data: runs.Data, model: Path) -> None:
         from .data.digits import write_notice
 
         write_notice(model)
-    notices = Path(data.shards or "") / "LICENSES"
-    if data.kind == "shards" and notices.is_dir():
-        shutil.copytree(notices, model / "LICENSES", dirs_exist_ok=True)
+    if data.kind == "shards":
+        notices.copy(Path(data.shards or "") / "LICENSES", model)
 
 
 def _check_frozen(recipe: Recipe, model: Path) -> None:
     """Raises RecipeError where a trained part of the folder was built by another section than the recipe's."""
-    for part in checkpoint.built_otherwise(checkpoint.parts_in(model), recipe):
+    for part in built_otherwise(checkpoint.parts_in(model), recipe):
         raise RecipeError(
             f"{model}: the trained {part} was built otherwise than parts.{part} of the recipe says; "
             "put the recipe back, or start another run with --run FOLDER"
@@ -274,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
             raise RecipeError(f"recipe {recipe.name} has no training section")
         training, extended = _extend(training, given.extend)
         names, folder = names_of(training, given.stage), given.run or runs.folder_of(recipe)
-        begun = find_model(given.origin) if given.origin else None
+        begun = None if given.origin is None else find_model(given.origin)
         with _locked(folder) if rank == "0" else contextlib.nullcontext(), watched() as stop:  # the lock is the job's
             _train(recipe, training, names, folder, given.processes, extended, begun, stop)
     except Stopped as stopped:

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..pipeline import checkpoint
 from ..pipeline.recipe import Recipe, RecipeError, captions_problem, is_frozen, is_pretrained, nearest
+from . import notices, warm_start
 from . import run as runs
-from . import warm_start
 from .log import check_trackers
 from .stages import STAGES
 
@@ -43,6 +43,8 @@ def check(
     """
     check_trackers(training.trackers)
     stages = {name: stage_of(recipe, name) for name in names}
+    if checkpoint.parts_in(model):
+        notices.check_licence(recipe, checkpoint.read_card(model), f"what {model} holds is under its licence")
     if begun is not None:
         warm_start.check(recipe, {name: (stage, training.stages[name]) for name, stage in stages.items()}, begun, model)
         model = model if checkpoint.parts_in(model) else begun

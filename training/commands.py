@@ -40,8 +40,8 @@ def train(
         from .checks import check, names_of
 
         if training is not None:
-            model = (run or runs.folder_of(resolved)) / "model"
-            check(resolved, training, names_of(training, stage), processes, model, find_model(begun) if begun else None)
+            model, origin = (run or runs.folder_of(resolved)) / "model", None if begun is None else find_model(begun)
+            check(resolved, training, names_of(training, stage), processes, model, origin)
         typer.echo(dump(resolved))
         typer.echo(json.dumps({"parameters": count_parameters(resolved)}, indent=2))
         return
@@ -51,7 +51,7 @@ def train(
         *([f"--stage={stage}"] if stage else []),
         *([f"--run={run}"] if run else []),
         *(f"--extend={wish}" for wish in extend or []),
-        *([f"--from={begun}"] if begun else []),
+        *([] if begun is None else [f"--from={begun}"]),
     ]
     if processes == 1:  # replaced, not wrapped: a signal to this process reaches the trainer
         sys.stdout.flush()

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..pipeline import checkpoint
+from ..pipeline.built import check_built
 from ..pipeline.known_models import find_model
 from ..pipeline.recipe import nearest
 from ..pipeline.terminal import progress_bar
@@ -98,8 +99,7 @@ class _Encoder:
                 raise ValueError(f"--what {name!r} is unknown; {nearest(name, list(PART))}")
         recipe, card = checkpoint.load_recipe(folder), checkpoint.read_card(folder)
         self.what, self.device, self.size = sorted(set(what)), device, recipe.image_size
-        for part in checkpoint.built_otherwise(card["parts"], recipe):
-            raise checkpoint.ModelError(f"{folder}: recipe.yaml builds another {part} than was trained; copy again")
+        check_built(folder, card, recipe)
         names = sorted({PART[name] for name in what})
         self.parts = {part: checkpoint.load_part(folder, recipe, part, device) for part in names}
         self.hashes = {part: digest for part, digest in checkpoint.hashes(card, recipe).items() if part in self.parts}

@@ -3,83 +3,98 @@
 It does not know what a stage trains.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from ..pipeline import checkpoint
-from ..pipeline.denoising import noise_of
-from ..pipeline.recipe import Recipe, RecipeError, is_frozen, is_pretrained, section_of
+from ..pipeline.built import differences
+from ..pipeline.recipe import Recipe, RecipeError, is_frozen, is_pretrained, reads_captions
 from ..tokenizers.autoencoder import LatentScale
+from ..tokenizers.captions import CaptionTokenizer
+from . import notices
 from .run import Stage
 
 _ANEW = ("kmeans", "autoencoder")  # shares of the steps after which codes begin anew
+_KEPT = ("trained_against", "identity", "computed_in")  # of a part's entry in a card
 
 
 def check(recipe: Recipe, stages: dict[str, tuple[Any, Stage]], origin: Path, model: Path) -> None:
-    """Raises RecipeError unless these stages, by name (class, configuration), can begin with the model of a folder.
+    """Raises ValueError unless these stages, by name (class, configuration), can begin with the model of a folder.
 
     model: the model folder of the run, in which there may be parts already.
     """
     if origin.resolve() == model.resolve():
         raise RecipeError(f"{origin} is what this run writes; begin another run with it, by --run FOLDER")
-    entries, theirs = checkpoint.read_card(origin)["parts"], checkpoint.load_recipe(origin)
-    along = comes_along(recipe, origin, model, list(stages))
-    for part in along:
-        _check_built(recipe, theirs, origin, part)
-    for name, (kind, config) in stages.items():
-        if name not in entries:
+    card, theirs = checkpoint.read_card(origin), checkpoint.load_recipe(origin)
+    for name, (_, config) in stages.items():
+        if name not in card["parts"]:
             raise RecipeError(
-                f"{origin} has no {name} to begin with, it has {', '.join(entries)}; train only these by --stage, and "
-                "then the others without --from"
+                f"{origin} has no {name} to begin with, it has {', '.join(card['parts'])}; train only these by "
+                "--stage, and then the others without --from"
             )
-        begun = began_with(recipe, origin, (name, *kind.beside))
-        for part in begun:
-            _check_built(recipe, theirs, origin, part)
         for knob in _ANEW:
             if round(config.number(knob, 0) * config.steps):
                 raise RecipeError(
                     f"stages.{name}.objective.{knob}: codes would begin anew after that share of the steps, and those "
                     f"of {origin} be lost; set it to 0"
                 )
-        for other, wanted in entries[name].get("trained_against", {}).items():
-            if other not in (*stages, *begun, *along, "captions") and not is_pretrained(recipe, other):
-                _check_read(origin, model, name, other, wanted)
-    missing = set(checkpoint.read_card(origin)["licence"].split(" AND ")) - set(recipe.licence.split(" AND "))
-    if missing:
-        raise RecipeError(
-            f"what is trained from {origin} is under its licence too ({' AND '.join(sorted(missing))}), not named "
-            f"by the recipe; write licence={' AND '.join([recipe.licence, *sorted(missing)])!r}"
-        )
+    notices.check_licence(recipe, card, f"what is trained from {origin} is under its licence too")
+    begun = [part for name, (kind, _) in stages.items() for part in began_with(recipe, origin, (name, *kind.beside))]
+    for part in (*begun, *comes_along(recipe, origin, model, list(stages))):
+        for other in differences(recipe, theirs, part) if part in theirs.parts else ["was built by no recipe"]:
+            raise RecipeError(
+                f"{origin}: its {part} has {other}; write parts.{part} and diffusion as in its recipe.yaml, or begin "
+                "without --from"
+            )
+        checkpoint.load_part(origin, recipe, part)
+    captions = origin / "captions.json"
+    if reads_captions(recipe) and captions.is_file():
+        length = CaptionTokenizer.load(captions).context_length
+        if length != recipe.captions.context_length:
+            raise RecipeError(
+                f"{origin}: its captions have {length} tokens, the recipe {recipe.captions.context_length}; "
+                "write captions as in its recipe.yaml, or begin without --from"
+            )
+    for part in begun:
+        _check_read(recipe, origin, model, part, list(stages))
 
 
-def _check_built(recipe: Recipe, theirs: Recipe, origin: Path, part: str) -> None:
-    """Not every change shows in the shapes of the weights: another number of heads changes what they mean."""
-    ours, held = (section_of(one, part) for one in (recipe, theirs))
-    changed = [key for key in sorted(ours | held) if _plain(ours.get(key)) != _plain(held.get(key))]
-    if changed:
-        raise RecipeError(
-            f"{origin}: its {part} has {changed[0]}: {held.get(changed[0])}, the recipe {ours.get(changed[0])}; "
-            f"write parts.{part} as in its recipe.yaml, or begin without --from"
-        )
-    if ours["kind"] == "unet" and noise_of(recipe) != noise_of(theirs):
-        raise RecipeError(
-            f"{origin}: its noise is {noise_of(theirs)}, the recipe's {noise_of(recipe)}; write diffusion as there"
-        )
+def _check_read(recipe: Recipe, origin: Path, model: Path, part: str, names: list[str]) -> None:
+    """What a part was trained against must be there, or what grows out of it."""
+    entries, own = checkpoint.read_card(origin)["parts"], checkpoint.parts_in(model)
+    taken = {*names, *comes_along(recipe, origin, model, names), "captions"}
+    for other, wanted in entries[part].get("trained_against", {}).items():
+        theirs = entries.get(other, {})
+        maker = theirs.get("identity", {}).get("stage", other)
+        if maker in taken or is_pretrained(recipe, other):
+            if wanted != _hash(recipe, origin, entries, other):
+                raise RecipeError(
+                    f"{origin}: its {part} was trained against another {other} than it would read now, "
+                    "and would read it wrongly; take another model"
+                )
+        elif other not in own:
+            raise RecipeError(
+                f"the {part} of {origin} was trained against a {other}, which is neither there nor in {model}; "
+                f"train the {other} first, or the {part} without --from"
+            )
+        else:
+            grown = own[other].get("identity", {}).get("from") or {}
+            same = wanted in (own[other]["hash"], grown.get(other))
+            if not same and (maker == other or grown.get(maker) != entries.get(maker, {}).get("hash")):
+                raise RecipeError(
+                    f"the {part} of {origin} was trained against another {other} than that of {model}, and would "
+                    f"read it wrongly; take another --run, or train the {part} without --from"
+                )
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _check_read(origin: Path, model: Path, name: str, other: str, wanted: str) -> None:
-    """What a part was trained against must be there still, or have grown out of it."""
-    entry = checkpoint.parts_in(model).get(other, {})
-    if wanted not in (entry.get("hash"), (entry.get("identity", {}).get("from") or {}).get(other)):
-        raise RecipeError(
-            f"the {name} of {origin} was trained against another {other} than that of {model}, and would read it "
-            f"wrongly; take another --run, or train the {name} without --from"
-        )
+def _hash(recipe: Recipe, origin: Path, entries: dict[str, Any], other: str) -> str | None:
+    """Of what a part of the model reads now: another part, the captions, or what comes pretrained."""
+    if other == "captions":
+        path = origin / "captions.json"
+        return checkpoint.file_hash(path) if path.is_file() else None
+    if is_pretrained(recipe, other):
+        return checkpoint.pretrained_hash(recipe, other)
+    return entries.get(other, {}).get("hash")
 
 
 def comes_along(recipe: Recipe, origin: Path, model: Path, names: list[str]) -> list[str]:
@@ -90,27 +105,31 @@ def comes_along(recipe: Recipe, origin: Path, model: Path, names: list[str]) -> 
     entries = checkpoint.read_card(origin)["parts"]
     own = checkpoint.parts_in(model)
     stage = {part: entry.get("identity", {}).get("stage", part) for part, entry in entries.items()}
-    along = set(entries.keys() & recipe.parts.keys()) - own.keys() - set(names)
+    along = {part for part in entries.keys() & recipe.parts.keys() if not is_pretrained(recipe, part)}
+    along -= own.keys() | set(names)
     if "prior" in names and not is_frozen(recipe, "text"):
         along -= {"text"}  # it trains with the prior
     if "clip" in names and stage.get("text") == "clip":
         along -= {"text"}  # it is the text tower
-    kept = {part for part, entry in own.items() if entry["hash"] == entries.get(part, {}).get("hash")}
-    known = along | kept | {"captions"} | {part for part in recipe.parts if is_pretrained(recipe, part)}
-    while lost := {part for part in along if not entries[part].get("trained_against", {}).keys() <= known}:
-        along, known = along - lost, known - lost
+
+    def is_there(other: str, wanted: str) -> bool:
+        if other in recipe.parts and not is_pretrained(recipe, other):
+            return wanted == own.get(other, entries[other] if other in along else {}).get("hash")
+        return wanted == _hash(recipe, origin, entries, other)
+
+    while lost := {
+        part for part in along if not all(is_there(*read) for read in entries[part].get("trained_against", {}).items())
+    }:
+        along -= lost
     return sorted(along)
 
 
 def take_over(recipe: Recipe, origin: Path, model: Path, names: list[str]) -> None:
     """Copies to the run's model folder what comes along, and the notices of the data."""
-    for notice in (origin / "LICENSES").glob("*"):
-        if notice.is_file() and not notice.is_symlink():
-            (model / "LICENSES").mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(notice, model / "LICENSES" / notice.name)
+    notices.copy(origin / "LICENSES", model)
     for part in comes_along(recipe, origin, model, names):
-        facts = dict(checkpoint.read_card(origin)["parts"][part])
-        del facts["hash"]
+        entry = checkpoint.read_card(origin)["parts"][part]
+        facts = {key: entry[key] for key in _KEPT if key in entry}
         checkpoint.save_part(model, recipe, part, checkpoint.load_weights(origin, part), **facts)
 
 
