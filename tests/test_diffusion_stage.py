@@ -99,6 +99,20 @@ def test_a_frozen_text_encoder_is_the_folders_and_does_not_train(tmp_path):
     assert same.all() and not seen[0].tokens.requires_grad
 
 
+def test_the_timesteps_of_a_step_lie_one_in_each_part_on_any_number_of_processes(tmp_path):
+    stage, source, _ = reading_stage(tmp_path, "stages.prior.global_batch=8")
+    total, seen = stage.schedule.num_timesteps, []
+    stage.forward["prior"] = lambda x_t, t, condition, draws: seen.append(t) or torch.zeros_like(x_t)
+    for step in (0, 3):
+        first = 8 * step
+        for half in (range(first, first + 4), range(first + 4, first + 8), range(first, first + 8)):
+            list(stage.updates(source.read(half), step))
+        *halves, whole = seen[-3:]
+        assert torch.equal(torch.cat(halves), whole)
+        assert (whole * 8 // total).tolist() == list(range(8))
+    assert not torch.equal(seen[2], seen[5])
+
+
 def test_what_a_caption_brings_is_measured_against_that_of_the_sample_before(tmp_path):
     stage, source, _ = reading_stage(tmp_path)
     batch, seen = source.read(range(4)), []

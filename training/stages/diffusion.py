@@ -144,7 +144,9 @@ class DiffusionStage(TrainingStage):
         config, total, unread = self.config, self.schedule.num_timesteps, batch.weight == 0
         x_0 = self._read(batch).masked_fill(unread[:, None, None, None], 0.0)
         draws = random.Draws(self.seed, step, batch.samples)
-        t = random.integers(*draws, (), "timestep", total)
+        # One from each of as many parts as the step has samples (Kingma 2021, arXiv:2107.00630, appendix I.1).
+        place = batch.samples % config.global_batch + random.uniform(*draws, (), "timestep")
+        t = (place * (total / config.global_batch)).long().clamp(max=total - 1)
         eps = random.normal(*draws, tuple(x_0.shape[1:]), "noise")
         drop = random.uniform(*draws, (), "condition drop") < config.number("condition_drop", 0.1)
         condition = self._dropped(self._condition(batch), drop | unread)  # alike from pictures and from a cache
