@@ -189,22 +189,24 @@ def convert(
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Argument(help="a model folder")],
+    model: Annotated[str, typer.Argument(help="a name, a model folder or a run folder")],
     out: Annotated[Path, typer.Argument(help="the folder to make")],
     to: Annotated[str, typer.Option(help="whose format: diffusers")] = "diffusers",
 ) -> None:
     """Write a diffusion model, or else the tokenizer of a model, as a folder that diffusers loads."""
     from . import diffusers_folder, published
     from .checkpoint import load_recipe, load_weights
+    from .known_models import find_model
 
     if to != "diffusers":
         raise ValueError(f"--to {to!r} is unknown; valid: diffusers")
     _check_new(out)
-    recipe = load_recipe(model)
+    folder = find_model(model)
+    recipe = load_recipe(folder)
     if recipe.parts.get("prior", {}).get("kind") == "unet" and "text" in recipe.parts:
-        diffusers_folder.save(model, out)
+        diffusers_folder.save(folder, out)
     elif "tokenizer" in recipe.parts:
-        published.save_diffusers(out, recipe.parts["tokenizer"], load_weights(model, "tokenizer"))
+        published.save_diffusers(out, recipe.parts["tokenizer"], load_weights(folder, "tokenizer"))
     else:
         raise ValueError(f"{model} has no tokenizer, only {', '.join(recipe.parts)}; export another model")
     typer.echo(str(out))

@@ -222,6 +222,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     words = key.split(".")
     if words[0] == "stages":
         words = ["training", *words]
+    if words[0] == "training" and words[1:2] in (["data"], ["stages"]) and isinstance(tree.get("training"), dict):
+        tree["training"].setdefault(words[1], {})  # which a converted recipe leaves to its default
     for depth, word in enumerate(words[:-1]):
         if not isinstance(tree.get(word), dict):
             raise RecipeError(

@@ -131,6 +131,7 @@ def load(
             image_size=found.sections["tokenizer"]["image_size"],
             captions=Captions(vocab_size=text["text_vocab"] - 2, context_length=text["text_length"] - 2),
             parts=found.sections,
+            frozen=["text"],  # as when it was trained
             licence=licence,
             sampling={"sampler": found.sampler, **_SAMPLING},
             diffusion=Diffusion(**found.diffusion),

@@ -16,7 +16,8 @@ from kartina.training import run as runs
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "training" / "recipes").rglob("*.yaml"))
-STAND_INS = {"RECIPE": "shapes/dalle", "N": "1"}  # for the words that stand for anything
+# For the words that stand for anything.
+STAND_INS = {"RECIPE": "shapes/dalle", "OUT/recipe.yaml": "shapes/stable-diffusion", "N": "1"}
 
 
 def commands_of(page: Path) -> list[str]:
