@@ -14,7 +14,6 @@ from ..tokenizers.captions import CaptionTokenizer
 from . import notices
 from .run import Stage
 
-_ANEW = ("kmeans", "autoencoder")  # shares of the steps after which codes begin anew
 _KEPT = ("trained_against", "identity", "computed_in")  # of a part's entry in a card
 
 
@@ -26,14 +25,14 @@ def check(recipe: Recipe, stages: dict[str, tuple[Any, Stage]], origin: Path, mo
     if origin.resolve() == model.resolve():
         raise RecipeError(f"{origin} is what this run writes; begin another run with it, by --run FOLDER")
     card, theirs = checkpoint.read_card(origin), checkpoint.load_recipe(origin)
-    for name, (_, config) in stages.items():
+    for name, (kind, config) in stages.items():
         if name not in card["parts"]:
             raise RecipeError(
                 f"{origin} has no {name} to begin with, it has {', '.join(card['parts'])}; train only these by "
                 "--stage, and then the others without --from"
             )
-        for knob in _ANEW:
-            if round(config.number(knob, 0) * config.steps):
+        for knob in config.objective:
+            if knob in kind.knobs and kind.knobs[knob].anew and round(config.number(knob, 0) * config.steps):
                 raise RecipeError(
                     f"stages.{name}.objective.{knob}: codes would begin anew after that share of the steps, and those "
                     f"of {origin} be lost; set it to 0"

@@ -63,7 +63,7 @@ class Codebook:
     knobs: ClassVar = {
         "commitment_weight": Knob(),
         "codebook_weight": Knob(),
-        "kmeans": Knob(high=1),
+        "kmeans": Knob(high=1, anew=True),
         "restart_every": Knob(),
     }
 

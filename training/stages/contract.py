@@ -35,12 +35,13 @@ Updates = Iterator[Update]
 class Knob:
     """A key of a stage's objective: a number in [low, high], or, where there are choices, one of these words.
 
-    grammar: it needs captions of a known grammar.
+    grammar: it needs captions of a known grammar. anew: a share of the steps, after which codes begin anew.
     """
 
     low: float = 0.0
     high: float = math.inf
     grammar: bool = False
+    anew: bool = False
     choices: tuple[str, ...] = ()
 
 

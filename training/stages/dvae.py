@@ -25,7 +25,7 @@ class DVAEStage(CodesStage):
     """
 
     knobs: ClassVar = {
-        "autoencoder": Knob(high=1),
+        "autoencoder": Knob(high=1, anew=True),
         "temperature": Knob(),
         "temperature_end": Knob(),
         "temperature_share": Knob(high=1),
