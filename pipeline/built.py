@@ -41,8 +41,10 @@ def _as_trained(recipe: Recipe, part: str, identity: dict[str, Any]) -> bool:
         return False
     if part not in recipe.parts:
         return "part" not in identity
-    held = {key: identity[key] for key in ("diffusion",) if key in identity}
-    held["parts"] = recipe.parts | {part: identity.get("part", recipe.parts[part])}
+    section = identity.get("part") or recipe.parts[part]
+    if section.get("kind") != recipe.parts[part]["kind"]:
+        return False
+    held = {"parts": recipe.parts | {part: section}} | {k: identity[k] for k in ("diffusion",) if k in identity}
     try:  # a card is not trusted
         return not differences(recipe, Recipe.model_validate(recipe.model_dump() | held), part)
     except ValueError:

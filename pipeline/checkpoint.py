@@ -119,14 +119,15 @@ def _is_sound(card: dict[str, Any]) -> bool:
         isinstance(entry, dict) and isinstance(entry.get("figures"), dict) for entry in measured.values()
     ):
         return False
-    return all(
-        name in PARTS
-        and isinstance(entry, dict)
-        and isinstance(entry.get("hash"), str)
-        and isinstance(entry.get("trained_against", {}), dict)
-        and isinstance(entry.get("identity", {}), dict)
-        for name, entry in parts.items()
-    )
+    return all(name in PARTS and isinstance(entry, dict) and _is_sound_entry(entry) for name, entry in parts.items())
+
+
+def _is_sound_entry(entry: dict[str, Any]) -> bool:
+    read, identity = entry.get("trained_against", {}), entry.get("identity", {})
+    if not isinstance(entry.get("hash"), str) or not isinstance(read, dict) or not isinstance(identity, dict):
+        return False
+    tables = [identity.get(key) or {} for key in ("part", "beside", "diffusion", "from")]
+    return isinstance(identity.get("stage", ""), str) and all(isinstance(table, dict) for table in tables)
 
 
 def save_part(folder: Path, recipe: Recipe, part: str, weights: dict[str, Tensor], **facts: Any) -> str:
@@ -293,8 +294,8 @@ def load_captions(folder: Path, recipe: Recipe) -> CaptionTokenizer | None:
     return CaptionTokenizer.load(folder / "captions.json") if reads_captions(recipe) else None
 
 
-def check_captions(folder: Path, recipe: Recipe, part: str, module: Any) -> None:
-    """Raises ModelError unless captions.json, the recipe and a part that reads text agree on their sizes."""
+def read_captions(folder: Path, recipe: Recipe) -> CaptionTokenizer:
+    """The caption tokenizer of a model folder. Raises ModelError unless it is one of the sizes that the recipe says."""
     path, given = folder / "captions.json", recipe.captions
     try:
         captions = CaptionTokenizer.load(path)
@@ -305,8 +306,15 @@ def check_captions(folder: Path, recipe: Recipe, part: str, module: Any) -> None
             f"{path}: expected {given.vocab_size} tokens and a context of {given.context_length}, as recipe.yaml says, "
             f"got {captions.vocab_size} and {captions.context_length}; copy the folder again"
         )
-    if not captions.padded and getattr(module, "framing", 0) != 2:
-        raise ModelError(f"{path} is CLIP's, which has no padding; {part} takes ours: train it, or take a clip_text")
+    return captions
+
+
+def check_captions(folder: Path, recipe: Recipe, part: str, module: Any) -> None:
+    """Raises ModelError unless captions.json, the recipe and a part that reads text agree on their sizes."""
+    if not read_captions(folder, recipe).padded and getattr(module, "framing", 0) != 2:
+        raise ModelError(
+            f"{folder}: captions.json is CLIP's, which has no padding; {part} takes ours: train it, or take a clip_text"
+        )
     if problem := captions_problem(recipe, part, module):
         raise ModelError(f"{folder}: {problem}")
 

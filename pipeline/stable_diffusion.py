@@ -30,6 +30,7 @@ Weights = dict[str, Tensor]
 _FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 _HEADS = ("model.diffusion_model.", "cond_stage_model.")
+_READ: dict[str, tuple[str, ...]] = {"tokenizer": (), "text": ("captions",), "prior": ("tokenizer", "text", "captions")}
 _SAMPLING = {"num_steps": 25, "guidance_scale": 7.5}
 _DAMAGE = (KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError, ValueError, RuntimeError)
 
@@ -73,9 +74,12 @@ class System:
         with replaced(folder / "captions.json") as temporary:
             self.captions.save(temporary)
         noise = {"diffusion": self.recipe.diffusion.model_dump()}
-        for part, weights in self.weights.items():
+        hashes = {"captions": checkpoint.file_hash(folder / "captions.json")}
+        for part, read in _READ.items():
             identity = {"part": self.recipe.parts[part]} | (noise if part == "prior" else {})
-            checkpoint.save_part(folder, self.recipe, part, weights, source=source, identity=identity)
+            facts = {"source": source, "identity": identity}
+            facts["trained_against"] = {other: hashes[other] for other in read}
+            hashes[part] = checkpoint.save_part(folder, self.recipe, part, self.weights[part], **facts)
 
 
 def _laid(value: Tensor, like: Tensor) -> Tensor:

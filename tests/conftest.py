@@ -215,7 +215,9 @@ def work(tmp_path_factory):
         folder = tmp_path_factory.mktemp("jobs")
         (folder / "jobs.jsonl").write_text("\n".join(json.dumps(job) for job in jobs))
         if processes == 1:
-            job_worker.run_all(folder / "jobs.jsonl", folder)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("ACCELERATE_USE_CPU", "1")
+                job_worker.run_all(folder / "jobs.jsonl", folder)
         else:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
             environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -84,8 +84,6 @@ def origin(tiny, tmp_path):
     CaptionTokenizer.train(["a red ring"], 300, 22).save(folder / "captions.json")
     (folder / "LICENSES").mkdir()
     (folder / "LICENSES" / "notice.txt").write_text("of the data")
-    (folder / "LICENSES" / "secret").symlink_to(tmp_path / "secret")
-    (tmp_path / "secret").write_text("of the user")
     captions = {"captions": checkpoint.file_hash(folder / "captions.json")}
     tokenizer = checkpoint.save_part(folder, recipe, "tokenizer", checkpoint.export(build(recipe, "tokenizer")))
     for part, against in (("clip", captions), ("prior", captions | {"tokenizer": tokenizer})):
@@ -162,6 +160,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tiny, trained_toke
             "its tokenizer has depth: 2, the recipe 1",
         ),
         ([*argv, "--from", str(run)], "not a model folder"),
+        ([*argv, "captions.context_length=30", "--from", str(trained_tokenizer)], "its captions have vocab_size=300"),
     ):
         assert trainer.main([*words, "--run", str(run)]) == 2
         assert said in capsys.readouterr().err
@@ -224,12 +223,19 @@ def test_a_licence_stays_with_what_is_trained_on(tiny, trained_tokenizer, tmp_pa
     assert short("prior", tiny["dalle"][1], folder, "licence=Apache-2.0 AND MIT") == 0
 
 
-def test_notices_of_one_name_are_kept_apart(tmp_path):
+def test_notices_of_one_name_are_kept_apart_and_no_link_is_followed_outside(tmp_path):
     for source, text in (("a", "ours"), ("b", "theirs"), ("b", "theirs")):
         (tmp_path / source).mkdir(exist_ok=True)
         (tmp_path / source / "art.txt").write_text(text)
         notices.copy(tmp_path / source, tmp_path / "model")
     assert sorted(path.read_text() for path in (tmp_path / "model" / "LICENSES").iterdir()) == ["ours", "theirs"]
+    (tmp_path / "c" / "more").mkdir(parents=True)
+    (tmp_path / "c" / "more" / "art.txt").write_text("below")
+    notices.copy(tmp_path / "c", tmp_path / "model")
+    assert (tmp_path / "model" / "LICENSES" / "more" / "art.txt").read_text() == "below"
+    (tmp_path / "c" / "more" / "link.txt").symlink_to(tmp_path / "a" / "art.txt")
+    with pytest.raises(ValueError, match="is a link that leaves"):
+        notices.copy(tmp_path / "c", tmp_path / "model")
 
 
 @pytest.mark.parametrize("stage", [None, "clip", "prior"])
@@ -238,3 +244,48 @@ def test_the_shipped_models_may_be_begun_with(stage, tmp_path):
     for name in ("shapes/dalle", "shapes/stable-diffusion"):
         recipe, training = runs.load(name, [])
         check(recipe, training, names_of(training, stage), 1, tmp_path / "model", find_model(name))
+
+
+def test_a_part_that_came_along_is_trained_by_its_own_stage_later(tiny, trained_tokenizer, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    shutil.copytree(trained_tokenizer, whole)
+    assert short("clip", tiny["clip"][1], whole) == 0
+    assert short("tokenizer", tiny["patch_dvae"][1], run, "--from", str(whole)) == 0
+    assert card(run)["clip"] == card(whole)["clip"]
+    assert short("clip", tiny["clip"][1], run, "--from", str(whole)) == 0
+    assert card(run)["clip"]["identity"]["from"] == {"clip": card(whole)["clip"]["hash"]}
+    assert card(run)["clip"]["hash"] != card(whole)["clip"]["hash"]
+
+
+@pytest.mark.parametrize("stage", ["prior", "clip"])
+def test_of_a_system_with_a_frozen_tower_less_may_be_begun_with(stage, tmp_path):
+    """A recipe without CLIP takes the tower along; one without the tower takes no CLIP that gives it."""
+    recipe, training = runs.load("shapes/stable-diffusion", [])
+    folder, other = find_model(recipe.name), {"prior": "clip", "clip": "text"}[stage]
+    less = recipe.model_copy(update={"parts": {k: v for k, v in recipe.parts.items() if k != other}})
+    less = less.model_copy(update={"frozen": tuple(part for part in less.frozen if part in less.parts)})
+    if stage == "prior":
+        check(less, training, ["prior"], 1, tmp_path / "model", folder)
+        assert warm_start.comes_along(less, folder, tmp_path / "model", ["prior"]) == ["text", "tokenizer"]
+    else:
+        assert warm_start.comes_along(less, folder, tmp_path / "model", ["prior"]) == ["tokenizer"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"stage": []},
+        {"part": [1]},
+        {"beside": [1]},
+        {"from": "abc"},
+        {"part": {"kind": "nope"}},
+        {"part": {"kind": []}},
+    ],
+)
+def test_a_card_of_nonsense_is_one_clear_error(wrong, origin, tmp_path):
+    recipe, training, folder = origin
+    entry = json.loads((folder / "card.json").read_text())
+    entry["parts"]["prior"]["identity"] = wrong
+    (folder / "card.json").write_text(json.dumps(entry))
+    with pytest.raises(checkpoint.ModelError):
+        check(recipe, training, ["prior"], 1, tmp_path / "run", folder)

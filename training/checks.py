@@ -45,6 +45,8 @@ def check(
     stages = {name: stage_of(recipe, name) for name in names}
     if checkpoint.parts_in(model):
         notices.check_licence(recipe, checkpoint.read_card(model), f"what {model} holds is under its licence")
+    for name, stage in stages.items():
+        _check_objective(name, training.stages[name], stage, training.data.kind)
     if begun is not None:
         warm_start.check(recipe, {name: (stage, training.stages[name]) for name, stage in stages.items()}, begun, model)
         model = model if checkpoint.parts_in(model) else begun
@@ -58,7 +60,6 @@ def check(
     }
     for name, stage in stages.items():
         config = training.stages[name]
-        _check_objective(name, config, stage, training.data.kind)
         for other in config.optimizers.keys() - {name, *stage.beside}:
             raise RecipeError(f"stages.{name}.optimizers: {other!r} is not trained there; leave it out")
         for other in stage.needs(recipe):

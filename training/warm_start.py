@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline import checkpoint
-from ..pipeline.built import differences
+from ..pipeline.built import check_built, differences
 from ..pipeline.recipe import Recipe, RecipeError, is_frozen, is_pretrained, reads_captions
 from ..tokenizers.autoencoder import LatentScale
-from ..tokenizers.captions import CaptionTokenizer
 from . import notices
 from .run import Stage
 
@@ -25,6 +24,7 @@ def check(recipe: Recipe, stages: dict[str, tuple[Any, Stage]], origin: Path, mo
     if origin.resolve() == model.resolve():
         raise RecipeError(f"{origin} is what this run writes; begin another run with it, by --run FOLDER")
     card, theirs = checkpoint.read_card(origin), checkpoint.load_recipe(origin)
+    check_built(origin, card, theirs)
     for name, (kind, config) in stages.items():
         if name not in card["parts"]:
             raise RecipeError(
@@ -46,13 +46,12 @@ def check(recipe: Recipe, stages: dict[str, tuple[Any, Stage]], origin: Path, mo
                 "without --from"
             )
         checkpoint.load_part(origin, recipe, part)
-    captions = origin / "captions.json"
-    if reads_captions(recipe) and captions.is_file():
-        length = CaptionTokenizer.load(captions).context_length
-        if length != recipe.captions.context_length:
+    if reads_captions(recipe) and (origin / "captions.json").is_file():
+        checkpoint.read_captions(origin, theirs)
+        if theirs.captions != recipe.captions:
             raise RecipeError(
-                f"{origin}: its captions have {length} tokens, the recipe {recipe.captions.context_length}; "
-                "write captions as in its recipe.yaml, or begin without --from"
+                f"{origin}: its captions have {theirs.captions}, the recipe's {recipe.captions}; write captions as in "
+                "its recipe.yaml, or begin without --from"
             )
     for part in begun:
         _check_read(recipe, origin, model, part, list(stages))
@@ -65,7 +64,7 @@ def _check_read(recipe: Recipe, origin: Path, model: Path, part: str, names: lis
     for other, wanted in entries[part].get("trained_against", {}).items():
         theirs = entries.get(other, {})
         maker = theirs.get("identity", {}).get("stage", other)
-        if maker in taken or is_pretrained(recipe, other):
+        if taken & {maker, other} or is_pretrained(recipe, other):
             if wanted != _hash(recipe, origin, entries, other):
                 raise RecipeError(
                     f"{origin}: its {part} was trained against another {other} than it would read now, "
@@ -112,9 +111,9 @@ def comes_along(recipe: Recipe, origin: Path, model: Path, names: list[str]) -> 
         along -= {"text"}  # it is the text tower
 
     def is_there(other: str, wanted: str) -> bool:
-        if other in recipe.parts and not is_pretrained(recipe, other):
-            return wanted == own.get(other, entries[other] if other in along else {}).get("hash")
-        return wanted == _hash(recipe, origin, entries, other)
+        if other == "captions" or is_pretrained(recipe, other):
+            return wanted == _hash(recipe, origin, entries, other)
+        return wanted == own.get(other, entries[other] if other in along else {}).get("hash")
 
     while lost := {
         part for part in along if not all(is_there(*read) for read in entries[part].get("trained_against", {}).items())
