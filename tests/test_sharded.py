@@ -84,7 +84,7 @@ def test_a_divided_checkpoint_has_parts_of_both_and_no_pickle_of_them(kind, runs
         assert len(first) > 20 and 0.4 < sum(first) / (sum(first) + sum(second)) < 0.6
     damaged = next(newest.rglob("*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-8] + bytes(8))
-    assert state.newest(folder) == newest.with_name(f"step-000000{10 if kind == 'dalle' else '00'}")
+    assert state.newest(folder) == newest.with_name("step-00000000")
     assert newest.with_name(f"damaged-step-{STEPS:08d}").is_dir()
 
 

@@ -236,7 +236,7 @@ def _finished(model: Path, part: str, identity: dict[str, Any], extended: bool) 
     if entry is None or not all((model / f"{other}.safetensors").is_file() for other in exported):
         return False
     known = entry.get("identity", {})
-    if entry["hash"] == (identity["from"] or {}).get(part):
+    if entry["hash"] == (identity.get("from") or {}).get(part):
         return False  # it came along, and is what the stage begins with
     keys = runs.differences(known, identity, extended)
     if extended and not keys and known != identity:
