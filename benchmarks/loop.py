@@ -3,11 +3,11 @@
     python benchmarks/loop.py [MODEL:STAGE ...]
 
 - loop: the time of a step in `train_stage` against the same forward pass, backward pass, clipping, optimizers and
-  moving average in a bare `for`; both read the same stream. Rounds of both alternate; medians of the steps.
+  moving average in a bare `for`; both read the same stream. Steps of both alternate; the median of the pairs' ratios.
 - wait: the share of the time that the log calls waiting, with two processes that read.
 - two processes: samples a second of two that share the recipe's steps, one thread each, against one with one thread;
   beside it what the machine itself leaves to two that run at once and have nothing to do with each other. Rounds of
-  the three alternate; medians.
+  the three alternate; medians of the rounds' ratios.
 
 On an idle machine; of shipped models, each stage as the recipe that lies beside its weights has it.
 """
@@ -40,7 +40,7 @@ from kartina.training.stages import STAGES
 from kartina.training.stopping import Stop
 from kartina.training.stream import prefetch, rank_positions
 
-STEPS, ROUNDS = 12, 3
+STEPS, WARM, ROUNDS = 20, 4, 3
 QUIET = ["preview_every=100000", "validate_every=100000", "save_minutes=1000"]
 
 
@@ -58,31 +58,28 @@ def recipe_of(model):
     return str(SHIPPED / model / "recipe.yaml")
 
 
-def timed(updates, times):
-    """`updates` of a stage, which also notes when it was called."""
+def in_the_loop(model, name, accelerator, workers=0, between=lambda: None):
+    """(seconds of each step, share of waiting); `between` is called before each step, and not counted."""
+    training, stage, source = build(model, name, workers)
+    updates, begun, times = stage.updates, [], []
 
     def noted(batch, step):
-        times.append(time.perf_counter())
+        times.extend(time.perf_counter() - start for start in begun)
+        between()
+        begun[:] = [time.perf_counter()]
         return updates(batch, step)
 
-    return noted
-
-
-def in_the_loop(model, name, accelerator, workers=0):
-    """(seconds between steps, share of waiting)."""
-    training, stage, source = build(model, name, workers)
-    times = []
-    stage.updates = timed(stage.updates, times)
+    stage.updates = noted
     with tempfile.TemporaryDirectory() as folder:
         train_stage({"stage": name}, stage, training, source, None, Path(folder), accelerator, Stop())
         last = json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])
-    return steps_of(times), last["wait"]
+    return times, last["wait"]
 
 
 def bare(model, name, accelerator):
-    """Seconds between steps of the work alone."""
+    """Takes a step of the work alone, and gives its seconds, each time it is asked."""
     training, stage, source = build(model, name)
-    config, times = training.stages[name], []
+    config = training.stages[name]
     network = stage.networks[name]
     stage.forward[name] = accelerator.prepare_model(network)
     if stage.restart_step == 0:  # else it would compute with other numbers, which take another time
@@ -91,8 +88,8 @@ def bare(model, name, accelerator):
     batch_size = config.global_batch
     positions = chain.from_iterable(rank_positions(at, batch_size, 0, 1, batch_size) for at in count())
     stream = prefetch(source, positions)
-    for step in range(STEPS):
-        times.append(time.perf_counter())
+    for step in count():
+        begun = time.perf_counter()
         _, (loss, total), _ = next(stage.updates(exchange.to_device(next(stream), accelerator.device), step))
         (loss / total).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip)
@@ -102,12 +99,15 @@ def bare(model, name, accelerator):
             optimizer.step()
         ema.update()
         network.zero_grad(set_to_none=True)
-    stream.close()
-    return steps_of(times)
+        yield time.perf_counter() - begun
 
 
-def steps_of(times):
-    return [b - a for a, b in zip(times[4:], times[5:], strict=False)]  # the first few warm up
+def side_by_side(model, name, accelerator):
+    """Seconds of the steps of both, in pairs that were taken one after the other."""
+    other, alone = bare(model, name, accelerator), []
+    looped, _ = in_the_loop(model, name, accelerator, between=lambda: alone.append(next(other)))
+    other.close()
+    return list(zip(looped, alone, strict=False))[WARM:]
 
 
 def samples_a_second(model, name, runs_at_once, processes):
@@ -161,17 +161,19 @@ def main() -> None:
     for word in words:
         model, name = word.split(":")
         with short_in_float32(accelerator.mixed_precision == "bf16"):  # as the loop does
-            rounds = [(in_the_loop(model, name, accelerator)[0], bare(model, name, accelerator)) for _ in range(ROUNDS)]
-        looped, alone = (statistics.median(chain.from_iterable(both)) for both in zip(*rounds, strict=True))
+            pairs = side_by_side(model, name, accelerator)
+        looped, alone = (1000 * statistics.median(times) for times in zip(*pairs, strict=True))
+        ratio = statistics.median(a / b for a, b in pairs)
+        print(f"{word}: a step {looped:.0f} ms in the loop, {alone:.0f} ms bare: {ratio:.3f} of {len(pairs)} pairs")
         wait = in_the_loop(model, name, accelerator, workers=2)[1]
-        print(f"{word}: a step {1000 * looped:.0f} ms in the loop, {1000 * alone:.0f} ms bare: {looped / alone:.3f}")
         print(f"{word}: waiting for data with two workers {100 * wait:.2f} % of the time", flush=True)
     for word in words:
         model, name = word.split(":")
         found = [[samples_a_second(model, name, *how) for how in ((1, 1), (1, 2), (2, 1))] for _ in range(ROUNDS)]
-        one, two, apart = (statistics.median(each) for each in zip(*found, strict=True))
-        print(f"{word}: {one:.1f} samples/s on one process, {two:.1f} on two: {two / one / 2:.2f} of twice;", end=" ")
-        print(f"two that run apart bring {apart / one / 2:.2f}", flush=True)
+        one, two, _ = (statistics.median(each) for each in zip(*found, strict=True))
+        shares = [statistics.median(rounds[i] / rounds[0] / 2 for rounds in found) for i in (1, 2)]
+        print(f"{word}: {one:.1f} samples/s on one process, {two:.1f} on two: {shares[0]:.2f} of twice;", end=" ")
+        print(f"two that run apart bring {shares[1]:.2f}", flush=True)
 
 
 if __name__ == "__main__":
