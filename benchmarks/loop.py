@@ -3,7 +3,8 @@
     python benchmarks/loop.py [MODEL:STAGE ...]
 
 - loop: the time of a step in `train_stage` against the same forward pass, backward pass, clipping, optimizers and
-  moving average in a bare `for`; both read the same stream. Steps of both alternate; the median of the pairs' ratios.
+  moving average in a bare `for`. Steps of both alternate, and what one reads ahead is read during the other's step: the
+  median of the pairs' ratios, and their quartiles.
 - wait: the share of the time that the log calls waiting, with two processes that read.
 - two processes: samples a second of two that share the recipe's steps, one thread each, against one with one thread;
   beside it what the machine itself leaves to two that run at once and have nothing to do with each other. Rounds of
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from itertools import chain, count
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from kartina.training import run as runs
 from kartina.training.__main__ import keep_memory
 from kartina.training.loop import train_stage
 from kartina.training.optim import EMA, build_optimizers, fast_bf16, rate
+from kartina.training.run import division
 from kartina.training.sources import source_of
 from kartina.training.stages import STAGES
 from kartina.training.stopping import Stop
@@ -59,47 +61,51 @@ def recipe_of(model):
 
 
 def in_the_loop(model, name, accelerator, workers=0, between=lambda: None):
-    """(seconds of each step, share of waiting); `between` is called before each step, and not counted."""
+    """(seconds of each step but the last, share of waiting); `between` is called before each step, and not counted."""
     training, stage, source = build(model, name, workers)
-    updates, begun, times = stage.updates, [], []
+    updates, begun, ended = stage.updates, [], []
 
     def noted(batch, step):
-        times.extend(time.perf_counter() - start for start in begun)
+        ended.append(time.perf_counter())
         between()
-        begun[:] = [time.perf_counter()]
+        begun.append(time.perf_counter())
         return updates(batch, step)
 
     stage.updates = noted
     with tempfile.TemporaryDirectory() as folder:
         train_stage({"stage": name}, stage, training, source, None, Path(folder), accelerator, Stop())
         last = json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])
-    return times, last["wait"]
+    return [end - begin for begin, end in zip(begun[:-1], ended[1:], strict=True)], last["wait"]
 
 
 def bare(model, name, accelerator):
     """Takes a step of the work alone, and gives its seconds, each time it is asked."""
     training, stage, source = build(model, name)
     config = training.stages[name]
+    assert division(config, 1)[1] == 1 and list(stage.networks) == [name], f"{name}: a step of one pass and one network"
     network = stage.networks[name]
     stage.forward[name] = accelerator.prepare_model(network)
     if stage.restart_step == 0:  # else it would compute with other numbers, which take another time
         stage.restart()
-    optimizers, ema = build_optimizers(network, config.optimizer), EMA(network, config.ema)
+    optimizers = build_optimizers(network, config.optimizer, training.precision == "bf16")
+    ema = EMA(network, config.ema)
     batch_size = config.global_batch
     positions = chain.from_iterable(rank_positions(at, batch_size, 0, 1, batch_size) for at in count())
-    stream = prefetch(source, positions)
-    for step in count():
-        begun = time.perf_counter()
-        _, (loss, total), _ = next(stage.updates(exchange.to_device(next(stream), accelerator.device), step))
-        (loss / total).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate(step, STEPS, config.optimizer)
-            optimizer.step()
-        ema.update()
-        network.zero_grad(set_to_none=True)
-        yield time.perf_counter() - begun
+    with closing(prefetch(source, positions)) as stream:
+        batch = next(stream)
+        for step in count():
+            begun = time.perf_counter()
+            _, (loss, total), _ = next(stage.updates(exchange.to_device(batch, accelerator.device), step))
+            (loss / total).backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * rate(step, STEPS, config.optimizer)
+                optimizer.step()
+            ema.update()
+            network.zero_grad(set_to_none=True)
+            batch = next(stream)
+            yield time.perf_counter() - begun
 
 
 def side_by_side(model, name, accelerator):
@@ -107,7 +113,7 @@ def side_by_side(model, name, accelerator):
     other, alone = bare(model, name, accelerator), []
     looped, _ = in_the_loop(model, name, accelerator, between=lambda: alone.append(next(other)))
     other.close()
-    return list(zip(looped, alone, strict=False))[WARM:]
+    return list(zip(looped, alone[:-1], strict=True))[WARM:]
 
 
 def samples_a_second(model, name, runs_at_once, processes):
@@ -163,8 +169,8 @@ def main() -> None:
         with short_in_float32(accelerator.mixed_precision == "bf16"):  # as the loop does
             pairs = side_by_side(model, name, accelerator)
         looped, alone = (1000 * statistics.median(times) for times in zip(*pairs, strict=True))
-        ratio = statistics.median(a / b for a, b in pairs)
-        print(f"{word}: a step {looped:.0f} ms in the loop, {alone:.0f} ms bare: {ratio:.3f} of {len(pairs)} pairs")
+        low, ratio, high = statistics.quantiles([a / b for a, b in pairs], n=4)
+        print(f"{word}: a step {looped:.0f} ms in the loop, {alone:.0f} ms bare: {ratio:.3f} [{low:.3f}, {high:.3f}]")
         wait = in_the_loop(model, name, accelerator, workers=2)[1]
         print(f"{word}: waiting for data with two workers {100 * wait:.2f} % of the time", flush=True)
     for word in words:

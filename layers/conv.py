@@ -81,8 +81,20 @@ class BottleneckBlock(nn.Module):
         return torch.add(skip, y, alpha=self.gain)
 
 
-def group_norm(channels: int, groups: int, eps: float = 1e-6) -> nn.GroupNorm:
-    """GroupNorm (Wu 2018, arXiv:1803.08494), by default with the eps of the published autoencoders.
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm (Wu 2018, arXiv:1803.08494), which on a CPU reads few channels in bfloat16 one after another.
+
+    Where they come last, it took 1.6 to 4 times as long for fewer than 128 of them as with this copy.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and self.num_channels < 128:
+            x = x.contiguous()
+        return super().forward(x)
+
+
+def group_norm(channels: int, groups: int, eps: float = 1e-6) -> GroupNorm:
+    """`GroupNorm`, by default with the eps of the published autoencoders.
 
     Raises ValueError unless `groups` divides `channels`.
     """
@@ -91,7 +103,7 @@ def group_norm(channels: int, groups: int, eps: float = 1e-6) -> nn.GroupNorm:
             f"GroupNorm needs groups that divide the channels, got {channels} channels and {groups} groups; "
             "change width, channel_mult or norm_groups"
         )
-    return nn.GroupNorm(groups, channels, eps=eps)
+    return GroupNorm(groups, channels, eps=eps)
 
 
 class ResBlock(nn.Module):

@@ -44,7 +44,7 @@ def _as_trained(recipe: Recipe, part: str, identity: dict[str, Any]) -> bool:
     section = identity.get("part") or recipe.parts[part]
     if section.get("kind") != recipe.parts[part]["kind"]:
         return False
-    held = {"parts": recipe.parts | {part: section}} | {k: identity[k] for k in ("diffusion",) if k in identity}
+    held = {"parts": recipe.parts | {part: section}, "diffusion": identity.get("diffusion", recipe.diffusion)}
     try:  # a card is not trusted
         return not differences(recipe, Recipe.model_validate(recipe.model_dump() | held), part)
     except ValueError:

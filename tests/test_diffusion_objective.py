@@ -44,7 +44,10 @@ def test_the_simple_loss_is_the_error_of_what_the_network_gives(target):
 
 @pytest.mark.parametrize(
     ("weighting", "gamma"),
-    [("min_snr", None), ("min_snr", 2.0), ("truncated", None), ("truncated", 5.0), ("p2", None), ("p2", 0.5)],
+    [
+        *[("min_snr", None), ("min_snr", 2.0), ("truncated", None), ("truncated", 5.0)],
+        *[("p2", None), ("p2", 0.5), ("root", None), ("root", 1.5)],
+    ],
 )
 def test_a_weighted_loss_is_the_same_in_every_target(weighting, gamma):
     schedule, t, x_0, eps, x_t, (alpha, sigma) = noised()
@@ -56,13 +59,15 @@ def test_a_weighted_loss_is_the_same_in_every_target(weighting, gamma):
     torch.testing.assert_close(losses[0], losses[2])
 
 
-def test_weights_are_the_papers():
+def test_weights_are_as_stated():
     snr = torch.tensor([0.0, 0.5, 4.0, 100.0])
     torch.testing.assert_close(snr_weight(snr[1:], "eps", "min_snr"), torch.tensor([1.0, 1.0, 0.05]))
     torch.testing.assert_close(snr_weight(snr, "x_0", "min_snr"), torch.tensor([0.0, 0.5, 4.0, 5.0]))
     torch.testing.assert_close(snr_weight(snr, "x_0", "truncated"), torch.tensor([1.0, 1.0, 4.0, 100.0]))
     torch.testing.assert_close(snr_weight(snr, "v", "min_snr"), torch.tensor([0.0, 1 / 3, 0.8, 5 / 101]))
     torch.testing.assert_close(snr_weight(snr[1:], "eps", "p2", 0.5), (1 + snr[1:]) ** -0.5)
+    torch.testing.assert_close(snr_weight(snr, "x_0", "root"), torch.tensor([0.3, 0.5**0.5, 2.0, 10.0]))
+    torch.testing.assert_close(snr_weight(snr, "x_0", "root", 3.0), torch.tensor([3.0, 3.0, 3.0, 10.0]))
     assert torch.equal(snr_weight(snr, "v"), torch.ones(4))
 
 
@@ -175,7 +180,7 @@ def test_bad_arguments_are_refused():
     torch.testing.assert_close(snr_weight(torch.tensor([0.5, 9.0]), "x_0", "truncated", 5.0), torch.tensor([1.0, 5.0]))
     with pytest.raises(ValueError, match="at least 1"):
         snr_weight(torch.ones(1), "x_0", "truncated", 0.5)
-    with pytest.raises(ValueError, match="one of none, min_snr, truncated, p2"):
+    with pytest.raises(ValueError, match="one of none, min_snr, truncated, p2, root"):
         diffusion(found, x_0, eps, alpha, sigma, torch.ones(4), weighting="snr")
     with pytest.raises(ValueError, match="of one shape"):
         diffusion(found, x_0, eps[:2], alpha, sigma, torch.ones(4))

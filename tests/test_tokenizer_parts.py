@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kartina.layers.conv import Up
+from kartina.layers.conv import Up, group_norm
 from kartina.pipeline import checkpoint
 from kartina.pipeline.recipe import Recipe, build
 
@@ -106,3 +106,20 @@ def test_up_is_nearest_upsampling_and_a_convolution():
         up.zero_grad()
     assert found[0][0].shape == (2, 5, 12, 14)
     assert all((ours - theirs).abs().max() <= 1e-10 for ours, theirs in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_group_norm_is_the_same_in_both_memory_formats(dtype):
+    norm = group_norm(24, 8)
+    torch.nn.init.normal_(norm.weight)
+    plain = torch.randn(2, 24, 8, 8).to(dtype)
+    found = []
+    for x in (plain, plain.to(memory_format=torch.channels_last)):
+        x = x.clone().requires_grad_()
+        y = norm(x)
+        y.square().sum().backward()
+        found.append((y.detach(), x.grad))
+    expected = F.group_norm(plain, 8, norm.weight, norm.bias, norm.eps)
+    for y, gradient in found:
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(gradient, found[0][1])

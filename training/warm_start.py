@@ -39,7 +39,8 @@ def check(recipe: Recipe, stages: dict[str, tuple[Any, Stage]], origin: Path, mo
                 )
     notices.check_licence(recipe, card, f"what is trained from {origin} is under its licence too")
     begun = [part for name, (kind, _) in stages.items() for part in began_with(recipe, origin, (name, *kind.beside))]
-    for part in (*begun, *comes_along(recipe, origin, model, list(stages))):
+    along = comes_along(recipe, origin, model, list(stages))
+    for part in (*begun, *along):
         for other in differences(recipe, theirs, part) if part in theirs.parts else ["was built by no recipe"]:
             raise RecipeError(
                 f"{origin}: its {part} has {other}; write parts.{part} and diffusion as in its recipe.yaml, or begin "
@@ -54,13 +55,12 @@ def check(recipe: Recipe, stages: dict[str, tuple[Any, Stage]], origin: Path, mo
                 "its recipe.yaml, or begin without --from"
             )
     for part in begun:
-        _check_read(recipe, origin, model, part, list(stages))
+        _check_read(recipe, origin, model, part, {*stages, *along, "captions"})
 
 
-def _check_read(recipe: Recipe, origin: Path, model: Path, part: str, names: list[str]) -> None:
-    """What a part was trained against must be there, or what grows out of it."""
+def _check_read(recipe: Recipe, origin: Path, model: Path, part: str, taken: set[str]) -> None:
+    """What a part was trained against must be there, or what grows out of it; taken: stages and parts from `origin`."""
     entries, own = checkpoint.read_card(origin)["parts"], checkpoint.parts_in(model)
-    taken = {*names, *comes_along(recipe, origin, model, names), "captions"}
     for other, wanted in entries[part].get("trained_against", {}).items():
         theirs = entries.get(other, {})
         maker = theirs.get("identity", {}).get("stage", other)

@@ -1,7 +1,7 @@
 """Objectives of diffusion: the simple loss (Ho 2020, arXiv:2006.11239, equation 14), its weights by SNR (min-SNR: Hang
 2023, arXiv:2303.09556, section 3.4; P2: Choi 2022, arXiv:2204.00227, equation 8; truncated SNR: Salimans 2022,
-arXiv:2202.00512, section 4), the terms of the variational bound (Ho 2020, equations 5 and 13), and the hybrid for
-learned variances (Nichol 2021, arXiv:2102.09672, equation 16).
+arXiv:2202.00512, section 4; its root is ours), the terms of the variational bound (Ho 2020, equations 5 and 13), and
+the hybrid for learned variances (Nichol 2021, arXiv:2102.09672, equation 16).
 
 The lecture leaves out KL(q(x_T | x_0) || p(x_T)), which the bound needs: it is `prior_nats`.
 
@@ -20,7 +20,7 @@ from ...priors.denoiser import Denoised
 from .vae import gaussian_kl
 from .weighting import weighted
 
-WEIGHTINGS = ("none", "min_snr", "truncated", "p2")
+WEIGHTINGS = ("none", "min_snr", "truncated", "p2", "root")
 
 
 def diffusion(
@@ -74,7 +74,10 @@ def snr_weight(snr: Tensor, target: str, weighting: str = "none", gamma: float |
 
     "none": 1 in any target. "min_snr": min(SNR, gamma) / SNR of eps, gamma 5. "truncated": of x_0 max(SNR, 1), so that
     where noise prevails the whole picture still counts; an addition of ours is gamma, at most which it is, by default
-    without end. "p2": (1 + SNR) ** -gamma, gamma 1.
+    without end. "p2": (1 + SNR) ** -gamma, gamma 1. "root", ours: of x_0 max(sqrt(SNR), gamma), gamma 0.3; the error of
+    x_0 that is left to a network that predicts v falls about as 1 / sqrt(SNR), so that above the floor all levels count
+    alike, as under weights that are learned (Karras 2024, arXiv:2312.02696, equation 21), and the floor is for the
+    noisiest ones, where captions are learned.
     Raises ValueError for another weighting, and a gamma that it cannot have.
     """
     if weighting == "none":
@@ -85,6 +88,8 @@ def snr_weight(snr: Tensor, target: str, weighting: str = "none", gamma: float |
         if gamma is not None and gamma < 1:
             raise ValueError(f"diffusion: truncated weights are at least 1, so that their gamma is too, got {gamma}")
         of_x_0 = snr.clamp(1.0, gamma)
+    elif weighting == "root":
+        of_x_0 = snr.sqrt().clamp(min=0.3 if gamma is None else gamma)
     elif weighting == "p2":
         of_x_0 = snr * (1 + snr) ** -(1.0 if gamma is None else gamma)
     else:
