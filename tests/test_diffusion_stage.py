@@ -9,6 +9,7 @@ import torch
 from kartina.pipeline import checkpoint
 from kartina.pipeline.denoising import denoiser_of, schedule_of
 from kartina.pipeline.images import to_pil
+from kartina.pipeline.known_models import SHIPPED
 from kartina.pipeline.recipe import RecipeError, build
 from kartina.pipeline.text_to_image import TextToImage
 from kartina.tokenizers.captions import CaptionTokenizer
@@ -59,6 +60,25 @@ def test_a_samples_draws_are_its_own(tmp_path):
         return total.detach()
 
     torch.testing.assert_close(losses([5, 6, 7]), losses([5]) + losses([6]) + losses([7]))
+
+
+def test_captions_are_read_in_one_wording_first_and_less_and_less():
+    """A share of the samples, which falls in a line; validation reads captions as they are."""
+    overrides = ["frozen=[]", "stages.prior.steps=8", "stages.prior.objective={canonical: 0.25, canonical_end: 0.75}"]
+    recipe, training = runs.load("shapes/stable-diffusion", overrides)
+    source = source_of(recipe, training.data_of("prior"))
+    model = SHIPPED / "shapes/stable-diffusion"
+    stage = DiffusionStage(recipe, training.stages["prior"], source, model, 0, torch.device("cpu"))
+    read, encode, batch = [], stage.captions.encode, source.read(range(48))
+    stage.captions.encode = lambda captions: (read.append(list(captions)), encode(captions))[1]
+    rewritten = [source.canonical(caption) for caption in batch.captions]
+    for step, share in ((1, 1.0), (4, 0.5), (6, 0.0)):
+        next(stage.updates(batch, step))
+        told = [a == b for a, b, own in zip(read[-1], rewritten, batch.captions, strict=True) if b != own]
+        assert set(read[-1]) <= {*rewritten, *batch.captions} and abs(sum(told) / len(told) - share) < 0.25
+        assert share not in (0, 1) or sum(told) == share * len(told)
+    stage.measure(batch)
+    assert read[-1] == batch.captions != rewritten
 
 
 def test_classes_are_dropped_for_the_null_one(tmp_path):

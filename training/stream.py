@@ -236,7 +236,7 @@ class ShardSource:
 
     def canonical(self, caption: str) -> str:
         """Nobody knows another wording of these captions: ValueError."""
-        raise ValueError("the captions of shards have no canonical wording; set stages.clip.objective.canonical=0")
+        raise ValueError("the captions of shards have no canonical wording; set canonical=0 in the stage's objective")
 
     def wrong(self, captions: Sequence[str], samples: Sequence[int]) -> list[list[str]]:
         """Nobody knows what is false of these pictures: ValueError."""

@@ -13,14 +13,23 @@ from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor, nn
 
-from ...layers import random
 from ...pipeline import checkpoint
 from ...pipeline.recipe import Recipe, build, defaults, is_frozen
 from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import clip as clip_objective
 from ..run import Stage
 from ..stream import Batch, Source
-from .contract import Knob, Loss, TrainingStage, Updates, captions_of, read_captions
+from .contract import (
+    ONE_WORDING,
+    Knob,
+    Loss,
+    TrainingStage,
+    Updates,
+    canonical_share,
+    captions_of,
+    in_one_wording,
+    read_captions,
+)
 
 
 class CLIPStage(TrainingStage):
@@ -45,8 +54,7 @@ class CLIPStage(TrainingStage):
     depends: tuple[str, ...] = ("captions",)
     knobs: ClassVar = {
         "wrong_captions": Knob(grammar=True),
-        "canonical": Knob(high=1, grammar=True),
-        "canonical_end": Knob(high=1, grammar=True),
+        **ONE_WORDING,
         "contrast": Knob(low=1, high=64, grammar=True),
         "bpe_dropout": Knob(high=0.9),
     }
@@ -108,28 +116,19 @@ class CLIPStage(TrainingStage):
 
         step: of training, for the share of canonical wordings; None reads all captions as they are.
         """
-        share = 0.0 if step is None else self._canonical_share(step)
+        share = 0.0 if step is None else canonical_share(self.config, step)
         wanted = int(self.config.number("wrong_captions", 0))
         if step is None:  # as many as training shows, whichever way
             wanted = max(wanted, int(self.config.number("contrast", 1)) - 1)
         wanted = min(wanted, 1) if share == 1 else wanted
         count, captions = len(batch.captions), [*captions_of(batch), *self._wrong(batch, wanted)]
-        if share and step is not None:
-            drawn = (random.uniform(self.seed, step, batch.samples, (1,), "canonical wording")[:, 0] < share).tolist()
-            rewrite = drawn + [draw for draw in drawn for _ in range(wanted)]
-            captions = [self.source.canonical(c) if r else c for c, r in zip(captions, rewrite, strict=True)]
+        if step is not None:
+            captions = in_one_wording(self.source, captions, share, self.seed, step, batch.samples)
         tokens, lengths = read_captions(self.captions, captions, self.config, self.seed, step, batch.samples)
         text = self.network.frame(tokens, lengths)[:, : int(lengths.max()) + 2]  # what follows the end is not read
         image_features, text_features, scale = towers(batch.image, text.to(batch.image.device))
         own, wrong = text_features[:count], text_features[count:]
         return image_features, own, scale, wrong.view(count, -1, own.shape[1]) if len(wrong) else None
-
-    def _canonical_share(self, step: int) -> float:
-        """1 at first, then falling in a line to 0."""
-        steps = self.config.steps
-        start = self.config.number("canonical", 0) * steps
-        end = max(start, self.config.number("canonical_end", 0) * steps)
-        return 1.0 if step < start else max(0.0, (end - step) / max(1.0, end - start))
 
     def _wrong(self, batch: Batch, wanted: int) -> list[str]:
         """As many minimal wrong captions of each sample as wanted, one sample after the other."""

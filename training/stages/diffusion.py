@@ -24,7 +24,18 @@ from ..objectives import diffusion as objective
 from ..parallel import is_sharded
 from ..run import Stage
 from ..stream import Batch, Source
-from .contract import Knob, Loss, TrainingStage, Updates, captions_of, contact_sheet, evaluating
+from .contract import (
+    ONE_WORDING,
+    Knob,
+    Loss,
+    TrainingStage,
+    Updates,
+    canonical_share,
+    captions_of,
+    contact_sheet,
+    evaluating,
+    in_one_wording,
+)
 
 _LOOKS = 4  # timesteps that each sample is validated at
 _HEARD = 2  # the look at which captions tell most: what is where is decided in the noisier half, and not at its end
@@ -38,7 +49,8 @@ class DiffusionStage(TrainingStage):
 
     target: in which terms the error is taken, by default what the network predicts. weighting, gamma: see
     `objectives.diffusion.snr_weight`. bound_weight: of the variational bound in bits per dimension, where variances are
-    learned. condition_drop: the share of samples that are shown the null condition.
+    learned. condition_drop: the share of samples that are shown the null condition. canonical, canonical_end: as in
+    `CLIPStage`, for a text encoder that trains along.
     """
 
     part = "prior"
@@ -52,6 +64,7 @@ class DiffusionStage(TrainingStage):
         "gamma": Knob(),
         "bound_weight": Knob(),
         "condition_drop": Knob(high=1),
+        **ONE_WORDING,
     }
 
     def __init__(
@@ -72,7 +85,7 @@ class DiffusionStage(TrainingStage):
             self.captions = own or CaptionTokenizer.load(model / "captions.json")
         self.along = self.text is not None and not is_frozen(recipe, "text")
         self.hold(Captioned(self.prior, self.text) if self.along else self.prior)
-        self.recipe, self.config, self.seed = recipe, config, seed
+        self.recipe, self.config, self.source, self.seed = recipe, config, source, seed
         self.schedule = self._denoiser().schedule
         self.metrics: tuple[str, ...] = ("error",) if self.tokenizer else ("error", "bits_per_dim")
         self.metrics += ("caption_gain",) if self.text else ()
@@ -149,7 +162,7 @@ class DiffusionStage(TrainingStage):
         t = (place * (total / config.global_batch)).long().clamp(max=total - 1)
         eps = random.normal(*draws, tuple(x_0.shape[1:]), "noise")
         drop = random.uniform(*draws, (), "condition drop") < config.number("condition_drop", 0.1)
-        condition = self._dropped(self._condition(batch), drop | unread)  # alike from pictures and from a cache
+        condition = self._dropped(self._condition(batch, step), drop | unread)  # alike from pictures and from a cache
         x_t = self.schedule.diffuse(x_0, t, eps)
         found = self._denoiser(draws)(x_t, t, condition)
         share = found.variance_share
@@ -166,9 +179,9 @@ class DiffusionStage(TrainingStage):
             return self.tokenizer.scale(batch.encoded["latents"][:, 0])  # the posterior's mean, as `encode` gives it
         return batch.image if self.tokenizer is None else self.tokenizer.encode(batch.image)
 
-    def _condition(self, batch: Batch) -> Any:
+    def _condition(self, batch: Batch, step: int | None = None) -> Any:
         """What the network is conditioned on: framed captions, int64 (B, T), of an encoder that trains along, what a
-        frozen one makes of them, or classes, or nothing.
+        frozen one makes of them, or classes, or nothing. step: of training, for the share of canonical wordings.
         """
         if "text_tokens" in batch.encoded:
             tokens = batch.encoded["text_tokens"]
@@ -176,7 +189,11 @@ class DiffusionStage(TrainingStage):
             mask[:, 0] = True  # of a sample that could not be read too
             return Condition(tokens=tokens, mask=mask)
         if self.text is not None:
-            text = self.text.frame(*self.captions.encode(captions_of(batch))).to(batch.image.device)
+            captions = captions_of(batch)
+            if step is not None:
+                share = canonical_share(self.config, step)
+                captions = in_one_wording(self.source, captions, share, self.seed, step, batch.samples)
+            text = self.text.frame(*self.captions.encode(captions)).to(batch.image.device)
             return text if self.along else self._encoded(text)
         if self.prior.num_classes is None:
             return Condition()
