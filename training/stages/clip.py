@@ -116,14 +116,12 @@ class CLIPStage(TrainingStage):
 
         step: of training, for the share of canonical wordings; None reads all captions as they are.
         """
-        share = 0.0 if step is None else canonical_share(self.config, step)
         wanted = int(self.config.number("wrong_captions", 0))
         if step is None:  # as many as training shows, whichever way
             wanted = max(wanted, int(self.config.number("contrast", 1)) - 1)
-        wanted = min(wanted, 1) if share == 1 else wanted
+        wanted = min(wanted, 1) if canonical_share(self.config, step) == 1 else wanted
         count, captions = len(batch.captions), [*captions_of(batch), *self._wrong(batch, wanted)]
-        if step is not None:
-            captions = in_one_wording(self.source, captions, share, self.seed, step, batch.samples)
+        captions = in_one_wording(self.source, captions, self.config, self.seed, step, batch.samples)
         tokens, lengths = read_captions(self.captions, captions, self.config, self.seed, step, batch.samples)
         text = self.network.frame(tokens, lengths)[:, : int(lengths.max()) + 2]  # what follows the end is not read
         image_features, text_features, scale = towers(batch.image, text.to(batch.image.device))

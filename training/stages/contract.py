@@ -45,6 +45,10 @@ class Knob:
     choices: tuple[str, ...] = ()
 
 
+# Of the steps: the share in which captions come in one wording of each meaning, and that up to which many do.
+ONE_WORDING = {"canonical": Knob(high=1, grammar=True), "canonical_end": Knob(high=1, grammar=True)}
+
+
 class TrainingStage(ABC):
     """What is trained, against what, and with which losses. What a stage has no need for, it inherits as empty.
 
@@ -154,25 +158,27 @@ def captions_of(batch: Batch) -> list[str]:
     return batch.captions
 
 
-# Of the steps: the share in which captions come in one wording of each meaning, and that up to which many do.
-ONE_WORDING = {"canonical": Knob(high=1, grammar=True), "canonical_end": Knob(high=1, grammar=True)}
+def canonical_share(config: Stage, step: int | None) -> float:
+    """How many captions are read in the one wording of their meaning: 1 at first, then falling in a line to 0.
 
-
-def canonical_share(config: Stage, step: int) -> float:
-    """How many captions are read in the one wording of their meaning: 1 at first, then falling in a line to 0."""
+    None is no step of training, but validation: 0.
+    """
+    if step is None:
+        return 0.0
     start = config.number("canonical", 0) * config.steps
     end = max(start, config.number("canonical_end", 0) * config.steps)
     return 1.0 if step < start else max(0.0, (end - step) / max(1.0, end - start))
 
 
 def in_one_wording(
-    source: Source, captions: list[str], share: float, seed: int, step: int, samples: Tensor
-) -> list[str]:  # fmt: skip
-    """Captions, those of a share of the samples in the one wording of their meaning.
+    source: Source, captions: list[str], config: Stage, seed: int, step: int | None, samples: Tensor
+) -> list[str]:
+    """Captions, those of `canonical_share` of the samples in the one wording of their meaning.
 
     captions: one for each of the samples (B,), then as many more of each, sample after sample.
     """
-    if not share:
+    share = canonical_share(config, step)
+    if step is None or not share:
         return captions
     drawn = (random.uniform(seed, step, samples, (1,), "canonical wording")[:, 0] < share).tolist()
     rewrite = drawn + [draw for draw in drawn for _ in range(len(captions) // len(drawn) - 1)]

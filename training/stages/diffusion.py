@@ -30,7 +30,6 @@ from .contract import (
     Loss,
     TrainingStage,
     Updates,
-    canonical_share,
     captions_of,
     contact_sheet,
     evaluating,
@@ -50,7 +49,7 @@ class DiffusionStage(TrainingStage):
     target: in which terms the error is taken, by default what the network predicts. weighting, gamma: see
     `objectives.diffusion.snr_weight`. bound_weight: of the variational bound in bits per dimension, where variances are
     learned. condition_drop: the share of samples that are shown the null condition. canonical, canonical_end: as in
-    `CLIPStage`, for a text encoder that trains along.
+    `CLIPStage`, where captions are read.
     """
 
     part = "prior"
@@ -189,10 +188,7 @@ class DiffusionStage(TrainingStage):
             mask[:, 0] = True  # of a sample that could not be read too
             return Condition(tokens=tokens, mask=mask)
         if self.text is not None:
-            captions = captions_of(batch)
-            if step is not None:
-                share = canonical_share(self.config, step)
-                captions = in_one_wording(self.source, captions, share, self.seed, step, batch.samples)
+            captions = in_one_wording(self.source, captions_of(batch), self.config, self.seed, step, batch.samples)
             text = self.text.frame(*self.captions.encode(captions)).to(batch.image.device)
             return text if self.along else self._encoded(text)
         if self.prior.num_classes is None:
