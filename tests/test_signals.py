@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 import torch
+from torch import distributed
 
 from kartina.training import __main__ as trainer
 from kartina.training import state
@@ -175,3 +176,11 @@ def test_killed_at_random_moments_of_saving_a_whole_checkpoint_remains(kills, ke
         saved = state.load(state.newest(folder))
         assert saved["at"] >= reached and bool((saved["weights"] == saved["at"]).all())
         code = save_forever(folder).replace("KEEP", str(keep)).replace("at = 0", f"at = {saved['at']}")
+
+
+def test_a_trainer_that_has_ended_leaves_its_group():
+    """Threads of it that outlived Python aborted a process now and then."""
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    trainer.leave_group()
+    assert not distributed.is_initialized()
+    trainer.leave_group()  # of one process alone there is none

@@ -8,6 +8,7 @@ Run the same command again and it resumes.
 import argparse
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import shutil
@@ -261,6 +262,18 @@ def _extend(training: runs.Training, wishes: list[str]) -> tuple[runs.Training, 
     return training.model_copy(update={"stages": stages}), {wish.partition("=")[0] for wish in wishes}
 
 
+def leave_group() -> None:
+    """Ends the threads of torch.distributed, before Python shuts down.
+
+    One that still wants Python by then would abort the process, now and then, after all was saved.
+    """
+    from torch import distributed
+
+    if distributed.is_initialized():
+        gc.collect()  # networks hold the group
+        distributed.destroy_process_group()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Trains. Returns 0 when the stages are done, 2 with one clear line for a wrong recipe or run.
 
@@ -294,4 +307,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status != 2:  # what failed may have failed on one rank alone, and others still wait for it
+        leave_group()
+    sys.exit(status)
