@@ -31,7 +31,7 @@ from accelerate import Accelerator
 from kartina.layers.attention import short_in_float32
 from kartina.pipeline import checkpoint
 from kartina.pipeline.known_models import SHIPPED
-from kartina.training import exchange
+from kartina.training import exchange, parallel
 from kartina.training import run as runs
 from kartina.training.__main__ import keep_memory
 from kartina.training.loop import train_stage
@@ -84,7 +84,7 @@ def bare(model, name, accelerator):
     config = training.stages[name]
     assert division(config, 1)[1] == 1 and list(stage.networks) == [name], f"{name}: a step of one pass and one network"
     network = stage.networks[name]
-    stage.forward[name] = accelerator.prepare_model(network)
+    stage.forward[name] = parallel.prepare(network, accelerator, shard=False, recompute=False)
     if stage.restart_step == 0:  # else it would compute with other numbers, which take another time
         stage.restart()
     optimizers = build_optimizers(network, config.optimizer, training.precision == "bf16")

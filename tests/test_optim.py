@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kartina.pipeline import recipe as recipes
+from kartina.training import optim, state
 from kartina.training.optim import EMA, Muon, build_optimizers, orthogonalise, outer_parameters, rate, shares
 from kartina.training.run import Optimizer
 
@@ -127,6 +128,16 @@ def test_singular_values_come_near_one(shape):
     assert values.min() > 0.3 and values.max() < 1.3
 
 
+@pytest.mark.parametrize("shape", [(8, 20), (128, 256), (4, 3000)])
+def test_rounds_of_the_gram_matrix_are_those_of_the_matrix(shape):
+    """Also of a matrix that has lost its rank, whose small eigenvalues are rounding."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    matrix[:, -1] = matrix[:, 0]
+    matrix[-1] = matrix[0]
+    x = matrix / matrix.norm()
+    assert (optim.by_gram(x, 5) - optim.newton_schulz(x, 5)).abs().max() < 1e-4
+
+
 def test_processes_share_the_matrices_evenly():
     """However they are ordered; those left over when one is dear; and more processes than matrices."""
     shapes = [(64, 64), (64, 256), (256, 64), (64, 64), (64, 576), (64, 64)]
@@ -154,3 +165,33 @@ def test_averages_are_lent_to_the_module_and_taken_back():
     assert torch.equal(module.weight, live)
     ema.copy_to_network()
     assert torch.equal(module.weight, average)
+
+
+def test_a_run_goes_on_where_kernels_lie_otherwise_in_memory(tmp_path):
+    """A CPU's fused AdamW reads moments as they lie: saved channels last, they would meet other weights."""
+
+    def begin(layout):
+        torch.manual_seed(0)
+        kernel = torch.nn.Conv2d(4, 6, 3).to(memory_format=layout)
+        optimizers = build_optimizers(kernel, Optimizer(lr=0.1, muon=0))
+        return kernel, state.RunState({}, {"tokenizer": kernel}, {"tokenizer": optimizers}, EMA(kernel, 0.9))
+
+    def step(kernel, run, seed):
+        kernel.weight.grad = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(seed)).to(
+            memory_format=torch.channels_last if kernel.weight.stride(1) == 1 else torch.contiguous_format
+        )
+        kernel.bias.grad = torch.ones(6)
+        for optimizer in run.optimizers["tokenizer"]:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1
+            optimizer.step()
+
+    kernel, run = begin(torch.channels_last)
+    step(kernel, run, 0)
+    path = state.save(tmp_path, run.collect())
+    step(kernel, run, 1)
+    other, resumed = begin(torch.contiguous_format)
+    resumed.restore(path)
+    step(other, resumed, 1)
+    assert other.weight.stride() != kernel.weight.stride()
+    assert (other.weight - kernel.weight).abs().max() < 1e-6

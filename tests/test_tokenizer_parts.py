@@ -1,5 +1,7 @@
 """Every kind of tokenizer, and the discriminator, as a part: built from a recipe, exported, and loaded the same."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -7,6 +9,7 @@ from torch.nn import functional as F
 from kartina.layers.conv import Up, group_norm
 from kartina.pipeline import checkpoint
 from kartina.pipeline.recipe import Recipe, build
+from kartina.training import parallel
 
 BODY = {"image_size": 16, "width": 8, "channel_mult": [1, 2], "blocks_per_level": 1, "norm_groups": 4}
 VQGAN = {"kind": "vqgan", **BODY, "attn_resolutions": [8], "latent_channels": 6, "code_dim": 2, "num_codes": 15}
@@ -123,3 +126,14 @@ def test_group_norm_is_the_same_in_both_memory_formats(dtype):
     for y, gradient in found:
         torch.testing.assert_close(y, expected)
         torch.testing.assert_close(gradient, found[0][1])
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_an_autoencoder_trains_in_bfloat16_with_contiguous_kernels(precision):
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), mixed_precision=precision, num_processes=1, prepare_model=lambda network: network
+    )
+    prepared = parallel.prepare(build(system(PARTS["kl"]), "tokenizer"), accelerator, shard=False, recompute=False)
+    kernels = [prepared.encoder.mid[0].conv1.weight, prepared.decoder.up[0].block[0].conv1.weight]
+    last = [not kernel.is_contiguous() for kernel in kernels]
+    assert last == [precision == "no"] * 2

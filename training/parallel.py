@@ -37,10 +37,15 @@ def prepare(network: nn.Module, accelerator: Accelerator, shard: bool, recompute
     """The form of a network through which it trains, with autocast as Accelerate has it.
 
     shard: divides it over the processes, in place, where it has blocks. recompute: the activations inside blocks are
-    computed again in the backward pass instead of being kept (Chen 2016, arXiv:1604.06174).
+    computed again in the backward pass instead of being kept (Chen 2016, arXiv:1604.06174). Where a CPU trains in
+    bfloat16, parts with `trains_contiguous` get contiguous tensors, in place: channels last is slower there.
     """
     if recompute:
         recompute_blocks(network)
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+        for module in network.modules():
+            if getattr(module, "trains_contiguous", False):
+                module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     if not (shard and blocks_of(network) and accelerator.num_processes > 1):
         return accelerator.prepare_model(network)
     # Autocast alone: placing is left to fully_shard, so that no device ever holds the whole network.

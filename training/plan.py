@@ -288,7 +288,7 @@ def _muon_flops(shape: tuple[int, int]) -> int:
     from .optim import orthogonalise
 
     with FlopCounterMode(display=False) as counter:
-        orthogonalise(torch.empty(shape))
+        orthogonalise(torch.empty(shape, device="meta"))  # as on a GPU
     return counter.get_total_flops()
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..pipeline.checkpoint import file_hash, write_text
 from ..pipeline.whole_file import sync
@@ -73,11 +74,22 @@ class RunState:
             network.load_state_dict(saved["networks"][name])
             for optimizer, values in zip(self.optimizers[name], saved["optimizers"][name], strict=True):
                 optimizer.load_state_dict(values)
+                _lay_like_parameters(optimizer)
         self.ema.load(saved["ema"])
         self.step = saved["step"]
         if data_too:
             for name in _OF_THE_DATA:
                 setattr(self, name, saved[name])
+
+
+def _lay_like_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Loaded moments lie in memory as on the device that saved them, and the fused AdamW of a CPU reads over that."""
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            if isinstance(value, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+                continue
+            if value.stride() != parameter.stride():
+                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def save(folder: Path, content: dict[str, Any], keep: int = 2, together: Accelerator | None = None) -> Path:
