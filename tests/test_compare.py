@@ -48,6 +48,11 @@ def test_a_run_at_40_times_the_rate_is_not_normal_and_one_of_another_seed_is(run
     assert plain.exit_code == 0 and "no verdict" in plain.output
     path = compare.save_reference(folders[0])
     assert path == runs / "shapes-dalle.curves.json" and path.stat().st_size < 6000
+    of_another = json.loads(path.read_text())
+    of_another["stages"]["clip"] = {"curves": {}}
+    path.write_text(json.dumps(of_another))
+    compare.save_reference(folders[0])
+    assert json.loads(path.read_text()) == of_another  # a stage that this run has not stays
     assert set(json.loads(path.read_text())["stages"]["prior"]["curves"]) == {
         "valid/nats_per_code", "valid/caption_gain", "prior/total"
     }  # fmt: skip

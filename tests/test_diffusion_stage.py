@@ -254,6 +254,7 @@ TEXT = "parts.text={kind: caption_encoder, text_vocab: 300, text_length: 12, wid
             [f"{OBJECTIVE}={{weighting: truncated, gamma: 0.5}}"],
             "truncated weights are at least 1, so that their gamma is too, got 0.5",
         ),
+        ([f"{OBJECTIVE}={{canonical: 0.2}}"], "it reads no captions, and canonical is of these"),
     ],
 )
 def test_a_prior_that_does_not_fit_is_refused_before_anything_trains(overrides, said):

@@ -246,6 +246,13 @@ def test_the_shipped_models_may_be_begun_with(stage, tmp_path):
         check(recipe, training, names_of(training, stage), 1, tmp_path / "model", find_model(name))
 
 
+def test_a_frozen_tower_may_train_along_from_a_model_on(tmp_path):
+    recipe, training = runs.load("shapes/stable-diffusion", ["frozen=[]"])
+    folder = find_model(recipe.name)
+    check(recipe, training, ["prior"], 1, tmp_path / "model", folder)
+    assert warm_start.began_with(recipe, folder, ("prior", "text")).keys() == {"prior", "text"}
+
+
 def test_a_part_that_came_along_is_trained_by_its_own_stage_later(tiny, trained_tokenizer, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     shutil.copytree(trained_tokenizer, whole)

@@ -130,12 +130,14 @@ def reference_of(folder: Path) -> Reference:
 def save_reference(folder: Path) -> Path:
     """Writes a run's metrics and losses beside its recipe, as what is normal from now on. Returns the path.
 
+    Stages that the run has not stay as they were.
+
     Raises ValueError where the run is of no shipped recipe, or a stage has not reached its last step.
     """
     path = _reference_path(folder)
     if path is None:
         raise ValueError(f"{folder} names no shipped recipe; expected recipe.yaml in it, as `kartina train` writes it")
-    stages = {}
+    stages = dict(reference_of(folder))
     for name, history in read(folder).items():
         if history.step < history.steps or history.headline is None:
             raise ValueError(f"{name} is at step {history.step} of {history.steps}; a reference is a whole run")

@@ -55,7 +55,7 @@ def check(recipe: Recipe, stages: dict[str, tuple[Any, Stage]], origin: Path, mo
                 "its recipe.yaml, or begin without --from"
             )
     for part in begun:
-        _check_read(recipe, origin, model, part, {*stages, *along, "captions"})
+        _check_read(recipe, origin, model, part, {*begun, *stages, *along, "captions"})
 
 
 def _check_read(recipe: Recipe, origin: Path, model: Path, part: str, taken: set[str]) -> None:

@@ -121,6 +121,8 @@ class DiffusionStage(TrainingStage):
                 "parts.prior.context_dim must be the width of parts.text, or null where there is none, "
                 f"got {prior.context_dim} and {width}"
             )
+        if width is None and (config.number("canonical", 0) or config.number("canonical_end", 0)):
+            return "it reads no captions, and canonical is of these; leave it out of its objective"
         spec = parts["tokenizer"].spec if "tokenizer" in parts else None
         if spec and (spec.kind != "latents" or len(spec.shape) != 3):
             return (
