@@ -89,3 +89,4 @@ def run_all(jobs, results):
 if __name__ == "__main__":
     gc.freeze()  # what is imported stays: each job ends by looking for garbage
     run_all(Path(sys.argv[1]), Path(sys.argv[2]))
+    trainer.end(0)

@@ -6,9 +6,9 @@ Run the same command again and it resumes.
 """
 
 import argparse
+import atexit
 import contextlib
 import ctypes
-import gc
 import json
 import os
 import shutil
@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..pipeline import checkpoint
 from ..pipeline.built import built_otherwise
@@ -262,16 +262,22 @@ def _extend(training: runs.Training, wishes: list[str]) -> tuple[runs.Training, 
     return training.model_copy(update={"stages": stages}), {wish.partition("=")[0] for wish in wishes}
 
 
-def leave_group() -> None:
-    """Ends the threads of torch.distributed, before Python shuts down.
+def end(status: int) -> NoReturn:
+    """Ends this process; one of several without Python's shutdown, in which threads of gloo would abort it.
 
-    One that still wants Python by then would abort the process, now and then, after all was saved.
+    They give back tensors that Python knows, and one that asks for Python while it shuts down is ended by force, now
+    and then, after all was saved. Whoever holds networks holds the threads too, also when the group is left.
     """
     from torch import distributed
 
-    if distributed.is_initialized():
-        gc.collect()  # networks hold the group
+    if not distributed.is_initialized():
+        sys.exit(status)
+    if status != 2:  # what failed may have failed on this rank alone, and others still wait for it
         distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    atexit._run_exitfuncs()
+    os._exit(status)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -307,7 +313,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    if status != 2:  # what failed may have failed on one rank alone, and others still wait for it
-        leave_group()
-    sys.exit(status)
+    end(main())
