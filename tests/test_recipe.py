@@ -127,3 +127,11 @@ def test_what_differs_is_named_down_to_the_value():
     assert runs.differences(old, new, extend=True) == "; ".join(lines)
     assert runs.differences(new, json.loads(json.dumps(new))) == ""
     assert runs.differences({}, {str(k): k for k in range(10)}).endswith("7: (absent) -> 7; and 2 more")
+
+
+def test_a_stage_reads_its_own_levels_and_jitter():
+    _, training = runs.load("shapes/dalle", ["stages.tokenizer.jitter=0.1", "stages.tokenizer.levels=[S2]"])
+    own, other = training.data_of("tokenizer"), training.data_of("prior")
+    assert (own.jitter, own.levels) == (0.1, ("S2",))
+    assert (other.jitter, other.levels) == (training.data.jitter, training.data.levels)
+    assert own != training.data and other.contrast == 1

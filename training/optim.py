@@ -20,8 +20,9 @@ class Muon(torch.optim.Optimizer):
     each process does a share of the work.
 
     A kernel is the matrix (n_out, rest). Newton-Schulz runs in bfloat16, as published, with `bf16` and where the device
-    multiplies it quickly, else in float32: elsewhere it took longer than the rest of a step. See `orthogonalise_all`;
-    of a network that is divided over the processes each one gathers every matrix and does all of it.
+    multiplies it quickly, else in float32: elsewhere it took longer than the rest of a step; on a CPU small matrices go
+    `by_gram`. See `orthogonalise_all`; of a network that is divided over the processes each one gathers every matrix
+    and does all of it.
     """
 
     def __init__(

@@ -73,6 +73,7 @@ class Stage(Section):
     # Numbers first: YAML takes 1e-6, without a dot, for a word.
     objective: dict[str, Annotated[float | str, Field(union_mode="left_to_right")]] = {}
     levels: tuple[str, ...] | None = Field(None, description="of `shapes`, in place of those of training.data")
+    jitter: float | None = Field(None, ge=0, description="of `shapes`, in place of that of training.data")
 
     def optimizer_of(self, network: str) -> Optimizer:
         """That of one of the stage's networks."""
@@ -98,12 +99,12 @@ class Training(Section):
     stages: dict[str, Stage]
 
     def data_of(self, stage: str) -> Data:
-        """What a stage reads: of `shapes` its own levels, and groups as its objective wants them."""
+        """What a stage reads: of `shapes` its own levels and jitter, and groups as its objective wants them."""
         if self.data.kind != "shapes":
             return self.data
         config = self.stages[stage]
-        contrast = int(config.number("contrast", 1))
-        return self.data.model_copy(update={"levels": config.levels or self.data.levels, "contrast": contrast})
+        own = {"contrast": int(config.number("contrast", 1)), "levels": config.levels, "jitter": config.jitter}
+        return self.data.model_copy(update={key: value for key, value in own.items() if value is not None})
 
 
 def training_of(recipe: Recipe) -> Training:
@@ -188,7 +189,7 @@ def identity(
     parts that are trained along. begun: hashes of trained weights that it begins with, if any. How often a run logs,
     previews and saves, and how a batch is split over devices, are left out: they may change at resume.
     """
-    left_out = {*_CADENCE, "levels"}  # the fingerprint tells of them
+    left_out = {*_CADENCE, "levels", "jitter"}  # the fingerprint tells of them
     config = training.stages[name].model_dump(mode="json", exclude=left_out)
     shared = {"image_size": recipe.image_size, "seed": training.seed}
     run = {"precision": training.precision, "data": data, "against": dict(against), "from": begun}

@@ -1,7 +1,8 @@
 """Objectives of diffusion: the simple loss (Ho 2020, arXiv:2006.11239, equation 14), its weights by SNR (min-SNR: Hang
 2023, arXiv:2303.09556, section 3.4; P2: Choi 2022, arXiv:2204.00227, equation 8; truncated SNR: Salimans 2022,
-arXiv:2202.00512, section 4; its root is ours), the terms of the variational bound (Ho 2020, equations 5 and 13), and
-the hybrid for learned variances (Nichol 2021, arXiv:2102.09672, equation 16).
+arXiv:2202.00512, section 4; its root is ours), which timesteps are drawn (Esser 2024, arXiv:2403.03206, section 3.1),
+the terms of the variational bound (Ho 2020, equations 5 and 13), and the hybrid for learned variances (Nichol 2021,
+arXiv:2102.09672, equation 16).
 
 The lecture leaves out KL(q(x_T | x_0) || p(x_T)), which the bound needs: it is `prior_nats`.
 
@@ -95,6 +96,13 @@ def snr_weight(snr: Tensor, target: str, weighting: str = "none", gamma: float |
     else:
         raise ValueError(f"diffusion: the weighting is one of {', '.join(WEIGHTINGS)}, got {weighting!r:.40}")
     return of_x_0 / {"eps": snr, "x_0": torch.ones_like(snr), "v": 1 + snr}[target]
+
+
+def place(u: Tensor, std: float, mean: float = 0.0) -> Tensor:
+    """Where among the timesteps a sample is, in (0, 1), from u, uniform in [0, 1): sigmoid(mean + std z), z Gaussian
+    (Esser 2024, arXiv:2403.03206, equation 19).
+    """
+    return torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
 
 
 def step_nats(

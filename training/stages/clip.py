@@ -25,8 +25,8 @@ from .contract import (
     Loss,
     TrainingStage,
     Updates,
-    canonical_share,
     captions_of,
+    falling_share,
     in_one_wording,
     read_captions,
 )
@@ -119,7 +119,7 @@ class CLIPStage(TrainingStage):
         wanted = int(self.config.number("wrong_captions", 0))
         if step is None:  # as many as training shows, whichever way
             wanted = max(wanted, int(self.config.number("contrast", 1)) - 1)
-        wanted = min(wanted, 1) if canonical_share(self.config, step) == 1 else wanted
+        wanted = min(wanted, 1) if falling_share(self.config, "canonical", step) == 1 else wanted
         count, captions = len(batch.captions), [*captions_of(batch), *self._wrong(batch, wanted)]
         captions = in_one_wording(self.source, captions, self.config, self.seed, step, batch.samples)
         tokens, lengths = read_captions(self.captions, captions, self.config, self.seed, step, batch.samples)

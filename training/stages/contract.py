@@ -158,26 +158,26 @@ def captions_of(batch: Batch) -> list[str]:
     return batch.captions
 
 
-def canonical_share(config: Stage, step: int | None) -> float:
-    """How many captions are read in the one wording of their meaning: 1 at first, then falling in a line to 0.
+def falling_share(config: Stage, knob: str, step: int | None) -> float:
+    """1 up to the share `knob` of a stage's steps, then falling in a line to 0 at the share `knob`_end.
 
     None is no step of training, but validation: 0.
     """
     if step is None:
         return 0.0
-    start = config.number("canonical", 0) * config.steps
-    end = max(start, config.number("canonical_end", 0) * config.steps)
+    start = config.number(knob, 0) * config.steps
+    end = max(start, config.number(f"{knob}_end", 0) * config.steps)
     return 1.0 if step < start else max(0.0, (end - step) / max(1.0, end - start))
 
 
 def in_one_wording(
     source: Source, captions: list[str], config: Stage, seed: int, step: int | None, samples: Tensor
 ) -> list[str]:
-    """Captions, those of `canonical_share` of the samples in the one wording of their meaning.
+    """Captions, those of the falling share `canonical` of the samples in the one wording of their meaning.
 
     captions: one for each of the samples (B,), then as many more of each, sample after sample.
     """
-    share = canonical_share(config, step)
+    share = falling_share(config, "canonical", step)
     if step is None or not share:
         return captions
     drawn = (random.uniform(seed, step, samples, (1,), "canonical wording")[:, 0] < share).tolist()
