@@ -240,15 +240,39 @@ def test_notices_of_one_name_are_kept_apart_and_no_link_is_followed_outside(tmp_
 
 @pytest.mark.parametrize("stage", [None, "clip", "prior"])
 def test_the_shipped_models_may_be_begun_with(stage, tmp_path):
-    """Of one of them the text tower is CLIP's, and frozen."""
     for name in ("shapes/dalle", "shapes/stable-diffusion"):
         recipe, training = runs.load(name, [])
         check(recipe, training, names_of(training, stage), 1, tmp_path / "model", find_model(name))
 
 
-def test_a_frozen_tower_may_train_along_from_a_model_on(tmp_path):
-    recipe, training = runs.load("shapes/stable-diffusion", ["frozen=[]"])
-    folder = find_model(recipe.name)
+@pytest.fixture(scope="module")
+def towered(tmp_path_factory):
+    """A recipe whose U-Net reads CLIP's text tower, frozen; its training, and its model."""
+    sizes = "text_vocab: 302, text_length: 14"
+    clip = (
+        f"clip: {{kind: clip, embed_dim: 8, image_size: 32, patch_size: 16, vision_width: 16, vision_depth: 1, {sizes},"
+    )
+    clip += " vision_heads: 2, text_width: 16, text_depth: 2, text_heads: 2}"
+    text = f"text: {{kind: clip_text, {sizes}, width: 16, depth: 2, num_heads: 2, quick_gelu: false}}"
+    unet = "prior: {kind: unet, in_channels: 3, width: 16, channel_mult: [1, 2], blocks_per_level: 1, attn_levels: [1],"
+    unet += " mid_attention: false, context_dim: 16, norm_groups: 4}"
+    step, run = "{steps: 2, global_batch: 4, optimizer: {lr: 0.001}}", tmp_path_factory.mktemp("towered")
+    asked = [f"parts={{{clip}, {text}, {unet}}}", "captions={vocab_size: 300, context_length: 12}", "frozen=[text]"]
+    asked += [f"training.stages={{clip: {step}, prior: {step}}}", "training.trackers=[]"]
+    asked += [f"stages.{stage}.validate_samples=8" for stage in ("clip", "prior")]
+    assert trainer.main(["shapes/ddpm", *asked, "--run", str(run)]) == 0
+    return asked, run / "model"
+
+
+@pytest.mark.parametrize("stage", [None, "clip", "prior"])
+def test_a_system_with_a_frozen_tower_may_be_begun_with(stage, towered, tmp_path):
+    recipe, training = runs.load("shapes/ddpm", towered[0])
+    check(recipe, training, names_of(training, stage), 1, tmp_path / "model", towered[1])
+
+
+def test_a_frozen_tower_may_train_along_from_a_model_on(towered, tmp_path):
+    asked, folder = towered
+    recipe, training = runs.load("shapes/ddpm", [*asked, "frozen=[]"])
     check(recipe, training, ["prior"], 1, tmp_path / "model", folder)
     assert warm_start.began_with(recipe, folder, ("prior", "text")).keys() == {"prior", "text"}
 
@@ -265,17 +289,17 @@ def test_a_part_that_came_along_is_trained_by_its_own_stage_later(tiny, trained_
 
 
 @pytest.mark.parametrize("stage", ["prior", "clip"])
-def test_of_a_system_with_a_frozen_tower_less_may_be_begun_with(stage, tmp_path):
+def test_of_a_system_with_a_frozen_tower_less_may_be_begun_with(stage, towered, tmp_path):
     """A recipe without CLIP takes the tower along; one without the tower takes no CLIP that gives it."""
-    recipe, training = runs.load("shapes/stable-diffusion", [])
-    folder, other = find_model(recipe.name), {"prior": "clip", "clip": "text"}[stage]
+    (asked, folder), other = towered, {"prior": "clip", "clip": "text"}[stage]
+    recipe, training = runs.load("shapes/ddpm", asked)
     less = recipe.model_copy(update={"parts": {k: v for k, v in recipe.parts.items() if k != other}})
     less = less.model_copy(update={"frozen": tuple(part for part in less.frozen if part in less.parts)})
     if stage == "prior":
         check(less, training, ["prior"], 1, tmp_path / "model", folder)
-        assert warm_start.comes_along(less, folder, tmp_path / "model", ["prior"]) == ["text", "tokenizer"]
+        assert warm_start.comes_along(less, folder, tmp_path / "model", ["prior"]) == ["text"]
     else:
-        assert warm_start.comes_along(less, folder, tmp_path / "model", ["prior"]) == ["tokenizer"]
+        assert warm_start.comes_along(less, folder, tmp_path / "model", ["prior"]) == []
 
 
 @pytest.mark.parametrize(

@@ -272,11 +272,12 @@ def end(status: int) -> NoReturn:
 
     if not distributed.is_initialized():
         sys.exit(status)
-    if status != 2:  # what failed may have failed on this rank alone, and others still wait for it
+    if status not in (1, 2):  # what failed may have failed on this rank alone, and others still wait for it
         distributed.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
     atexit._run_exitfuncs()
+    with contextlib.suppress(OSError, ValueError):  # of a disk that is full, or a pipe that nobody reads
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
 
 
@@ -313,4 +314,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end(main())
+    try:
+        ended = main()
+    except Exception:
+        traceback.print_exc()
+        ended = 1
+    end(ended)

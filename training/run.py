@@ -73,7 +73,7 @@ class Stage(Section):
     # Numbers first: YAML takes 1e-6, without a dot, for a word.
     objective: dict[str, Annotated[float | str, Field(union_mode="left_to_right")]] = {}
     levels: tuple[str, ...] | None = Field(None, description="of `shapes`, in place of those of training.data")
-    jitter: float | None = Field(None, ge=0, description="of `shapes`, in place of that of training.data")
+    jitter: float | None = Field(None, ge=0, description="of `shapes` in training, in place of that of training.data")
 
     def optimizer_of(self, network: str) -> Optimizer:
         """That of one of the stage's networks."""

@@ -264,7 +264,7 @@ def _clip_scores(system: TextToImage, image: Tensor, texts: list[list[str]]) -> 
 def _pictures(
     recipe: Recipe, tests: Sequence[str], per_test: int | None, seed: int
 ) -> Iterator[tuple[str, list[int], Tensor, list[Facts]]]:
-    """True pictures, with the colour jitter that the model was trained on, in batches.
+    """True pictures, with the jitter of the colours of the recipe's data, in batches.
 
     -> the test, the positions in it, image (B, 3, S, S) in [-1, 1], facts.
     """

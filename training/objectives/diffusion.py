@@ -98,11 +98,13 @@ def snr_weight(snr: Tensor, target: str, weighting: str = "none", gamma: float |
     return of_x_0 / {"eps": snr, "x_0": torch.ones_like(snr), "v": 1 + snr}[target]
 
 
-def place(u: Tensor, std: float, mean: float = 0.0) -> Tensor:
-    """Where among the timesteps a sample is, in (0, 1), from u, uniform in [0, 1): sigmoid(mean + std z), z Gaussian
-    (Esser 2024, arXiv:2403.03206, equation 19).
+def logit_normal(u: Tensor, std: float, mean: float = 0.0) -> Tensor:
+    """sigmoid(mean + std z), z Gaussian, for the quantile u of z: both in [0, 1].
+
+    Esser 2024, arXiv:2403.03206, equation 19, draw the time of a rectified flow by it; here it is the place among the
+    timesteps of a schedule, whose noise levels are others.
     """
-    return torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
+    return torch.sigmoid(mean + std * torch.special.ndtri(u))
 
 
 def step_nats(

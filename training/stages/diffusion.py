@@ -50,9 +50,10 @@ class DiffusionStage(TrainingStage):
 
     target: in which terms the error is taken, by default what the network predicts. weighting, gamma: see
     `objectives.diffusion.snr_weight`. bound_weight: of the variational bound in bits per dimension, where variances are
-    learned. logit_std, logit_mean: timesteps are drawn by the logit-normal of these, see `objectives.diffusion.place`;
-    up to the share `alike` of the steps all of them alike, and from there to the share `alike_end` fewer and fewer.
-    Only in nearly pure noise do captions alone tell what is where; once that is learned, the rest needs more samples.
+    learned. logit_std, logit_mean: timesteps are drawn by the logit-normal of these, see
+    `objectives.diffusion.logit_normal`; up to the share `uniform` of the steps all of them uniformly instead, from
+    there to the share `uniform_end` fewer and fewer, and `uniform_least` of them to the end. Only in nearly pure noise
+    do captions alone tell what is where; once that is learned, the rest needs more samples, but that its ends too.
     condition_drop: the share of samples that are shown the null condition. canonical, canonical_end: as in
     `CLIPStage`, where captions are read.
     """
@@ -69,8 +70,9 @@ class DiffusionStage(TrainingStage):
         "bound_weight": Knob(),
         "logit_std": Knob(),
         "logit_mean": Knob(low=-math.inf),
-        "alike": Knob(high=1),
-        "alike_end": Knob(high=1),
+        "uniform": Knob(high=1),
+        "uniform_end": Knob(high=1),
+        "uniform_least": Knob(high=1),
         "condition_drop": Knob(high=1),
         **ONE_WORDING,
     }
@@ -123,11 +125,13 @@ class DiffusionStage(TrainingStage):
                 f"weights {weights['weighting']} of an error of eps are divided by the SNR, which ends at 0 with "
                 "zero_terminal; write target: x_0 or v in its objective"
             )
-        of_logit = [knob for knob in ("logit_mean", "alike", "alike_end") if config.number(knob, 0)]
+        of_logit = [
+            knob for knob in ("logit_mean", "uniform", "uniform_end", "uniform_least") if config.number(knob, 0)
+        ]
         if of_logit and not config.number("logit_std", 0):
             return f"{of_logit[0]} is of the logit-normal of logit_std, which is 0; write that too in its objective"
         if config.number("logit_std", 0) and prior.conv_out.out_channels == 2 * prior.in_channels:
-            return "learned variances take the bound from timesteps that are drawn alike; leave logit_std out"
+            return "learned variances take the bound from timesteps that are drawn uniformly; leave logit_std out"
         if prior.embedding_dim is not None:
             return "it has no image embeddings; leave parts.prior.embedding_dim out"
         if width != prior.context_dim:
@@ -176,8 +180,9 @@ class DiffusionStage(TrainingStage):
         place = batch.samples % config.global_batch + random.uniform(*draws, (), "timestep")
         place = place / config.global_batch
         if std := config.number("logit_std", 0):
-            alike = random.uniform(*draws, (), "timestep alike") < falling_share(config, "alike", step)
-            place = torch.where(alike, place, objective.place(place, std, config.number("logit_mean", 0)))
+            least, drawn = config.number("uniform_least", 0), random.uniform(*draws, (), "uniform timestep")
+            uniform = drawn < least + (1 - least) * falling_share(config, "uniform", step)
+            place = torch.where(uniform, place, objective.logit_normal(place, std, config.number("logit_mean", 0)))
         t = (place * total).long().clamp(max=total - 1)
         eps = random.normal(*draws, tuple(x_0.shape[1:]), "noise")
         drop = random.uniform(*draws, (), "condition drop") < config.number("condition_drop", 0.1)
