@@ -252,6 +252,8 @@ def test_the_stage_trains_the_prior_alone(stage):
 def test_a_prior_of_another_width_and_a_stage_for_it_are_refused(stage):
     with pytest.raises(RecipeError, match="context_dim must be the width of parts.text.*got 24 and 16"):
         stage(24)
+    with pytest.raises(RecipeError, match="bpe_dropout is of a vocabulary of `captions`, and parts.text has its own"):
+        stage(16, "stages.prior.objective={bpe_dropout: 0.1}")
     recipe, _ = runs.load("shapes/stable-diffusion-minilm", ["frozen=[prior]"])
     with pytest.raises(RecipeError, match="stages.prior: prior is frozen; leave out this stage"):
         checks.stage_of(recipe, "prior")

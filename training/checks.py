@@ -85,6 +85,8 @@ def _check_objective(name: str, config: runs.Stage, stage: Any, data: str) -> No
         if key not in stage.knobs:
             raise RecipeError(f"{where}: unknown key {key!r}; {nearest(key, list(stage.knobs))}")
         check_knob(where, key, value, stage.knobs[key], data)
+        if value and (of := stage.knobs[key].of) and not config.objective.get(of):
+            raise RecipeError(f"{where}.{key} is of {of}, which is 0; write that too, or leave {key} out")
     contrast = config.number("contrast", 1)
     if contrast > 1 and (contrast % 1 or config.global_batch % contrast or data != "shapes"):
         raise RecipeError(

@@ -21,6 +21,7 @@ from ..run import Stage
 from ..stream import Batch, Source
 from .contract import (
     ONE_WORDING,
+    SPLIT_WORDS,
     Knob,
     Loss,
     TrainingStage,
@@ -45,7 +46,8 @@ class CLIPStage(TrainingStage):
     towers stay blind to it for long; with one wording the order alone tells, and the other wording is an exception.
 
     With `bpe_dropout`, that share of merges is left out of the words it trains on, see
-    `CaptionTokenizer.encode_with_dropout`.
+    `CaptionTokenizer.encode_with_dropout`, once the share `bpe_dropout_start` of the steps is done. From the start on
+    it makes all words slower to learn; at the end it teaches what pieces mean, of which a new word is made.
     """
 
     part = "clip"
@@ -56,7 +58,7 @@ class CLIPStage(TrainingStage):
         "wrong_captions": Knob(grammar=True),
         **ONE_WORDING,
         "contrast": Knob(low=1, high=64, grammar=True),
-        "bpe_dropout": Knob(high=0.9),
+        **SPLIT_WORDS,
     }
 
     def __init__(

@@ -35,16 +35,20 @@ Updates = Iterator[Update]
 class Knob:
     """A key of a stage's objective: a number in [low, high], or, where there are choices, one of these words.
 
-    grammar: it needs captions of a known grammar. anew: a share of the steps, after which codes begin anew.
+    grammar: it needs captions of a known grammar. anew: a share of the steps, after which codes begin anew. of: the key
+    without which it says nothing.
     """
 
     low: float = 0.0
     high: float = math.inf
     grammar: bool = False
     anew: bool = False
+    of: str = ""
     choices: tuple[str, ...] = ()
 
 
+# The share of merges that are left out of the words of captions in training, and that of the steps before it begins.
+SPLIT_WORDS = {"bpe_dropout": Knob(high=0.9), "bpe_dropout_start": Knob(high=1, of="bpe_dropout")}
 # Of the steps: the share in which captions come in one wording of each meaning, and that up to which many do.
 ONE_WORDING = {"canonical": Knob(high=1, grammar=True), "canonical_end": Knob(high=1, grammar=True)}
 
@@ -188,12 +192,13 @@ def in_one_wording(
 def read_captions(
     tokenizer: CaptionTokenizer, captions: list[str], config: Stage, seed: int, step: int | None, samples: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and lengths of captions, with a stage's `bpe_dropout` where `step` is one of training, not None.
+    """Tokens and lengths of captions, with a stage's `bpe_dropout` where `step` is one of training, not None, and not
+    before the share `bpe_dropout_start` of them.
 
     captions: one for each of the samples (B,), then as many more of each, sample after sample.
     """
     rate = config.number("bpe_dropout", 0)
-    if step is None or not rate:
+    if step is None or not rate or step < config.number("bpe_dropout_start", 0) * config.steps:
         return tokenizer.encode(captions)
     shape = (len(captions) // len(samples), tokenizer.context_length)
     draws = random.uniform(seed, step, samples, shape, "bpe dropout")

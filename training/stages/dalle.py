@@ -19,14 +19,24 @@ from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import dalle as dalle_objective
 from ..run import Stage
 from ..stream import Batch, Source
-from .contract import Knob, Loss, TrainingStage, Updates, captions_of, contact_sheet, evaluating, read_captions
+from .contract import (
+    SPLIT_WORDS,
+    Knob,
+    Loss,
+    TrainingStage,
+    Updates,
+    captions_of,
+    contact_sheet,
+    evaluating,
+    read_captions,
+)
 
 
 class DALLEStage(TrainingStage):
     """Fits the DALL-E transformer on (caption, codes) (section 2.2).
 
-    caption_drop: the share of samples that are shown no caption, for guidance. bpe_dropout: the share of merges that
-    are left out of a caption's words, see `CaptionTokenizer.encode_with_dropout`.
+    caption_drop: the share of samples that are shown no caption, for guidance. bpe_dropout, bpe_dropout_start: as in
+    `CLIPStage`.
     """
 
     part = "prior"
@@ -34,7 +44,7 @@ class DALLEStage(TrainingStage):
     higher_is_better = False
     depends: tuple[str, ...] = ("tokenizer", "captions")
     cached: tuple[str, ...] = ("codes",)
-    knobs: ClassVar = {"caption_drop": Knob(high=1), "bpe_dropout": Knob(high=0.9)}
+    knobs: ClassVar = {"caption_drop": Knob(high=1), **SPLIT_WORDS}
 
     def __init__(
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device

@@ -27,6 +27,7 @@ from ..run import Stage
 from ..stream import Batch, Source
 from .contract import (
     ONE_WORDING,
+    SPLIT_WORDS,
     Knob,
     Loss,
     TrainingStage,
@@ -36,6 +37,7 @@ from .contract import (
     evaluating,
     falling_share,
     in_one_wording,
+    read_captions,
 )
 
 _LOOKS = 4  # timesteps that each sample is validated at
@@ -54,8 +56,8 @@ class DiffusionStage(TrainingStage):
     `objectives.diffusion.logit_normal`; up to the share `uniform` of the steps all of them uniformly instead, from
     there to the share `uniform_end` fewer and fewer, and `uniform_least` of them to the end. Only in nearly pure noise
     do captions alone tell what is where; once that is learned, the rest needs more samples, but that its ends too.
-    condition_drop: the share of samples that are shown the null condition. canonical, canonical_end: as in
-    `CLIPStage`, where captions are read.
+    condition_drop: the share of samples that are shown the null condition. canonical, canonical_end, bpe_dropout,
+    bpe_dropout_start: as in `CLIPStage`, where captions are read.
     """
 
     part = "prior"
@@ -69,11 +71,12 @@ class DiffusionStage(TrainingStage):
         "gamma": Knob(),
         "bound_weight": Knob(),
         "logit_std": Knob(),
-        "logit_mean": Knob(low=-math.inf),
-        "uniform": Knob(high=1),
-        "uniform_end": Knob(high=1),
-        "uniform_least": Knob(high=1),
+        "logit_mean": Knob(low=-math.inf, of="logit_std"),
+        "uniform": Knob(high=1, of="logit_std"),
+        "uniform_end": Knob(high=1, of="logit_std"),
+        "uniform_least": Knob(high=1, of="logit_std"),
         "condition_drop": Knob(high=1),
+        **SPLIT_WORDS,
         **ONE_WORDING,
     }
 
@@ -94,6 +97,8 @@ class DiffusionStage(TrainingStage):
             own = getattr(self.text, "captions", None)
             self.captions = own or CaptionTokenizer.load(model / "captions.json")
         self.along = self.text is not None and not is_frozen(recipe, "text")
+        if _read_otherwise(config):
+            self.cached = self.cached[:1]  # captions are read anew at each step
         self.hold(Captioned(self.prior, self.text) if self.along else self.prior)
         self.recipe, self.config, self.source, self.seed = recipe, config, source, seed
         self.schedule = self._denoiser().schedule
@@ -125,11 +130,6 @@ class DiffusionStage(TrainingStage):
                 f"weights {weights['weighting']} of an error of eps are divided by the SNR, which ends at 0 with "
                 "zero_terminal; write target: x_0 or v in its objective"
             )
-        of_logit = [
-            knob for knob in ("logit_mean", "uniform", "uniform_end", "uniform_least") if config.number(knob, 0)
-        ]
-        if of_logit and not config.number("logit_std", 0):
-            return f"{of_logit[0]} is of the logit-normal of logit_std, which is 0; write that too in its objective"
         if config.number("logit_std", 0) and prior.conv_out.out_channels == 2 * prior.in_channels:
             return "learned variances take the bound from timesteps that are drawn uniformly; leave logit_std out"
         if prior.embedding_dim is not None:
@@ -139,8 +139,10 @@ class DiffusionStage(TrainingStage):
                 "parts.prior.context_dim must be the width of parts.text, or null where there is none, "
                 f"got {prior.context_dim} and {width}"
             )
-        if width is None and (config.number("canonical", 0) or config.number("canonical_end", 0)):
-            return "it reads no captions, and canonical is of these; leave it out of its objective"
+        if width is None and (otherwise := _read_otherwise(config)):
+            return f"it reads no captions, and {otherwise[0]} is of these; leave it out of its objective"
+        if config.number("bpe_dropout", 0) and is_pretrained(recipe, "text"):
+            return "bpe_dropout is of a vocabulary of `captions`, and parts.text has its own; leave it out"
         spec = parts["tokenizer"].spec if "tokenizer" in parts else None
         if spec and (spec.kind != "latents" or len(spec.shape) != 3):
             return (
@@ -213,8 +215,9 @@ class DiffusionStage(TrainingStage):
             mask[:, 0] = True  # of a sample that could not be read too
             return Condition(tokens=tokens, mask=mask)
         if self.text is not None:
-            captions = in_one_wording(self.source, captions_of(batch), self.config, self.seed, step, batch.samples)
-            text = self.text.frame(*self.captions.encode(captions)).to(batch.image.device)
+            drawn = self.config, self.seed, step, batch.samples
+            captions = in_one_wording(self.source, captions_of(batch), *drawn)
+            text = self.text.frame(*read_captions(self.captions, captions, *drawn)).to(batch.image.device)
             return text if self.along else self._encoded(text)
         if self.prior.num_classes is None:
             return Condition()
@@ -315,6 +318,11 @@ def _weights(recipe: Recipe, config: Stage) -> dict[str, Any]:
         "weighting": config.word("weighting", "none"),
         "gamma": config.number("gamma", 0) if "gamma" in config.objective else None,
     }
+
+
+def _read_otherwise(config: Stage) -> list[str]:
+    """The knobs by which captions are read in training otherwise than as they are."""
+    return [knob for knob in (*ONE_WORDING, *SPLIT_WORDS) if config.number(knob, 0)]
 
 
 def _before(each: Tensor | None) -> Tensor | None:
