@@ -83,23 +83,6 @@ def test_captions_are_read_in_one_wording_first_and_less_and_less():
     assert read[-1] == batch.captions != rewritten
 
 
-def test_words_are_split_in_training_by_step_and_sample_and_not_in_validation():
-    overrides = ["frozen=[]", "stages.prior.objective={bpe_dropout: 0.1, bpe_dropout_start: 0.5}"]
-    overrides += ["stages.prior.steps=8"]
-    recipe, training = runs.load("shapes/stable-diffusion", overrides)
-    source = source_of(recipe, training.data_of("prior"))
-    model = SHIPPED / "shapes/stable-diffusion"
-    stage = DiffusionStage(recipe, training.stages["prior"], source, model, 0, torch.device("cpu"))
-    batch, whole = source.read(range(16)), stage.captions.encode
-    split = stage._condition(batch, 4)
-    assert torch.equal(split, stage._condition(batch, 4)) and not torch.equal(split, stage._condition(batch, 5))
-    assert torch.equal(split[4:8], stage._condition(source.read(range(4, 8)), 4))
-    plain = stage.text.frame(*whole(batch.captions))
-    assert (split != plain).any(dim=1).sum() > 4
-    assert torch.equal(stage._condition(batch, 3), plain) and torch.equal(stage._condition(batch), plain)
-    assert stage.cached == ("latents",)  # of a cache, whose captions are read one way
-
-
 @pytest.mark.parametrize("least", [0.0, 0.25])
 def test_timesteps_are_drawn_uniformly_first_and_then_by_the_logit_normal(least, tmp_path):
     drawn, normal, bounds = {}, NormalDist(), torch.linspace(0, 1000, 65)

@@ -204,8 +204,8 @@ def _train(
             accelerator.print(f"{name}: already trained in {model}")
             continue
         set_seed(training.seed)
-        source = cache.source_for(kind, source, training.data, against, model)
         stage = kind(recipe, config, source, model, training.seed, accelerator.device)
+        source = cache.source_for(stage, source, training.data, against, model)
         if begun is not None:
             warm_start.begin(stage, recipe, begun, list(trained or ()))  # which a checkpoint replaces
         run = (identity, stage, training, source, validation, folder, accelerator, stop, name in extended)

@@ -116,7 +116,7 @@ class CLIPStage(TrainingStage):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Features of images (B, D) and captions (B, D), the scale, features of wrong captions (B, W, D) or None.
 
-        step: of training, for the share of canonical wordings; None reads all captions as they are.
+        step: of training, in which captions may be read otherwise; None reads them as they are.
         """
         wanted = int(self.config.number("wrong_captions", 0))
         if step is None:  # as many as training shows, whichever way

@@ -63,7 +63,7 @@ class TrainingStage(ABC):
     `measure` or `summary`, the headline first; higher_is_better: of the headline. restart_step: None, or the step at
     which `restart` changes the weights and the optimizers begin anew. cached: what it reads of a cache, first what
     stands for the picture, then what else of it a part makes that it depends on (see `training.cache`); empty where it
-    needs pictures.
+    needs pictures. One that makes anew what a cache has but once reads less than its class.
 
     Every draw comes from `kartina.layers.random`, keyed by the run's seed, the step and the sample's global position;
     what is annealed is a function of the step, and what else must outlive a stop is a buffer of a network.

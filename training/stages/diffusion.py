@@ -97,8 +97,10 @@ class DiffusionStage(TrainingStage):
             own = getattr(self.text, "captions", None)
             self.captions = own or CaptionTokenizer.load(model / "captions.json")
         self.along = self.text is not None and not is_frozen(recipe, "text")
-        if _read_otherwise(config):
-            self.cached = self.cached[:1]  # captions are read anew at each step
+        if config.number("bpe_dropout", 0):
+            if not self.captions.padded:
+                raise RecipeError(f"{recipe.name}: bpe_dropout cannot split words of CLIP's captions; leave it out")
+            self.cached = self.cached[:1]  # for captions are read anew at each step
         self.hold(Captioned(self.prior, self.text) if self.along else self.prior)
         self.recipe, self.config, self.source, self.seed = recipe, config, source, seed
         self.schedule = self._denoiser().schedule
@@ -207,7 +209,7 @@ class DiffusionStage(TrainingStage):
 
     def _condition(self, batch: Batch, step: int | None = None) -> Any:
         """What the network is conditioned on: framed captions, int64 (B, T), of an encoder that trains along, what a
-        frozen one makes of them, or classes, or nothing. step: of training, for the share of canonical wordings.
+        frozen one makes of them, or classes, or nothing. step: of training, in which captions may be read otherwise.
         """
         if "text_tokens" in batch.encoded:
             tokens = batch.encoded["text_tokens"]
