@@ -1,21 +1,18 @@
 """BPE-dropout of a diffusion stage: words of captions are split in training alone, and never taken from a cache."""
 
-import io
 import json
 import shutil
 
 import pytest
 import torch
+from shape_shards import pack
 
-from kartina.pipeline.images import to_pil
 from kartina.pipeline.known_models import SHIPPED
 from kartina.pipeline.recipe import RecipeError
 from kartina.tokenizers.captions import CaptionTokenizer
 from kartina.training import __main__ as trainer
 from kartina.training import encode, stream
 from kartina.training import run as runs
-from kartina.training.data.shapes import ShapesSource
-from kartina.training.shards import ShardWriter
 from kartina.training.sources import source_of
 from kartina.training.stages.diffusion import DiffusionStage
 
@@ -57,12 +54,7 @@ def test_words_are_split_in_training_by_step_and_sample_and_not_in_validation():
 
 def test_captions_are_split_anew_where_all_else_comes_from_a_cache(tmp_path, monkeypatch):
     """A frozen text encoder's tokens are in the cache too, but of whole words."""
-    batch = ShapesSource(jitter=0.0).read(range(8))
-    with ShardWriter(tmp_path / "shards", 8) as writer:
-        for picture, caption in zip(to_pil(batch.image), batch.captions, strict=True):
-            data = io.BytesIO()
-            picture.save(data, "PNG")
-            writer.write({"png": data.getvalue(), "txt": caption.encode()})
+    pack(tmp_path / "shards", 8, 8)
     words = ["shapes/stable-diffusion", *FROZEN]
     words += [f"training.data={{kind: shards, shards: {tmp_path / 'shards'}, validation_share: 0}}"]
     base = tmp_path / "base"

@@ -1,7 +1,6 @@
 """A cache of shards: the same bytes however it was written, the same training as without, refused where it differs."""
 
 import fcntl
-import io
 import json
 import os
 import shutil
@@ -14,17 +13,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from shape_shards import pack
 from typer.testing import CliRunner
 
 from kartina import cli
 from kartina.pipeline import checkpoint
-from kartina.pipeline.images import to_pil
 from kartina.pipeline.recipe import RecipeError
 from kartina.training import __main__ as trainer
 from kartina.training import cache, encode, loop, samples, state, stream
-from kartina.training.data.shapes import ShapesSource
 from kartina.training.run import Data
-from kartina.training.shards import ShardWriter, check_shards
+from kartina.training.shards import check_shards
 from kartina.training.stages import STAGES
 
 SMALL = [
@@ -40,21 +38,9 @@ SMALL = [
 BAD = "shard-000001/000000012"
 
 
-def pack(out, count, per_shard, first=0, caption=None):
-    """Pictures of shapes; the one numbered 12 is broken, and `caption` stands in place of the last one's."""
-    batch = ShapesSource(jitter=0.0).read(range(first, first + count))
-    with ShardWriter(out, per_shard) as writer:
-        for k, picture in enumerate(to_pil(batch.image)):
-            data = io.BytesIO()
-            picture.save(data, "PNG")
-            text = caption if caption and k == count - 1 else batch.captions[k]
-            writer.write({"png": b"broken" if k == 12 else data.getvalue(), "txt": text.encode()})
-    return out
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    return pack(tmp_path_factory.mktemp("data") / "shards", 24, 7)
+    return pack(tmp_path_factory.mktemp("data") / "shards", 24, 7, broken=12)
 
 
 def command(shards, run, *more):
@@ -80,7 +66,9 @@ def encoded(shards, run, tmp_path_factory):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    """By name, but for indexes, which hold the time of their shard."""
+    read = (path for path in folder.iterdir() if path.name != ".lock" and not path.name.endswith(".index.json"))
+    return {path.name: path.read_bytes() for path in read}
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -315,7 +303,7 @@ def test_the_trainer_refuses_a_cache_of_another_encoder(shards, run, encoded, tm
 
 def test_other_shards_preprocessing_or_contents_are_refused_with_the_key(shards, run, encoded, tmp_path, monkeypatch):
     for folder, changes in {"captions": {"caption": "another caption"}, "pictures": {"first": 1}}.items():
-        changed = pack(tmp_path / folder, 24, 7, **changes)
+        changed = pack(tmp_path / folder, 24, 7, broken=12, **changes)
         with pytest.raises(RecipeError, match=r"differs in source\.shard-000003\.tar|differs in source\.shard-000000"):
             read_as_stage(changed, encoded, run)
     with pytest.raises(

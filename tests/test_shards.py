@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import tarfile
 
@@ -143,6 +144,16 @@ def test_a_stale_or_spoilt_index_is_built_again(tmp_path):
     assert samples.load_index(path).entries == first.entries
     foreign_tar(path, {f"{k}.png": picture() for k in range(20)})
     assert len(samples.load_index(path).entries) == 20
+
+
+def test_an_older_shard_of_the_same_size_in_the_place_of_another_is_read_anew(tmp_path):
+    """As `cp -p` brings it: the index of the one before is younger than it."""
+    path = foreign_tar(tmp_path / "x.tar", {"a.png": picture(), "a.txt": b"a"})
+    first = samples.load_index(path)
+    foreign_tar(path, {"b.png": picture(), "b.txt": b"b"})
+    os.utime(path, (1, 1))
+    second = samples.load_index(path)
+    assert second.bytes == first.bytes and second.sha256 != first.sha256 and second.entries[0].key == "b"
 
 
 def test_pickles_are_refused_and_arrays_are_read():

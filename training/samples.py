@@ -14,6 +14,7 @@ import io
 import json
 import os
 import tarfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from ..pipeline.checkpoint import file_hash, write_text
 from ..pipeline.images import PHOTOS, upright
 
-_FORMAT = 2  # of the index
+_FORMAT = 3  # of the index
 PICTURES = ("jpg", "jpeg", "png", "webp")
 ARRAYS = (
     "codes",
@@ -182,28 +183,38 @@ def build_index(shard: Path | str) -> Index:
     shard = Path(shard)
     if not shard.is_file():
         raise ValueError(f"no shard at {shard}: expected a .tar file, as `kartina data pack` or WebDataset writes it")
-    size = shard.stat().st_size
+    stat = shard.stat()
+    size = stat.st_size
     entries, problem = _scan(shard, size)
     with open(shard, "rb") as file:
         for entry in entries:
             entry.origin = _origin(file, entry)
     index = Index(shard, size, file_hash(shard), entries, problem)
     rows = [[e.key, e.members, e.problem, e.origin] for e in entries]
-    content = {"format": _FORMAT, "bytes": size, "sha256": index.sha256, "problem": problem, "samples": rows}
+    content = {"format": _FORMAT, "bytes": size, "mtime_ns": stat.st_mtime_ns, "sha256": index.sha256}
+    content |= {"problem": problem, "samples": rows}
     try:
         write_text(index_path(shard), json.dumps(content))
     except OSError:
         index_path(shard).with_name(f".{index_path(shard).name}.{os.getpid()}").unlink(missing_ok=True)
+        warnings.warn(
+            f"{shard.parent} cannot be written to, so that its shards are read whole at each start; where it holds "
+            "their indexes, copy both with their times (cp -p, rsync -t)",
+            stacklevel=2,
+        )
     return index
 
 
 def load_index(shard: Path | str) -> Index:
-    """The index of a shard; built where it is missing, older than the shard, or of another size or format."""
+    """The index of a shard; built where it is missing, of another format, or of a shard of another size or time.
+
+    An index that is younger than its shard says nothing: `cp -p` brings back an older shard, and tar pads to one size.
+    """
     shard = Path(shard)
     try:
-        here, there = shard.stat(), index_path(shard).stat()
+        here = shard.stat()
         content = json.loads(index_path(shard).read_text(encoding="utf-8"))
-        fits = content["format"] == _FORMAT and content["bytes"] == here.st_size and there.st_mtime >= here.st_mtime
+        fits = (content["format"], content["bytes"], content["mtime_ns"]) == (_FORMAT, here.st_size, here.st_mtime_ns)
         if fits:
             rows = [
                 Entry(key, {e: (int(at), int(n)) for e, (at, n) in members.items()}, problem, f"{int(origin, 16):016x}")
