@@ -52,3 +52,11 @@ def test_a_missing_process_is_refused(tmp_path, capsys):
     command = ["shapes/dalle", *TINY, "--stage", "tokenizer", "--run", str(tmp_path)]
     assert trainer.main([*command, "--processes", "2"]) == 2
     assert "asked for 2 processes, got 1" in capsys.readouterr().err
+
+
+def test_accelerate_launch_of_several_on_a_cpu_is_refused(tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    command = ["-m", "kartina.training", "shapes/dalle", *TINY, "--stage", "tokenizer", "--run", str(tmp_path)]
+    where = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "MASTER_ADDR")}
+    found = subprocess.run([sys.executable, *launch, *command], capture_output=True, text=True, env=where, timeout=120)
+    assert found.returncode and "asked for several processes, got 1" in found.stderr

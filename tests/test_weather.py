@@ -2,12 +2,14 @@
 
 import io
 import json
+import math
 import os
 import resource
 import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections import namedtuple
 
 import pytest
@@ -17,6 +19,9 @@ from PIL import Image
 from kartina.training import __main__ as trainer
 from kartina.training import loop, state
 from kartina.training.shards import ShardWriter
+from kartina.training.stages.clip import CLIPStage
+from kartina.training.stages.dvae import DVAEStage
+from kartina.training.stages.vqgan import VQGANStage
 
 
 def events(folder, name):
@@ -227,6 +232,60 @@ def test_a_best_that_could_not_be_saved_is_not_the_best(tiny, tmp_path, monkeypa
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, next(room)))
     assert trainer.main([*argv, "--run", str(tmp_path)]) == 0
     assert newest(tmp_path)["best"] == (20.0, 10, 10)
+
+
+def test_a_step_of_two_networks_ends_with_the_one_that_is_not_finite(tiny, tmp_path, monkeypatch):
+    """What the autoencoder has learned in it stays; the discriminator, whose loss is at fault, learns nothing."""
+    real = VQGANStage.updates
+
+    def poisoned(stage, batch, step):
+        for name, (loss, count), scalars in real(stage, batch, step):
+            yield name, (loss * math.nan if (name, step) == ("discriminator", 12) else loss, count), scalars
+
+    monkeypatch.setattr(VQGANStage, "updates", poisoned)
+    assert trainer.main([*tiny["vqgan"][1], "--run", str(tmp_path)]) == 0
+    assert [event["step"] for event in events(tmp_path, "skipped")] == [13]
+    saved = newest(tmp_path)
+    assert is_finite(saved) and all(torch.isfinite(v).all() for v in saved["networks"]["discriminator"].values())
+    steps = {
+        name: {entry["step"].item() for entry in optimizers[0]["state"].values()}
+        for name, optimizers in saved["optimizers"].items()
+    }
+    assert steps == {"tokenizer": {20.0}, "discriminator": {17.0}}  # which begins at step 2
+
+
+def test_memory_that_does_not_suffice_ends_neither_validation_nor_a_run_at_its_preview(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    """Validation goes on with halves, and finds the same; CLIP, which compares the samples of a batch, cannot."""
+    found, limit = {}, {"samples": 1000}
+
+    def scarce(real):
+        def measure(stage, batch):
+            if len(batch.keys) > limit["samples"]:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return real(stage, batch)
+
+        return measure
+
+    def preview(stage, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(DVAEStage, "measure", scarce(DVAEStage.measure))
+    monkeypatch.setattr(CLIPStage, "measure", scarce(CLIPStage.measure))
+    monkeypatch.setattr(DVAEStage, "preview", preview)
+    for name, samples in {"enough": 1000, "scarce": 20}.items():
+        limit["samples"] = samples
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert trainer.main([*tiny["patch_dvae"][1], "--run", str(tmp_path / name)]) == 0
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        found[name] = [line["valid/psnr"] for line in lines if "valid/psnr" in line]
+        assert any("while measuring 64 samples: going on with 32" in str(w.message) for w in said) == (name == "scarce")
+    assert len(found["enough"]) == 2 and found["scarce"] == pytest.approx(found["enough"], rel=1e-6)
+    assert "is not saved (CUDA out of memory.)" in capsys.readouterr().out
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.main([*tiny["clip"][1], "--run", str(tmp_path / "clip")])
 
 
 def test_a_rank_that_fails_ends_all_with_its_traceback(tiny, tmp_path):

@@ -42,10 +42,16 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--from", dest="origin", metavar="MODEL", help="begin with the weights of a model")
     parser.add_argument("--run", type=Path, help="the run folder; runs/<recipe> if absent")
-    parser.add_argument(
-        "--processes", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="the number of processes asked for"
-    )
+    parser.add_argument("--processes", type=int, default=_asked(), help="the number of processes asked for")
     return parser.parse_intermixed_args(argv)
+
+
+def _asked() -> int:
+    """The number of processes that the launcher has told; 0 where `accelerate launch` starts one in place of several:
+    on a CPU it then says where they would meet, but not how many they are.
+    """
+    several = {"MASTER_ADDR", "ACCELERATE_USE_CPU"} <= os.environ.keys()
+    return int(os.environ.get("WORLD_SIZE", 0 if several else 1))
 
 
 def _prepare_captions(recipe: Recipe, source: Any, model: Path, begun: Path | None = None) -> None:
@@ -164,7 +170,7 @@ def _train(
     from .loop import train_stage
     from .optim import fast_bf16
 
-    check(recipe, training, names, asked, folder / "model", begun)
+    check(recipe, training, names, max(1, asked), folder / "model", begun)
     # The tails of a softmax are denormal numbers, with which a CPU is many times slower. Threads made later inherit it.
     torch.set_flush_denormal(True)
     # What is kept out of bfloat16 means float32, and a GPU's convolutions would round it to 10 bits.
@@ -176,10 +182,10 @@ def _train(
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     if precision != training.precision:
         accelerator.print("this device has no fast bfloat16: training in float32")
-    if accelerator.num_processes != asked:
+    if accelerator.num_processes != (asked or (1 if device.type != "cpu" else 0)):
         raise RecipeError(
-            f"asked for {asked} processes, got {accelerator.num_processes}: on CPU `accelerate launch` starts one; "
-            "use `kartina train --processes N`, which starts them all"
+            f"asked for {asked or 'several'} processes, got {accelerator.num_processes}: on CPU `accelerate launch` "
+            "starts one; use `kartina train --processes N`, which starts them all, or say --processes 1"
         )
     sources, model = _sources(recipe, training, names), folder / "model"
     validation = validation_of(recipe, training.data)
@@ -214,6 +220,11 @@ def _train(
         for network in stage.exported().values():
             checkpoint.round_weights(network)
         stage.finish()
+        if cut := getattr(getattr(stage, "captions", None), "num_truncated", 0):
+            accelerator.print(
+                f"{name}: since it started, this process read {cut:,} times a caption of more than "
+                f"{stage.captions.context_length} tokens, and cut it"
+            )
         for part, network in stage.exported().items():
             weights = checkpoint.export(network, keep=accelerator.is_main_process)
             if accelerator.is_main_process:

@@ -5,12 +5,15 @@ It does not know optimizers, nor what is trained.
 
 import contextlib
 import math
+import warnings
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size as is_out_of_memory
 from torch import Tensor
 
 from . import parallel
@@ -107,13 +110,13 @@ def validate(
         return batch
 
     first = read(0)
-    live = stage.measure(first)
+    live = measure(stage, first)
     with ema.applied():
-        averaged = stage.measure(first)
+        averaged = measure(stage, first)
         sums = _sums(averaged, first.weight)
         for turn in range(world, len(chunks), world):
             batch = read(turn)
-            more = _sums(stage.measure(batch), batch.weight)
+            more = _sums(measure(stage, batch), batch.weight)
             sums = {name: value + more[name] for name, value in sums.items()}
     sums = {name: accelerator.reduce(sums[name], reduction="sum") for name in sorted(sums)}
     count = sums.pop("")
@@ -126,6 +129,35 @@ def validate(
         n, mean, square = _moments(gain, weight, accelerator)
         found |= {"ema_gain": mean, "ema_gain_error": math.sqrt(max(0.0, square - mean**2) / n)}
     return {name: float(found[name]) for name in (*stage.metrics, *sorted(set(found) - set(stage.metrics)))}
+
+
+def measure(stage: TrainingStage, batch: Batch) -> dict[str, Tensor]:
+    """What the stage measures of a batch; of its halves where memory does not suffice and these say the same."""
+    try:
+        return stage.measure(batch)
+    except RuntimeError as error:
+        count, divided = len(batch.keys), any(map(parallel.is_sharded, stage.networks.values()))
+        if not is_out_of_memory(error) or divided or stage.fewest is None or count < 2 * stage.fewest:
+            raise
+    warnings.warn(f"out of memory while measuring {count} samples: going on with {-(-count // 2)}", stacklevel=2)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # outside of the handler, which held on to what had been allocated
+    halves = [measure(stage, part_of(batch, half)) for half in (slice(0, count // 2), slice(count // 2, count))]
+    return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
+
+
+def part_of(batch: Batch, some: slice) -> Batch:
+    """Some samples of a batch."""
+    return replace(
+        batch,
+        image=batch.image[some],
+        captions=batch.captions[some],
+        keys=batch.keys[some],
+        samples=batch.samples[some],
+        weight=batch.weight[some],
+        encoded={name: array[some] for name, array in batch.encoded.items()},
+        labels=None if batch.labels is None else batch.labels[some],
+    )
 
 
 def _sums(values: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:

@@ -5,8 +5,8 @@ advance to the first yield (gradients are exchanged on the last only), that netw
 Sums are divided by the global count, so the gradient does not depend on how a batch is split. Accelerate gives the
 device, DDP and autocast; positions, accumulation, learning rate, EMA and checkpoints are ours.
 
-A step whose loss or gradient is not finite is left out on every rank. After `patience` of them in a row the run goes
-back to its last checkpoint, but not back in the data: what stands there would only do the same again.
+A step whose loss or gradient is not finite is left out on every rank, from the network on whose it is. After so many
+in a row (`patience`) the run goes back to its last checkpoint, but not in the data, which would do the same again.
 
 It does not know what a stage trains, nor how its loss is made.
 """
@@ -261,9 +261,8 @@ class _Run:
     def _report(self, scalars: dict[str, float]) -> None:
         now, run = time.monotonic(), self.state
         bad = self.accelerator.reduce(torch.tensor(self.bad, device=self.accelerator.device), reduction="sum")
-        optimizer = run.optimizers[self.stage.part][0]
         facts = {
-            "lr": optimizer.param_groups[0]["lr"],
+            "lr": run.optimizers[self.stage.part][0].param_groups[0]["lr"],
             "wait": self.waited / max(1e-9, now - self.lap),  # share of the time since the last line
             "bad": float(bad),  # samples that could not be read since then
             "samples": float(run.at * self.config.global_batch),
@@ -290,8 +289,7 @@ class _Run:
 
     def _look(self) -> None:
         """Validation and a preview, where they are due."""
-        run, config = self.state, self.config
-        last = run.step == config.steps
+        run, config, last = self.state, self.config, self.state.step == self.config.steps
         if self.validation is not None and (run.step % config.validate_every == 0 or last):
             found = exchange.validate(self.stage, run.ema, self.validation, config.validate_samples, self.accelerator)
             self.log.write(run.step, config.steps, {f"valid/{name}": value for name, value in found.items()})
@@ -317,7 +315,9 @@ class _Run:
             if picture is not None and first:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 picture.save(path)
-        except (OSError, ValueError) as error:  # a picture is not worth a run
+        except (OSError, ValueError, RuntimeError) as error:  # a picture is not worth a run
+            if isinstance(error, RuntimeError) and (self.together or not exchange.is_out_of_memory(error)):
+                raise
             self.log.say(f"{path} is not saved ({error})")
 
     def _save_if_due(self) -> None:

@@ -53,6 +53,7 @@ class CLIPStage(TrainingStage):
     part = "clip"
     metrics = ("accuracy",)
     higher_is_better = True
+    fewest = None
     depends: tuple[str, ...] = ("captions",)
     knobs: ClassVar = {
         "wrong_captions": Knob(grammar=True),

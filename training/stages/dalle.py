@@ -42,6 +42,7 @@ class DALLEStage(TrainingStage):
     part = "prior"
     metrics = ("nats_per_code", "caption_gain")
     higher_is_better = False
+    fewest = 2
     depends: tuple[str, ...] = ("tokenizer", "captions")
     cached: tuple[str, ...] = ("codes",)
     knobs: ClassVar = {"caption_drop": Knob(high=1), **SPLIT_WORDS}
