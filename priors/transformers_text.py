@@ -13,13 +13,14 @@ import hashlib
 import importlib.util
 import os
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..layers.cuts import Cuts
 
 PAD = -1  # ids of the encoder's own begin at 0
 FOLDER = "KARTINA_TEXT_ENCODERS"  # the environment's variable that names where folders lie; the current one without it
@@ -108,25 +109,28 @@ class EncoderCaptions:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, **_OWN)
         except Exception as error:  # transformers raises a dozen kinds, a missing package among them
             raise ValueError(f"{folder}: no tokenizer that transformers reads: {_first(error)}") from None
-        self.context_length, self.num_truncated, self.most = context_length, 0, self._tokenizer.model_max_length
+        self.context_length, self.most = context_length, self._tokenizer.model_max_length
+        self._cuts = Cuts(context_length)
+
+    @property
+    def num_truncated(self) -> int:
+        return self._cuts.count
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B captions -> (ids int64 (B, T), PAD behind each, lengths int64 (B,)).
 
-        One of more than T ids is cut, and keeps its end token; the first time this happens there is one warning, and
-        `num_truncated` counts them all.
+        One of more than T ids is cut, and keeps its end token; a warning says what was cut, of the first 20 such
+        captions, and `num_truncated` counts them all.
         """
         rows = self._tokenizer(list(captions), verbose=False)["input_ids"]
         long = [i for i, row in enumerate(rows) if len(row) > self.context_length]
-        if long and not self.num_truncated:
-            warnings.warn(
-                f"captions longer than {self.context_length} tokens are cut; num_truncated counts them "
-                "(this warning comes once)",
-                stacklevel=2,
-            )
-        self.num_truncated += len(long)
+        lost = {}
         for i in long:
-            rows[i] = self._tokenizer(captions[i], truncation=True, max_length=self.context_length)["input_ids"]
+            kept = self._tokenizer(captions[i], truncation=True, max_length=self.context_length)["input_ids"]
+            same = next((k for k, pair in enumerate(zip(kept, rows[i], strict=False)) if pair[0] != pair[1]), len(kept))
+            lost[captions[i]] = self._tokenizer.decode(rows[i][same:], skip_special_tokens=True)  # kept ends otherwise
+            rows[i] = kept
+        self._cuts.add(lost, len(long))
         text = torch.full((len(rows), self.context_length), PAD)
         for i, row in enumerate(rows):
             text[i, : len(row)] = torch.tensor(row, dtype=torch.int64)

@@ -53,16 +53,23 @@ def test_shapes_and_lengths(tokenizer):
     assert lengths[0] < 12  # merges were learnt: the caption has 32 bytes
 
 
-def test_truncation_is_counted_and_warned_of_once():
+def test_each_caption_that_is_cut_is_counted_and_the_first_twenty_are_told_of():
     tokenizer = CaptionTokenizer.train(CAPTIONS, vocab_size=257, context_length=4)
-    with pytest.warns(UserWarning, match="cut"):
+    with pytest.warns(UserWarning, match="4 tokens are cut, here before 'efgh'; 'z'; num_truncated") as said:
         tokens, lengths = tokenizer.encode(["abcdefgh", "abc", "zzzzz"])
+    assert said[0].filename == __file__
     assert tokenizer.num_truncated == 2 and lengths.tolist() == [4, 3, 4]
     assert tokenizer.decode(tokens) == ["abcd", "abc", "zzzz"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tokenizer.encode(["abcdefgh"])
-    assert tokenizer.num_truncated == 3
+    with pytest.warns(UserWarning, match="'a'; 'ab'; 'abc'; .*; others are only counted") as said:
+        tokenizer.encode(["aaaa" + "abcdefghijklmnopqrstuvwxy"[: k + 1] for k in range(25)])
+    assert str(said[0].message).count(";") == 18 + 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer.encode(["aaaa is new", "aaaa is new"])
+    assert tokenizer.num_truncated == 30
 
 
 def test_save_and_load_in_one_file(tokenizer, tmp_path):

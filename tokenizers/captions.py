@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import random
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
+
+from ..layers.cuts import Cuts
 
 PAD = 0
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
@@ -50,7 +51,7 @@ class CaptionTokenizer:
         tokenizer.encode_special_tokens = self.padded
         self._tokenizer = tokenizer
         self.context_length = context_length
-        self.num_truncated = 0
+        self._cuts = Cuts(context_length)
         self._known_ways: dict[tuple[str, float, int], list[int]] = {}
 
     @classmethod
@@ -97,6 +98,10 @@ class CaptionTokenizer:
         return cls(tokenizer, context_length)
 
     @property
+    def num_truncated(self) -> int:
+        return self._cuts.count
+
+    @property
     def vocab_size(self) -> int:
         """Of CLIP's, without the start and the end."""
         return self._tokenizer.get_vocab_size() - (0 if self.padded else 2)
@@ -108,14 +113,17 @@ class CaptionTokenizer:
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B captions -> (tokens int64 (B, T) padded on the right with 0, lengths int64 (B,), 0 to T).
 
-        A caption of more than T tokens keeps its first T; the first time this happens there is one warning, which says
-        what was cut, and `num_truncated` counts them all. Raises ValueError for a single string in place of a sequence.
+        A caption of more than T tokens keeps its first T; a warning says what was cut, of the first 20 such captions,
+        and `num_truncated` counts them all. Raises ValueError for a single string in place of a sequence.
         """
         if isinstance(captions, str):
             raise ValueError("CaptionTokenizer.encode needs a sequence of captions, got one string; pass [caption]")
         found = self._tokenizer.encode_batch(list(captions), add_special_tokens=False)
         rows = [encoding.ids for encoding in found]
-        self._count_truncated([row[self.context_length :] for row in rows if len(row) > self.context_length])
+        long = [i for i, row in enumerate(rows) if len(row) > self.context_length]
+        if long:
+            lost = {captions[i]: self._tokenizer.decode(rows[i][self.context_length :]) for i in long}
+            self._cuts.add(lost, len(long))
         return self._padded(rows)
 
     def encode_with_dropout(self, captions: Sequence[str], rate: float, draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,16 +192,6 @@ class CaptionTokenizer:
         for i, row in enumerate(rows):
             tokens[i, : lengths[i]] = torch.tensor(row[: self.context_length], dtype=torch.int64)
         return tokens, lengths
-
-    def _count_truncated(self, ends: list[list[int]]) -> None:
-        if ends and not self.num_truncated:
-            lost = "; ".join(repr(self._tokenizer.decode(end).lstrip("\ufffd")) for end in ends[:3])
-            warnings.warn(
-                f"captions longer than {self.context_length} tokens are cut, here before {lost}"
-                f"{' and others' if len(ends) > 3 else ''}; num_truncated counts them (this warning comes once)",
-                stacklevel=3,
-            )
-        self.num_truncated += len(ends)
 
     def decode(self, tokens: Tensor) -> list[str]:
         """Tokens int64 (B, T) -> B captions, lower-cased and NFC; padding is left out."""
