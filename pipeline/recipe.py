@@ -30,6 +30,7 @@ PARTS: dict[str, dict[str, tuple[str, str]]] = {
         "dvae": ("tokenizers.dvae", "DiscreteVAE"),
         "patch_dvae": ("tokenizers.patch_dvae", "PatchDVAE"),
         "vqgan": ("tokenizers.vqgan", "VQGAN"),
+        "vq_latents": ("tokenizers.vqgan", "VQLatents"),
         "autoencoder_kl": ("tokenizers.autoencoder_kl", "AutoencoderKL"),
     },
     "discriminator": {

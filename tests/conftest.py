@@ -80,7 +80,7 @@ _DENOISED = [
 # entry here.
 _TINY = {
     "autoencoder": _tokenizer(
-        f"kind: autoencoder, {_CONVOLUTIONS}",
+        f"kind: autoencoder, {_CONVOLUTIONS}, activation: sigmoid",
         "error: l1, corruption: mask, corruption_level: 0.3, sparsity: kl, sparsity_weight: 0.01, rho: 0.2",
     ),
     "autoencoder, adversarial": _tokenizer(
@@ -97,6 +97,7 @@ _TINY = {
     "vqvae": _tokenizer(_VQVAE, "data_variance: 0.3"),
     "vqvae, moved": _tokenizer(f"{_VQVAE}, ema_decay: 0.9, cosine: true", "kmeans: 0.25, restart_every: 3"),
     "vqgan": _tokenizer(_VQGAN, f"kmeans: 0, restart_every: 4, {_LISTENS}", *_DISCRIMINATOR),
+    "vq_latents": _tokenizer(_VQGAN.replace("vqgan", "vq_latents"), "discriminator_weight: 0", *_DISCRIMINATOR),
     "vqgan, gumbel": _tokenizer(
         f"{_VQGAN}, quantizer: gumbel", "temperature_end: 0.1, discriminator_weight: 0", *_DISCRIMINATOR
     ),

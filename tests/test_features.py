@@ -178,7 +178,7 @@ def test_lpips_reads_torchvisions_vgg16_and_five_heads(tmp_path, monkeypatch):
 
 def test_no_loss_can_name_the_ruler():
     named = [stage.knobs["perceptual"].choices for stage in STAGES.values() if "perceptual" in stage.knobs]
-    assert len(named) == 2 and all(choices == ("none", *features.LOSSES) for choices in named)
+    assert len(named) == 3 and all(choices == ("none", *features.LOSSES) for choices in named)
     assert features.RULER not in features.LOSSES
     with pytest.raises(ValueError, match="must be one of none, efficientnet-lite2, lpips-vgg"):
         checks.check_knob("objective", "perceptual", features.RULER, STAGES["vqgan"].knobs["perceptual"], "shapes")

@@ -16,6 +16,8 @@ ADAMW = {
         post_quant_conv""",
     "vqgan": """encoder.conv_in encoder.conv_out decoder.conv_in decoder.conv_out quant_conv post_quant_conv
         quantize.proj quantize.embed""",
+    "vq_latents": """encoder.conv_in encoder.conv_out decoder.conv_in decoder.conv_out quant_conv post_quant_conv
+        quantize.embedding""",
     "vqvae": "encoder.0 encoder.6 decoder.0 decoder.6 quantize.embedding",
     "dvae": "encoder.stem encoder.head decoder.stem decoder.head",
     "patch_dvae": "encoder.head decoder.patch_embedding decoder.stem decoder.head",

@@ -142,7 +142,7 @@ def folder(tmp_path, part, **training):
 
 
 def test_models_without_codes_or_pictures_are_refused(tmp_path):
-    with pytest.raises(checkpoint.ModelError, match="has latents and no codebook"):
+    with pytest.raises(checkpoint.ModelError, match="gives latents, not codes"):
         codebook.load(folder(tmp_path / "a", {"kind": "autoencoder", **BODY}), None, CPU)
     vqvae = {"kind": "vqvae", "num_codes": 6, "code_dim": 2, "width": 8, "residual_width": 4}
     elsewhere = folder(tmp_path / "b", vqvae, data={"kind": "shards", "shards": "../secret"})

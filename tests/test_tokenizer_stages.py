@@ -117,6 +117,7 @@ def test_two_networks_step_once_each_in_two_passes(tiny, tmp_path):
         ("vqvae, moved", ["stages.tokenizer.micro_batch=4"], "follows the latents of a step"),
         ("vae", ["stages.tokenizer.micro_batch=4"], "free bits"),
         ("autoencoder", ["stages.tokenizer.micro_batch=4"], "sparsity is of a step's mean"),
+        ("autoencoder", ["parts.tokenizer.activation=none"], "sparsity kl is of latents between 0 and 1"),
         ("vae", [knob("likelihood", "laplace")], "must be one of gaussian, logistic, got laplace"),
         ("vae", [knob("beta", "much")], "must lie between 0 and inf, got much"),
         ("vqvae, moved", [knob("codebook_weight", 1)], "leave out stages.tokenizer.objective.codebook_weight"),
@@ -222,7 +223,7 @@ def test_fsq_needs_no_codebook(tiny):
 # --- latents ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["autoencoder", "autoencoder_kl"])
+@pytest.mark.parametrize("kind", ["autoencoder", "autoencoder_kl", "vq_latents"])
 def test_the_shipped_latents_have_mean_0_and_deviation_1(kind, tiny, tmp_path):
     assert not stage_of(tiny, kind)[0].network.scale.measured
     assert trainer.main([*tiny[kind][1], "--run", str(tmp_path)]) == 0
@@ -297,6 +298,19 @@ def test_beta_rises_and_idle_latents_are_counted(tiny):
     with torch.no_grad():
         rows.weight[8:16] *= 1000
     assert active_units(stage, batch) == 0.5
+
+
+def test_many_draws_bound_the_likelihood_from_nearer(tiny):
+    """Burda 2015, theorem 1: with one draw the mean is the evidence lower bound, with more it is larger."""
+    found = {}
+    for draws in (0, 1, 50):
+        stage, batch = stage_of(tiny, "vae", knob("free_bits", 0), knob("iwae_draws", draws))
+        found[draws] = stage.measure(batch)
+        assert ("iwae" in stage.metrics) == ("iwae" in found[draws]) == (draws > 0)
+    one, many, elbo = found[1]["iwae"], found[50]["iwae"], found[0]["elbo"]
+    assert one.shape == elbo.shape and (many > one).float().mean() > 0.9 and many.mean() > elbo.mean()
+    assert abs(one.mean() - elbo.mean()) < 0.2 * abs(many.mean() - elbo.mean()) + 0.01 * abs(elbo.mean())
+    assert (found[50]["iwae_bits_per_dim"] < found[50]["bits_per_dim"]).float().mean() > 0.9
 
 
 def test_a_recipe_with_a_tokenizer_alone_needs_no_captions(tmp_path):

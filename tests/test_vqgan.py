@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kartina.pipeline.convert import from_diffusers, to_diffusers
-from kartina.tokenizers.spec import CodesSpec
-from kartina.tokenizers.vqgan import VQGAN
+from kartina.tokenizers.spec import CodesSpec, LatentsSpec
+from kartina.tokenizers.vqgan import VQGAN, VQLatents
 from kartina.tokenizers.vqvae import VQVAE
 from kartina.training.objectives.vqvae import quantization, vqvae
 
@@ -38,6 +38,25 @@ def test_the_contract(name, images):
     loss = out["reconstruction"].square().sum() + sum(map(torch.sum, quantization(*terms(out))))
     loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None and p.requires_grad] == []
+
+
+@pytest.mark.parametrize("quantizer", ["vector", "gumbel"])
+def test_as_latents_the_quantizer_is_part_of_the_decoder(quantizer, images):
+    torch.manual_seed(1)
+    codes, latents = VQGAN(**TINY, quantizer=quantizer), VQLatents(**TINY, quantizer=quantizer)
+    missing = latents.load_state_dict(codes.state_dict(), strict=False)
+    assert (missing.missing_keys, missing.unexpected_keys) == (["scale.mean", "scale.std"], [])
+    latents.scale.mean += 0.3
+    latents.scale.std *= 2.0
+    z = latents.encode(images())
+    assert latents.spec == LatentsSpec("latents", (4, 8, 8)) and z.shape == (2, 4, 8, 8)
+    torch.testing.assert_close(z * 2 + 0.3, codes.latents(images()), atol=1e-5, rtol=1e-5)
+    wanted = codes.decode(codes.encode(images()))
+    torch.testing.assert_close(latents.decode(z), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(latents.decode(z + 1e-5), wanted, atol=1e-5, rtol=1e-5)  # nothing lies between codes
+    torch.testing.assert_close(latents.scale(latents.posterior(images())[0]), z)
+    with pytest.raises(ValueError, match="VQLatents needs floating latents"):
+        latents.decode(codes.encode(images()))
 
 
 def terms(out: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

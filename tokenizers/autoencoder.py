@@ -13,6 +13,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -251,7 +252,8 @@ class Autoencoder(nn.Module):
     """Images in [-1, 1] to latents and back, without a distribution over the latents.
 
     latent_channels: C at the bottleneck. latent_dim: None for latents (B, C, h, w), or D for flat ones (B, D), which
-    two linear maps make and read. The other sizes: see `Layout`.
+    two linear maps make and read. activation: "none", or "sigmoid" for latents in (0, 1), which a sparse autoencoder's
+    KL asks for (Ng 2011, section 3). The other sizes: see `Layout`. Raises ValueError for another activation.
     """
 
     def __init__(
@@ -259,6 +261,7 @@ class Autoencoder(nn.Module):
         image_size: int = 32,
         latent_channels: int = 4,
         latent_dim: int | None = None,
+        activation: Literal["none", "sigmoid"] = "none",
         width: int = 64,
         channel_mult: Sequence[int] = (1, 2, 4),
         blocks_per_level: int = 2,
@@ -266,6 +269,9 @@ class Autoencoder(nn.Module):
         norm_groups: int = 32,
     ) -> None:
         super().__init__()
+        if activation not in ("none", "sigmoid"):
+            raise ValueError(f"Autoencoder needs activation 'none' or 'sigmoid', got {activation!r:.40}")
+        self.activation = activation
         layout = Layout(image_size, width, channel_mult, blocks_per_level, attn_resolutions, norm_groups)
         shape = layout.features(latent_channels)
         self.image_size = image_size
@@ -292,7 +298,8 @@ class Autoencoder(nn.Module):
 
     def _latents(self, image: Tensor) -> Tensor:
         features = self.encoder(image)
-        return full(features if self.flat is None else self.flat.flatten(features))
+        latents = full(features if self.flat is None else self.flat.flatten(features))
+        return latents.sigmoid() if self.activation == "sigmoid" else latents
 
     def _image(self, latents: Tensor) -> Tensor:
         return self.decoder(latents if self.flat is None else self.flat.unflatten(latents))

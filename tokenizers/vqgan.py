@@ -1,5 +1,6 @@
-"""VQ-GAN's tokenizer (Esser 2021, arXiv:2012.09841, section 3.1 and table 7). The defaults are the model with f = 16
-and 1,024 codes, whose names its tensors have; Gumbel-softmax and FSQ may stand in place of the codebook.
+"""VQ-GAN's tokenizer (Esser 2021, arXiv:2012.09841, section 3.1 and table 7), and the same as latent diffusion reads
+it. The defaults are the model with f = 16 and 1,024 codes, whose names its tensors have; Gumbel-softmax and FSQ may
+stand in place of the codebook.
 
 B images of 3 x H x W pixels in [-1, 1]; C channels of latents on a grid of h x w; K codes of D channels.
 
@@ -12,9 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .autoencoder import Decoder, Encoder, Layout
+from ..layers.precision import full
+from .autoencoder import Decoder, Encoder, LatentScale, Layout
 from .quantize import FSQ, GumbelQuantizer, VectorQuantizer, as_vectors
-from .spec import CodesSpec, check_image
+from .spec import CodesSpec, LatentsSpec, check_image
+
+_NARROW = -30.0  # as narrow as the KL autoencoder lets a posterior be
 
 
 class VQGAN(nn.Module):
@@ -52,7 +56,8 @@ class VQGAN(nn.Module):
             raise ValueError(
                 f"VQGAN: cosine and ema_decay are of quantizer 'vector', got {quantizer!r}; leave them out"
             )
-        self.image_size, self.spec = image_size, CodesSpec("codes", layout.features(latent_channels)[1:], num_codes)
+        self.image_size, self.codes = image_size, CodesSpec("codes", layout.features(latent_channels)[1:], num_codes)
+        self._expose(code_dim)
         self.encoder, self.decoder = Encoder(layout, latent_channels), Decoder(layout, latent_channels)
         self.quant_conv = nn.Conv2d(latent_channels, code_dim, 1)
         self.post_quant_conv = nn.Conv2d(code_dim, latent_channels, 1)
@@ -74,6 +79,10 @@ class VQGAN(nn.Module):
                 f"levels {tuple(levels)}, num_codes {num_codes} and code_dim {code_dim}; correct the recipe"
             )
 
+    def _expose(self, code_dim: int) -> None:
+        """Sets what a prior reads."""
+        self.spec: CodesSpec | LatentsSpec = self.codes
+
     @property
     def last_layer(self) -> Tensor:
         """The weights at which the adaptive weight compares gradients (equation 7)."""
@@ -86,7 +95,7 @@ class VQGAN(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes int64 (B, h, w) -> image (B, 3, H, W), unclamped. Raises ValueError for other codes."""
-        self.spec.check(codes, type(self).__name__)
+        self.codes.check(codes, type(self).__name__)
         return self._image(self.quantize.lookup(codes))
 
     def latents(self, image: Tensor) -> Tensor:
@@ -122,3 +131,36 @@ class VQGAN(nn.Module):
 
     def _image(self, quantized: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(quantized.to(self.post_quant_conv.weight.dtype)))
+
+
+class VQLatents(VQGAN):
+    """VQ-GAN's tokenizer of which a prior reads what is to be quantized: the quantizer is then part of the decoder
+    (VQ-reg of Rombach 2022, arXiv:2112.10752, section 3.1). The sizes are those of `VQGAN`.
+    """
+
+    def _expose(self, code_dim: int) -> None:
+        self.spec, self.scale = LatentsSpec("latents", (code_dim, *self.codes.shape)), LatentScale(code_dim)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Image (B, 3, H, W) in [-1, 1] -> scaled latents (B, D, h, w), before the quantizer. Raises ValueError for
+        other images.
+        """
+        check_image(image, self.image_size, type(self).__name__)
+        return self.scale(full(self.latents(image)))
+
+    def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image (B, 3, H, W) -> latents without their scale, and the logarithm of a variance that is next to none."""
+        latents = full(self.latents(image))
+        return latents, torch.full_like(latents, _NARROW)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, D, h, w), a prior's -> the image of the codes nearest to them, (B, 3, H, W), unclamped.
+
+        Raises ValueError for latents of another shape.
+        """
+        return self._image(self.quantize.lookup(self.nearest(latents)))
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, D, h, w) -> codes int64 (B, h, w). Raises ValueError for latents of another shape."""
+        self.spec.check(latents, type(self).__name__)
+        return self.quantize.encode(self.scale.inverse(latents))

@@ -210,6 +210,7 @@ PASSES: dict[str, tuple[tuple[str, ...], Callable[[Setting, int], Tensor] | None
     "vae": ((), None),
     "vqvae": ((), None),
     "vqgan": ((), None),
+    "vq_latents": ((), None),
     "autoencoder_kl": ((), None),
 }
 # By kind: the frozen parts that the stage reads too, where the recipe has them.

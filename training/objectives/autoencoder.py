@@ -40,12 +40,12 @@ def units(latents: Tensor) -> Tensor:
 def sparsity_kl(latents: Tensor, weight: Tensor, rho: float, average: Average | None = None) -> Tensor:
     """Sum over units of KL(Bernoulli(rho) || Bernoulli(their mean activation)), (), in nats (Ng 2011, section 3).
 
-    A unit's activation is the sigmoid of its latent, in (0, 1); its mean is over positions and the batch, by weight,
+    latents: activations in (0, 1), as a sigmoid gives them; a unit's mean is over positions and the batch, by weight,
     and by `average` over ranks; None is one.
     """
     share = weight.to(full(latents).dtype)
     share = share / share.sum().clamp(min=1e-12)
-    active = torch.einsum("b,bcp->c", share, units(latents).sigmoid()) / units(latents).shape[2]
+    active = torch.einsum("b,bcp->c", share, units(latents)) / units(latents).shape[2]
     active = active if average is None else average(active)
     # rho ln(rho / a) + (1 - rho) ln((1 - rho) / (1 - a)) = cross-entropy - entropy
     target = torch.full_like(active, rho)
@@ -70,7 +70,7 @@ def autoencoder(
 
     image: (B, 3, H, W), the clean one where the model saw it corrupted. weight: (B,). error: "l1" or "l2". latents:
     (B, C) or (B, C, h, w), needed for sparsity: "l1" is the sum over units of their mean absolute value; "kl" is
-    `sparsity_kl` towards the mean activation rho, which couples the batch, that of all ranks by
+    `sparsity_kl` of latents in (0, 1) towards the mean activation rho, which couples the batch, that of all ranks by
     `average`; "none" is neither. adversary: (B,), what it costs that the discriminator tells an image's latents from
     draws of the prior (`gan.generator`), or None.
 

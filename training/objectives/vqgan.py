@@ -16,19 +16,12 @@ from .dvae import codebook_counts
 from .weighting import Average, check_images, pixel_error, weighted
 
 
-def discriminator_weight(step: int, start: int = 250_001, end: float = 0.8) -> float:
-    """What the adaptive weight is multiplied by at `step`: 0 before `start`, then `end`; published for f = 16."""
-    return end if step >= start else 0.0
-
-
-def hinge(
-    real_logits: Tensor, fake_logits: Tensor, weight: Tensor, ramp: float = 1.0
-) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+def hinge(real_logits: Tensor, fake_logits: Tensor, weight: Tensor) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
     """The discriminator's loss: half of max(0, 1 - real) + max(0, 1 + fake), means over patches. Separable.
 
-    real_logits, fake_logits: (B, 1, h, w), of images and of their reconstructions, detached. weight: (B,). ramp: scales
-    the loss, 0 before the discriminator starts. Returns ((weighted loss sum, weight sum), scalars), the scalars
-    detached weighted means: `hinge`, and the mean logits `real_logits` and `fake_logits`.
+    real_logits, fake_logits: (B, 1, h, w), of images and of their reconstructions, detached. weight: (B,). Returns
+    ((weighted loss sum, weight sum), scalars), the scalars detached weighted means: `hinge`, and the mean logits
+    `real_logits` and `fake_logits`.
     """
     if real_logits.shape != fake_logits.shape or weight.shape != real_logits.shape[:1]:
         shapes = [tuple(x.shape) for x in (real_logits, fake_logits, weight)]
@@ -36,7 +29,7 @@ def hinge(
     real, fake = full(real_logits).flatten(1), full(fake_logits).flatten(1)
     loss = (F.relu(1 - real).mean(dim=1) + F.relu(1 + fake).mean(dim=1)) / 2
     shown = {"hinge": loss, "real_logits": real.mean(dim=1), "fake_logits": fake.mean(dim=1)}
-    return weighted(ramp * loss, weight, shown)
+    return weighted(loss, weight, shown)
 
 
 def fooling(fake_logits: Tensor) -> Tensor:

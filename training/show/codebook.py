@@ -35,7 +35,7 @@ def load(model: str, data: Path | None, device: torch.device) -> tuple[Any, Any]
     recipe, tokenizer = checkpoint.load_tokenizer(folder, device)
     if tokenizer.spec.kind != "codes":
         raise checkpoint.ModelError(
-            f"{folder}: its tokenizer ({recipe.parts['tokenizer']['kind']}) has latents and no codebook; "
+            f"{folder}: its tokenizer ({recipe.parts['tokenizer']['kind']}) gives latents, not codes; "
             "name a dVAE, VQ-VAE or VQ-GAN"
         )
     given = recipe.training.get("data", {})

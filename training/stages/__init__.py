@@ -13,7 +13,7 @@ from .dalle import DALLEStage
 from .diffusion import DiffusionStage
 from .dvae import DVAEStage
 from .vae import VAEStage
-from .vqgan import VQGANStage
+from .vqgan import VQGANStage, VQLatentsStage
 from .vqvae import VQVAEStage
 
 STAGES: dict[str, Any] = {
@@ -21,6 +21,7 @@ STAGES: dict[str, Any] = {
     "vae": VAEStage,
     "vqvae": VQVAEStage,
     "vqgan": VQGANStage,
+    "vq_latents": VQLatentsStage,
     "autoencoder_kl": AutoencoderKLStage,
     "dvae": DVAEStage,
     "patch_dvae": DVAEStage,

@@ -66,6 +66,11 @@ class AutoencoderStage(LatentsStage):
             )
         if self.corruption in ("mask", "salt_and_pepper") and self.level > 1:
             raise ValueError(f"corruption_level is a share of the pixels, at most 1, got {self.level}; lower it")
+        if sparsity == "kl" and network.activation != "sigmoid":
+            raise ValueError(
+                "stages.tokenizer.objective: sparsity kl is of latents between 0 and 1; write "
+                "parts.tokenizer.activation: sigmoid, or take sparsity l1"
+            )
         self.prior = self._prior(config)
 
     def _prior(self, config: Stage) -> gaussian.Distribution | None:

@@ -38,8 +38,16 @@ class CodesStage(TrainingStage):
         """`psnr`: dB of the pictures that the codes give back, within their range; `codes`: how often each stands."""
         codes = self.network.encode(batch.image)
         again = full(self.network.decode(codes)).clamp(-1, 1)
-        counts = counts_by_image(codes, self.network.spec.vocabulary)
+        return self._measured(batch, again, codes)
+
+    def _measured(self, batch: Batch, again: Tensor, codes: Tensor) -> dict[str, Tensor]:
+        counts = counts_by_image(codes, self.vocabulary)
         return {"psnr": psnr(again, batch.image), "codes": counts}
+
+    @property
+    def vocabulary(self) -> int:
+        """K."""
+        return self.network.spec.vocabulary
 
     def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
         """`usage` and `perplexity` of the codebook over all images, and `counts_per_code`, how much they rest on."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...layers import random
 from ...pipeline.recipe import Recipe, build
 from ...priors import gaussian
+from ...tokenizers.vae import reparameterise
 from ..objectives import vae as objective
 from ..objectives.dvae import anneal
 from ..run import Stage
@@ -26,7 +27,8 @@ class VAEStage(TrainingStage):
     """Fits the VAE (arXiv:1312.6114): one draw of the latents, a likelihood of the pixels, a KL to N(0, 1).
 
     likelihood: see the objective. beta: the weight of the KL, which rises to it in a line over the first share
-    `beta_share` of the steps. free_bits: nats of each latent that cost nothing more.
+    `beta_share` of the steps. free_bits: nats of each latent that cost nothing more. iwae_draws: so many draws of the
+    latents for the importance-weighted bound in validation; 0 leaves it out.
     """
 
     part = "tokenizer"
@@ -37,6 +39,7 @@ class VAEStage(TrainingStage):
         "beta": Knob(),
         "beta_share": Knob(high=1),
         "free_bits": Knob(),
+        "iwae_draws": Knob(high=5000),
     }
 
     def __init__(
@@ -45,6 +48,8 @@ class VAEStage(TrainingStage):
         self.hold(build(recipe, self.part))
         self.seed, self.device = seed, device
         self.likelihood, self.free_bits = config.word("likelihood", "gaussian"), config.number("free_bits", 0)
+        self.draws = round(config.number("iwae_draws", 0))
+        self.metrics = (*type(self).metrics, *(("iwae", "iwae_bits_per_dim") if self.draws else ()))
         self.beta, self.rise = config.number("beta", 1), round(config.number("beta_share", 0) * config.steps)
 
     @staticmethod
@@ -70,7 +75,8 @@ class VAEStage(TrainingStage):
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, Tensor]:
-        """`bits_per_dim` and `elbo` with one draw; `psnr`: dB of what the posterior's mean gives back.
+        """`bits_per_dim` and `elbo` with one draw; `psnr`: dB of what the posterior's mean gives back; `iwae` and
+        `iwae_bits_per_dim`: a bound nearer to ln p(x), of so many draws (Burda 2015, arXiv:1509.00519, equation 8).
 
         `mean` and `square`: of the posterior's mean of each latent.
         """
@@ -81,7 +87,21 @@ class VAEStage(TrainingStage):
         elbo = -(terms[0] + terms[1].sum(dim=1))
         bits = objective.bits_per_dim(elbo, batch.image[0].numel(), self.likelihood)
         again = psnr(reconstruct(self.network, batch.image), batch.image)
-        return {"bits_per_dim": bits, "elbo": elbo, "psnr": again, "mean": mean, "square": mean.square()}
+        found = {"bits_per_dim": bits, "elbo": elbo, "psnr": again, "mean": mean, "square": mean.square()}
+        if self.draws:
+            bound = self._importance_weighted(batch, mean, log_variance)
+            bits = objective.bits_per_dim(bound, batch.image[0].numel(), self.likelihood)
+            found |= {"iwae": bound, "iwae_bits_per_dim": bits}
+        return found
+
+    def _importance_weighted(self, batch: Batch, mean: Tensor, log_variance: Tensor) -> Tensor:
+        latents, likelihoods = [], []
+        for draw in range(self.draws):
+            latents.append(reparameterise(mean, log_variance, self._noise(batch, draw, "importance")))
+            again, log_scale = self.network.likelihood(latents[-1])
+            nll, _ = objective.elbo_terms(again, log_scale, batch.image, mean, log_variance, self.likelihood)
+            likelihoods.append(-nll)
+        return objective.iwae(torch.stack(likelihoods), torch.stack(latents), mean, log_variance)
 
     def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
         """`active_units`: the share of the latents whose posterior mean varies by more than 0.01 over the images.

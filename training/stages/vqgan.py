@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...layers import random
+from ...layers.precision import full
 from ...pipeline.recipe import Recipe, build
 from ..objectives import vqgan as objective
 from ..objectives.dvae import temperature, uniform_kl
@@ -19,6 +20,7 @@ from ..stream import Batch, Source
 from .adversary import Adversary
 from .codebook import Codebook, CodesStage
 from .contract import Knob, Updates, last_read, over_ranks, read_images
+from .latents import measure_scale
 from .likeness import Likeness
 
 _GUMBEL = {"kl_weight": Knob(), "temperature": Knob(), "temperature_end": Knob(), "temperature_share": Knob(high=1)}
@@ -70,7 +72,7 @@ class VQGANStage(CodesStage):
         out = self.forward[self.part](*given)
         again = out["reconstruction"]
         loss, scalars = objective.vqgan(
-            again, batch.image, self._regular(out), out["codes"], self.network.spec.vocabulary, batch.weight,
+            again, batch.image, self._regular(out), out["codes"], self.vocabulary, batch.weight,
             fake_logits=self.adversary.judge(again) if ramp else None, last_layer=self.network.last_layer, ramp=ramp,
             average=over_ranks(batch.weight), **self.likeness.terms(again, batch.image),
         )  # fmt: skip
@@ -86,7 +88,7 @@ class VQGANStage(CodesStage):
         """Noise (B, K, h, w) and temperature of quantizer "gumbel"."""
         if self.quantizer != "gumbel":
             return ()
-        spec, number = self.network.spec, self.config.number
+        spec, number = self.network.codes, self.config.number
         noise = random.gumbel(self.seed, step, batch.samples, (spec.vocabulary, *spec.shape), "vqgan gumbel")
         steps = round(number("temperature_share", 0.75) * self.config.steps)
         return noise, temperature(step, number("temperature", 0.9), number("temperature_end", 1e-6), steps)
@@ -99,7 +101,26 @@ class VQGANStage(CodesStage):
             return self.config.number("kl_weight", 1e-8) * uniform_kl(out["logits"]).mean(dim=(1, 2))
         return out["reconstruction"].new_zeros(len(out["codes"]))
 
+    @property
+    def vocabulary(self) -> int:
+        return self.network.codes.vocabulary
+
     def finish(self) -> None:
         """See `Codebook.finish`; the discriminator is left behind."""
         if self.codebook is not None:
             self.codebook.finish()
+
+
+class VQLatentsStage(VQGANStage):
+    """The same for a prior that reads what is quantized (arXiv:2112.10752, section 3.1), whose scale it measures."""
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """As of codes: `psnr` is of what these give back."""
+        z = self.network.encode(batch.image)
+        return self._measured(batch, full(self.network.decode(z)).clamp(-1, 1), self.network.nearest(z))
+
+    def finish(self) -> None:
+        """The scale of the latents too."""
+        super().finish()
+        measure_scale(self.network, self.source, self.device)
