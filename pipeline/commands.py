@@ -203,7 +203,9 @@ def export(
     _check_new(out)
     folder = find_model(model)
     recipe = load_recipe(folder)
-    if recipe.parts.get("prior", {}).get("kind") == "unet" and "text" in recipe.parts:
+    if recipe.parts.get("prior", {}).get("kind") == "unet" and (
+        "text" in recipe.parts or "tokenizer" not in recipe.parts
+    ):
         diffusers_folder.save(folder, out)
     elif "tokenizer" in recipe.parts:
         published.save_diffusers(out, recipe.parts["tokenizer"], load_weights(folder, "tokenizer"))

@@ -107,7 +107,8 @@ def unet_config(arguments: Mapping[str, Any], linear_projections: bool = True) -
             "diffusers has a U-Net with image embeddings for captions only and without classes, with attention in the "
             "middle and no tokens made of an embedding; this network cannot be exported to it"
         )
-    head_widths = {channel // count for channel, count in zip(channels, heads, strict=True)}
+    attended = {*given["attn_levels"], *([levels - 1] if given["mid_attention"] else [])}
+    head_widths = {channels[level] // heads[level] for level in attended}
     if not captioned and len(head_widths) > 1 and set(heads) != {1}:
         raise ValueError(
             f"diffusers' UNet2DModel needs heads of one width, got {sorted(head_widths)}; change num_heads"
@@ -133,7 +134,7 @@ def unet_config(arguments: Mapping[str, Any], linear_projections: bool = True) -
         "norm_eps": eps,
     }
     if not captioned:
-        alone = None if set(heads) == {1} else min(head_widths)
+        alone = None if set(heads) == {1} or not head_widths else min(head_widths)
         return config | {
             "attention_head_dim": alone,
             "add_attention": given["mid_attention"],

@@ -1,5 +1,5 @@
 """A diffusion model of ours as a folder of which diffusers makes a `StableDiffusionPipeline`, or for a prior that fills
-a mask its inpainting form, that paints the same.
+a mask its inpainting form, that paints the same; of a model of pixels a `DDPMPipeline`.
 
 It does not know how such a folder is read, see `stable_diffusion`. Guidance and the number of steps are arguments of
 their pipeline, which such a folder cannot hold.
@@ -23,9 +23,12 @@ from .whole_file import save_tensors
 
 
 def save(model: Path, out: Path) -> None:
-    """Writes the parts of a model folder. Raises ValueError for a system that their pipeline cannot hold."""
+    """Writes the parts of a model folder. Raises ValueError for a system that their pipelines cannot hold."""
     card, recipe = checkpoint.read_card(model), checkpoint.load_recipe(model)
     check_built(model, card, recipe)
+    if "tokenizer" not in recipe.parts and "text" not in recipe.parts:
+        _save_pixels(model, recipe, out)
+        return
     kinds = {part: recipe.parts.get(part, {}).get("kind") for part in ("tokenizer", "text", "prior")}
     if kinds != {"tokenizer": "autoencoder_kl", "text": "clip_text", "prior": "unet"}:
         raise RecipeError(
@@ -56,6 +59,34 @@ def save(model: Path, out: Path) -> None:
         "requires_safety_checker": False,
     }
     _json(out / "model_index.json", index)
+
+
+def _save_pixels(model: Path, recipe: Recipe, out: Path) -> None:
+    sizes = {key: value for key, value in recipe.parts["prior"].items() if key != "kind"}
+    scheduler, prior = scheduler_config(recipe), unet_config(sizes) | {"sample_size": recipe.image_size}
+    read, drawn, classes = prior["in_channels"], prior["out_channels"], sizes.get("num_classes")
+    if classes is not None or (read, drawn) != (3, 3):
+        raise RecipeError(
+            "diffusers' DDPMPipeline draws pixels of 3 channels without classes or learned variances, "
+            f"{recipe.name} reads {read} channels, gives {drawn} and has {classes or 'no'} classes; export another"
+        )
+    scheduler |= _clipping(recipe, scheduler["_class_name"])
+    _write(out / "unet", prior, "diffusion_pytorch_model", unet_to_diffusers(checkpoint.load_weights(model, "prior")))
+    _json(out / "scheduler" / "scheduler_config.json", scheduler)
+    parts = {"unet": ["diffusers", prior["_class_name"]], "scheduler": ["diffusers", scheduler["_class_name"]]}
+    _json(out / "model_index.json", {"_class_name": "DDPMPipeline"} | parts)
+
+
+def _clipping(recipe: Recipe, scheduler: str) -> dict[str, Any]:
+    """What makes a scheduler keep x_0 in [-1, 1], as ours does with pixels. Raises RecipeError where nothing does."""
+    if scheduler == "DDPMScheduler":
+        return {"clip_sample": True}
+    if scheduler == "DPMSolverMultistepScheduler":
+        return {"thresholding": True, "sample_max_value": 1.0}
+    raise RecipeError(
+        f"{recipe.name}: in diffusers' DDPMPipeline {scheduler} does not keep pixels in [-1, 1] as ours does, or is "
+        "not called as it has to be; set sampling.sampler to ddpm, dpmpp_2m or dpmpp_2m_sde"
+    )
 
 
 def _mult(recipe: Recipe) -> tuple[int, ...]:

@@ -80,6 +80,41 @@ def test_a_model_of_ours_paints_the_same_in_diffusers(tmp_path, noise):
     )
 
 
+def test_a_model_of_pixels_draws_the_same_in_diffusers(tmp_path, monkeypatch):
+    unet = {"kind": "unet", "in_channels": 3, "width": 8, "channel_mult": [1, 2], "blocks_per_level": 1}
+    unet |= {"num_heads": 2, "attn_levels": [1], "context_dim": None, "norm_groups": 4}
+    recipe = Recipe(
+        name="tests/own", paper="none", image_size=16, parts={"prior": unet},
+        sampling={"sampler": "dpmpp_2m", "num_steps": 4}, diffusion={"schedule": "cosine", "prediction": "v"},
+    )  # fmt: skip
+    torch.manual_seed(1)
+    network = build(recipe, "prior")
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    (tmp_path / "m").mkdir()
+    checkpoint.save_part(tmp_path / "m", recipe, "prior", checkpoint.export(network, torch.float32))
+    run("export", tmp_path / "m", tmp_path / "there")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "there")
+    assert type(pipeline).__name__ == "DDPMPipeline"
+    pipeline.set_progress_bar_config(disable=True)
+    start = normal(0, 0, torch.tensor([SEED]), (3, 16, 16), "sampler start")
+    monkeypatch.setattr("diffusers.pipelines.ddpm.pipeline_ddpm.randn_tensor", lambda *rest, **more: start)
+    theirs = pipeline(num_inference_steps=4, output_type="np").images[0].astype(np.float64) * 255
+    mine = np.asarray(TextToImage.load(tmp_path / "m")("anything", seed=SEED)[0].image).astype(float)
+    assert np.abs(mine - theirs).max() <= 1
+    assert 0.2 < ((theirs > 1) & (theirs < 254)).mean() < 0.98  # some were held to the range, most lie in it
+    for sampler, kept in (("ddpm", {"clip_sample": True}), ("ddim", None)):
+        (tmp_path / "m" / "recipe.yaml").write_text(dump(recipe.model_copy(update={"sampling": {"sampler": sampler}})))
+        if kept is None:
+            with pytest.raises(ValueError, match="DDIMScheduler does not keep pixels"):
+                run("export", tmp_path / "m", tmp_path / sampler)
+            assert not (tmp_path / sampler).exists()
+        else:
+            run("export", tmp_path / "m", tmp_path / sampler)
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / sampler)
+            assert kept.items() <= dict(pipeline.scheduler.config).items()
+
+
 def test_open_clips_vocabulary_is_that_of_transformers(tmp_path):
     captions = caption_files.of_open_clip(75)
     assert caption_files.write(tmp_path / "t", captions, 49408, 49407) == "CLIPTokenizer"
@@ -112,6 +147,15 @@ def test_diffusers_has_no_other_kinds(tmp_path):
     with pytest.raises(ValueError, match="needs a tokenizer autoencoder_kl, a text clip_text and a prior unet"):
         run("export", folder, tmp_path / "there")
     assert not (tmp_path / "there").exists()
+    plain = {"kind": "unet", "context_dim": None, "in_channels": 3, "num_heads": 1}
+    for parts, message in (
+        ({"prior": plain | {"num_classes": 10}}, "has 10 classes"),
+        ({"prior": plain | {"out_channels": 6}}, "gives 6 and has no"),
+    ):
+        (folder / "recipe.yaml").write_text(dump(recipe.model_copy(update={"parts": parts})))
+        with pytest.raises(ValueError, match=message):
+            run("export", folder, tmp_path / "there")
+        assert not (tmp_path / "there").exists()
     for sampling, message in (
         ({"spacing": "leading"}, "has no timestep_spacing 'leading'"),
         ({"sampler": "ddim", "spacing": "linspace"}, "has no timestep_spacing 'linspace' that takes the steps of ddim"),

@@ -173,6 +173,25 @@ def test_the_hybrid_teaches_variances_by_the_bound_only():
     torch.testing.assert_close(total, 4 * (scalars["error"] + 0.001 * scalars["bound"]))
 
 
+def test_the_bound_alone_weighs_the_error_of_eps_as_published():
+    """Ho 2020, equation 12: beta^2 / (2 sigma^2 (1 - beta) (1 - alpha_bar)) of each, for t > 0 and fixed variances."""
+    schedule, t, x_0, eps, x_t, (alpha, sigma) = noised()
+    assert (t > 0).any()
+    out = normal(4, 3, 2, 2, seed=2).requires_grad_()
+    found = Denoiser(lambda x, time, c: out, schedule)(x_t, t, None)
+    a, _, variance = schedule.posterior_terms(t, x_t)
+    nats = step_nats(x_0, found.x_0, schedule.log_variance(t, 0.0, x_t), a, variance)
+    weight = torch.ones(4, dtype=F64)
+    bound = bits_per_dim(nats, x_0)
+    (total, _), scalars = diffusion(found, x_0, eps, alpha, sigma, weight, bound=bound, bound_weight=1.0, simple=False)
+    torch.testing.assert_close(total, bound.sum())
+    assert set(scalars) == {"error", "bound"}
+    (slope,) = torch.autograd.grad(total, out)
+    beta, bar = (each[t].view(-1, 1, 1, 1) for each in (schedule.betas, schedule.alpha_bar))
+    published = beta.square() / (2 * variance * (1 - beta) * (1 - bar)) * 2 * (out - eps) / (12 * math.log(2))
+    torch.testing.assert_close(slope[t > 0], published[t > 0].detach())
+
+
 def test_quantiles_of_the_logit_normal():
     quartile = 1 / (1 + math.exp(0.3 + 2 * 0.6744897501960817))
     wanted = torch.tensor([0.0, quartile, 1 / (1 + math.exp(0.3)), 1.0])

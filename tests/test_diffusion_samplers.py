@@ -73,6 +73,14 @@ def test_orders_of_convergence(name, order):
     assert slope(SAMPLERS[name], [20, 40], exact, "karras") == pytest.approx(order, abs=0.35)
 
 
+@pytest.mark.parametrize(("name", "order"), [("ddpm", 1), ("euler_ancestral", 1), ("dpmpp_2m_sde", 2)])
+def test_weak_orders_of_convergence(name, order):
+    """Of samplers that draw noise: the power with which the error of the variance falls, over 524,288 values."""
+    exact, run = gaussian(), partial(SAMPLERS[name], shape=(16, 32, 32), seeds=SEEDS, spacing="karras")
+    off = [run(exact, "asked", num_steps=count).double().var().item() / exact.variance - 1 for count in (40, 80)]
+    assert -math.log2(off[1] / off[0]) == pytest.approx(order, abs=0.25)
+
+
 def test_ddim_with_noise_has_the_moments_of_ddpm():
     exact = gaussian()
     small, ddim_1 = (run(exact, "asked", SHAPE, SEEDS, num_steps=20) for run in (ddpm, partial(ddim, eta=1.0)))

@@ -33,9 +33,10 @@ def stage_of(tmp_path, *overrides: str, name: str = "shapes/ddpm", classes: str 
     return stage, source
 
 
-def test_it_learns(tmp_path):
+@pytest.mark.parametrize(("objective", "share"), [("weighting: none", 0.8), ("loss: vlb", 0.95)])
+def test_it_learns(tmp_path, objective, share):
     torch.manual_seed(0)
-    stage, source = stage_of(tmp_path, "stages.prior.objective={weighting: none}", name="digits/ddpm", classes="10")
+    stage, source = stage_of(tmp_path, f"stages.prior.objective={{{objective}}}", name="digits/ddpm", classes="10")
     held_out = source.read(range(1000, 1016))
     before = stage.measure(held_out)
     optimizer = torch.optim.Adam(stage.network.parameters(), lr=3e-3)
@@ -46,7 +47,7 @@ def test_it_learns(tmp_path):
             optimizer.step()
     after = stage.measure(held_out)
     assert set(before) == set(stage.metrics) and before["error"].shape == (16,)
-    assert after["error"].mean() < 0.8 * before["error"].mean()
+    assert after["error"].mean() < share * before["error"].mean()
     assert 0 < after["bits_per_dim"].mean() < before["bits_per_dim"].mean()
     assert torch.equal(after["error"], stage.measure(held_out)["error"])
     assert stage.preview(held_out).width >= 128
@@ -263,7 +264,7 @@ TEXT = "parts.text={kind: caption_encoder, text_vocab: 300, text_length: 12, wid
         (["parts.prior.out_channels=4"], "the prior reads 3 and gives 4"),
         (["parts.prior.channel_mult=[1, 1, 1, 1, 1, 1, 1]"], "halves its grid to 1/64, which must divide [32, 32]"),
         ([f"parts.tokenizer={KL}"], "the tokenizer gives 2 channels, the prior reads 3"),
-        ([CODES], "gives codes of shape (8, 8); take an autoencoder_kl"),
+        ([CODES], "gives codes of shape (8, 8); take an autoencoder_kl or vq_latents"),
         ([TEXT], "null where there is none, got None and 16"),
         ([TEXT, "parts.prior.context_dim=16", "captions.vocab_size=301"], "text reads 12 tokens of 300, the captions"),
         (["diffusion={prediction: eps, zero_terminal: true}"], "let the network predict v or x_0"),
@@ -281,6 +282,8 @@ TEXT = "parts.text={kind: caption_encoder, text_vocab: 300, text_length: 12, wid
         ([f"{OBJECTIVE}={{logit_mean: -1}}"], "stages.prior.objective.logit_mean is of logit_std, which is 0"),
         ([f"{OBJECTIVE}={{uniform: 0.1}}"], "uniform is of logit_std, which is 0; write that too, or leave uniform"),
         ([f"{OBJECTIVE}={{logit_std: 1}}", "parts.prior.out_channels=6"], "from timesteps that are drawn uniformly"),
+        ([f"{OBJECTIVE}={{loss: vlb, logit_std: 1}}"], "from timesteps that are drawn uniformly"),
+        ([f"{OBJECTIVE}={{loss: vlb, gamma: 1}}"], "loss: vlb is the bound of 8-bit pixels, without a tokenizer and"),
     ],
 )
 def test_a_prior_that_does_not_fit_is_refused_before_anything_trains(overrides, said):

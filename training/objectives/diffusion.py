@@ -36,12 +36,14 @@ def diffusion(
     gamma: float | None = None,
     bound: Tensor | None = None,
     bound_weight: float = 0.001,
+    simple: bool = True,
 ) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
     """Squared error of what is found in x_t = alpha x_0 + sigma eps, (B, ...). Separable.
 
     target: in which terms the error is taken, "eps", "x_0" or "v", each its mean over D. weight: (B,), 0 leaves a
     sample out. weighting, gamma: see `snr_weight`. bound: bits per dimension of the whole bound, as estimated from this
-    t, (B,), which counts `bound_weight` (the hybrid loss: see `step_nats` for where gradients go).
+    t, (B,), which counts `bound_weight` (the hybrid loss: see `step_nats` for where gradients go). simple: False leaves
+    the squared error out, so that the bound alone is learned, L_vlb (Ho 2020, equation 5).
 
     Returns ((weighted loss sum, weight sum), scalars), detached weighted means: `error` without the weighting, and
     `bound`. Raises ValueError for another target or weighting, or shapes that disagree.
@@ -51,7 +53,7 @@ def diffusion(
         raise ValueError(f"diffusion needs found, x_0 and eps of one shape (B, ...) and weight (B,), got {shapes}")
     error = squared_error(found, x_0, eps, alpha, sigma, target)
     snr = (alpha / sigma).square().flatten()
-    loss, shown = snr_weight(snr, target, weighting, gamma) * error, {"error": error}
+    loss, shown = snr_weight(snr, target, weighting, gamma) * error * float(simple), {"error": error}
     if bound is not None:
         loss, shown = loss + bound_weight * bound, shown | {"bound": bound}
     return weighted(loss, weight, shown)
@@ -115,7 +117,8 @@ def step_nats(
 
     KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) (Ho 2020, equation 5), where both means have the same share of x_t and
     `coefficient` of their x_0; where posterior_variance is 0, at t = 0, -ln p(x_0 | x_1) of 8-bit pixels (equation 13).
-    log_variance: of p. For the hybrid loss found_x_0 comes detached, so that only variances learn from it.
+    log_variance: of p. For the hybrid loss found_x_0 comes detached, so that only variances learn from it; for L_vlb it
+    does not.
     """
     apart = coefficient * (full(x_0) - full(found_x_0))
     log_q = posterior_variance.clamp(min=1e-30).log()

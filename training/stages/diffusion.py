@@ -52,20 +52,23 @@ class DiffusionStage(TrainingStage):
 
     target: in which terms the error is taken, by default what the network predicts. weighting, gamma: see
     `objectives.diffusion.snr_weight`. bound_weight: of the variational bound in bits per dimension, where variances are
-    learned. logit_std, logit_mean: timesteps are drawn by the logit-normal of these, see
-    `objectives.diffusion.logit_normal`; up to the share `uniform` of the steps all of them uniformly instead, from
-    there to the share `uniform_end` fewer and fewer, and `uniform_least` of them to the end. Only in nearly pure noise
-    do captions alone tell what is where; once that is learned, the rest needs more samples, but that its ends too.
+    learned. loss: "simple", or of pixels "vlb", that bound alone, by which the mean learns too. logit_std, logit_mean:
+    timesteps are drawn by the logit-normal of these, see `objectives.diffusion.logit_normal`; up to the share `uniform`
+    of the steps all of them uniformly instead, from there to the share `uniform_end` fewer and fewer, and
+    `uniform_least` of them to the end. Only in nearly pure noise do captions alone tell what is where; once that is
+    learned, the rest needs more samples, but that its ends too.
     condition_drop: the share of samples that are shown the null condition. canonical, canonical_end, bpe_dropout,
     bpe_dropout_start: as in `CLIPStage`, where captions are read.
     """
 
     part = "prior"
     higher_is_better = False
+    fewest = 2  # one has no sample before it
     depends: tuple[str, ...] = ("tokenizer", "captions", "text")
     beside: tuple[str, ...] = ("text",)
     cached: tuple[str, ...] = ("latents", "text_tokens")
     knobs: ClassVar = {
+        "loss": Knob(choices=("simple", "vlb")),
         "target": Knob(choices=("eps", "x_0", "v")),
         "weighting": Knob(choices=objective.WEIGHTINGS),
         "gamma": Knob(),
@@ -132,8 +135,11 @@ class DiffusionStage(TrainingStage):
                 f"weights {weights['weighting']} of an error of eps are divided by the SNR, which ends at 0 with "
                 "zero_terminal; write target: x_0 or v in its objective"
             )
-        if config.number("logit_std", 0) and prior.conv_out.out_channels == 2 * prior.in_channels:
-            return "learned variances take the bound from timesteps that are drawn uniformly; leave logit_std out"
+        whole = config.word("loss", "simple") == "vlb"
+        if config.number("logit_std", 0) and (whole or prior.conv_out.out_channels == 2 * prior.in_channels):
+            return "the variational bound is taken from timesteps that are drawn uniformly; leave logit_std out"
+        if whole and ("tokenizer" in parts or {"target", "weighting", "gamma", "bound_weight"} & set(config.objective)):
+            return "loss: vlb is the bound of 8-bit pixels, without a tokenizer and without weights; leave these out"
         if prior.embedding_dim is not None:
             return "it has no image embeddings; leave parts.prior.embedding_dim out"
         if width != prior.context_dim:
@@ -149,7 +155,7 @@ class DiffusionStage(TrainingStage):
         if spec and (spec.kind != "latents" or len(spec.shape) != 3):
             return (
                 f"diffusion needs latents (C, h, w), and the tokenizer gives {spec.kind} of shape {tuple(spec.shape)}; "
-                "take an autoencoder_kl, or leave the tokenizer out to learn pixels"
+                "take an autoencoder_kl or vq_latents, or leave the tokenizer out to learn pixels"
             )
         channels, *places = spec.shape if spec else (3, recipe.image_size, recipe.image_size)
         read, given = prior.in_channels, prior.conv_out.out_channels
@@ -194,10 +200,13 @@ class DiffusionStage(TrainingStage):
         x_t = self.schedule.diffuse(x_0, t, eps)
         found = self._denoiser(draws)(x_t, t, condition)
         share = found.variance_share
-        bound = None if share is None else total * self._bits(x_0, found.x_0.detach(), share, t)
+        vlb = config.word("loss", "simple") == "vlb"
+        bounded = vlb or share is not None
+        bound = total * self._bits(x_0, found.x_0 if vlb else found.x_0.detach(), share, t) if bounded else None
         return objective.diffusion(
             found, x_0, eps, *self.schedule.at(t, x_0), batch.weight,
-            **_weights(self.recipe, config), bound=bound, bound_weight=config.number("bound_weight", 0.001),
+            **_weights(self.recipe, config), bound=bound,
+            bound_weight=1.0 if vlb else config.number("bound_weight", 0.001), simple=not vlb,
         )  # fmt: skip
 
     @torch.no_grad()
