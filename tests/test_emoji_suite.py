@@ -6,6 +6,7 @@ The data: the fixture's 12 concepts, and two roles of 3 genders x 5 tones drawn 
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,8 +173,29 @@ def test_true_pictures_score_one_on_any_background(data, gallery):
     chances = (one["E1"]["chance"], *(one["E1"]["answers"][name]["chance"] for name in ("tone", "gender")))
     assert chances == pytest.approx((1 / 15, 1 / 5, 1 / 3))
     assert result["ranking"]["E1"] == {"n": 12, "gained": 0, "lost": 0, "p": 1.0, "errors_removed": None}
+    for test, columns in result["tests"].items():
+        kid = columns["one_sample"]["kid"]
+        assert kid is None if len(suite.prompts(gallery, test)) < 4 else abs(kid[0]) < 3 * kid[1], (test, kid)
     names = [f"{test}{end}" for end in ("", " best of 2") for test in suite.TESTS]
     assert suite.headline(result) == dict.fromkeys(names, 1.0)
+
+
+def test_pictures_that_are_no_emoji_are_far_from_them_and_without_the_package_no_kid_is_given(
+    data, gallery, monkeypatch
+):
+    class Noise(Painter):
+        def __call__(self, prompts, **rest):
+            draws = np.random.default_rng(0)
+            noise = (Image.fromarray(draws.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in prompts)
+            return [replace(each, image=next(noise)) for each in super().__call__(prompts, **rest)]
+
+    noise = suite.evaluate(Noise(gallery), data, tests=["trained"])
+    mean, deviation = noise["tests"]["trained"]["one_sample"]["kid"]
+    assert mean > 0.1 and mean > 5 * deviation and "trained: KID-lite0 x 1000 of one sample" in suite.report(noise)
+
+    monkeypatch.setattr(suite, "has_package", lambda name: False)
+    without = suite.evaluate(Painter(gallery), data, tests=["trained"])
+    assert without["tests"]["trained"]["one_sample"]["kid"] is None and "no KID" in suite.report(without)
 
 
 def test_large_pictures_are_compared_at_fewer_points(tmp_path):

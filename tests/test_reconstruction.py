@@ -164,6 +164,17 @@ def test_shards_of_pictures_need_no_facts(kl, tmp_path):
         reconstruction.evaluate([model])
 
 
+def test_digits_are_those_that_training_held_out(kl):
+    held = "{kind: digits, validation_share: 0.01}"
+    found = reconstruction.evaluate([kl(data=held), kl(data=held + " ")])
+    assert found["pictures"] == "digits that are held out" and 20 < found["n"] < 100
+    assert "facts" not in found["tokenizers"][0] and found["tokenizers"][0]["psnr"] > 0
+    with pytest.raises(ValueError, match=r"validation_share \[0.01, 0.02\]"):
+        reconstruction.evaluate([kl(data=held), kl(data="{kind: digits}")])
+    with pytest.raises(ValueError, match="some of .'digits', 'shapes'."):
+        reconstruction.evaluate([kl(), kl(data="{kind: digits,  jitter: 0.0}")])
+
+
 def test_one_table_holds_the_same_pictures(kl):
     with pytest.raises(ValueError, match=r"sizes \[32, 64\] px"):
         reconstruction.evaluate([kl(), kl(side=64)])

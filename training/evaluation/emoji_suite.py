@@ -13,6 +13,9 @@ tone) once, held out or not. Equal pictures count as one: Noto's astronaut looks
 - E2: held-out cells of concept x style, one of each; answers as in `trained`. Read R@1 beside `style`: the true emoji
   of the other style has R@1 0.19 (Noto 1.2.9, Fluent 1.2.6) and style 0.
 
+KID-lite0 of each test is `reconstruction.kid` of its painted pictures and the true ones, on backgrounds in turn: do
+they look like emoji, whichever? It needs the package of the ruler's features.
+
 The cells are the same at every seed, and English and Russian come in turn. M emoji of the gallery, B pictures, S side,
 P points compared.
 
@@ -31,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -39,6 +43,8 @@ from scipy import ndimage
 from ...pipeline.text_to_image import TextToImage
 from ..data.emoji import read_gallery, role_of
 from ..data.emoji_captions import BACKGROUNDS, NAMES_STYLE, caption
+from ..features import RULER, EfficientNetLite, has_package, ruler
+from .reconstruction import features_of, kid, kid_words
 from .reports import Result, check_tests, columns_of, percent, ranking_line, rates_of, rounded, title
 from .shapes_suite import SEED_STRIDE, Model
 from .statistics import mcnemar, rate
@@ -53,6 +59,7 @@ _GROUNDS = np.array([rgb for rgb, _ in BACKGROUNDS.values()], dtype=np.float32) 
 
 Answers = dict[str, tuple[bool, float]]  # question: (answered rightly, its chance)
 Judged = dict[str, dict[str, list[Answers]]]  # test, column
+Features = dict[str, dict[str, list[torch.Tensor]]]  # test, column or "true": (B, D) each
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,13 @@ class Gallery:
             np.minimum(found, plain + through, out=found)
         return found
 
+    def pictures(self, places: Sequence[int]) -> np.ndarray:
+        """The emoji at these places, uint8 (B, S, S, 3), on backgrounds in turn."""
+        pixels = np.stack([self.emoji[place].pixels for place in places]).astype(np.float32)
+        grounds = _GROUNDS[np.arange(len(places)) % len(_GROUNDS)][:, None, None]
+        alpha = pixels[..., 3:] / 255
+        return np.rint(pixels[..., :3] * alpha + 255 * grounds * (1 - alpha)).astype(np.uint8)
+
     def judge(self, test: str, place: int, distances: np.ndarray) -> Answers:
         """The answers that distances (M,) give about the emoji at a place; what cannot be missed is not asked.
 
@@ -190,6 +204,7 @@ def evaluate(
 
     tests.<test>.<column>: n, accepted, rate, interval and chance of R@1; the same of the other answers under answers,
     and of R@1 under languages. A rate over nothing is None.
+    tests.<test>.<column>.kid: mean and deviation of KID-lite0, None for fewer than 4 pictures or without its package
     ranking.<test>: McNemar's test of one_sample against best_of_n by R@1, for candidates > 1 (`statistics.mcnemar`)
     gallery: emoji of each style
 
@@ -206,39 +221,51 @@ def evaluate(
     system = TextToImage.load(model) if isinstance(model, str | Path) else model
     if candidates > 1 and system.scorer is None:
         raise ValueError(f"best of {candidates} needs a CLIP, the model has none; train it, or set candidates=1")
-    if (painted := system.recipe.image_size) != gallery.side:
-        raise ValueError(f"the model paints {painted} px, {data} holds {gallery.side}; write it with --size {painted}")
+    if (side := system.recipe.image_size) != gallery.side:
+        raise ValueError(f"the model paints {side} px, {data} holds {gallery.side}; write it with --size {side}")
     total, done = sum(map(len, asked.values())), 0
     judged: Judged = {test: {column: [] for column in ("one_sample", "best_of_n")[:candidates]} for test in tests}
+    seen: Features = {test: defaultdict(list) for test in tests}
+    network = _ruler()
     facts: dict[str, Any] = {}
     parts = [(test, asked[test][i : i + _CHUNK]) for test in tests for i in range(0, len(asked[test]), _CHUNK)]
     for test, part in parts:
-        answers, facts = _judge(system, gallery, test, part, candidates, knobs)
-        for column, more in answers.items():
-            judged[test][column] += more
+        painted, facts = _painted(system, part, candidates, knobs)
+        for column, pictures in painted.items():
+            pairs = zip(part, gallery.distances(pictures), strict=True)
+            judged[test][column] += [gallery.judge(test, prompt.place, row) for prompt, row in pairs]
+        if network is not None:
+            for column, pictures in {**painted, "true": gallery.pictures([prompt.place for prompt in part])}.items():
+                seen[test][column].append(features_of(network, torch.from_numpy(pictures)))
         done += len(part)
         if progress is not None:
             progress(done, total)
     result: Result = {key: facts[key] for key in ("model", "model_hash", "device", "dtype", "knobs")}
     result |= {"seed": seed, "candidates": candidates, "gallery": Counter(gallery.style.tolist())}
-    return result | _summary(gallery.languages, asked, judged)
+    result |= _summary(gallery.languages, asked, judged)
+    for test, columns in result["tests"].items():
+        for column, entry in columns.items():
+            features = [torch.cat(seen[test][name]) for name in ("true", column) if seen[test][name]]
+            entry["kid"] = kid(*features) if features and len(features[0]) >= 4 else None
+    return result | {"features": None if network is None else RULER}
 
 
-def _judge(
-    system: TextToImage, gallery: Gallery, test: str, part: list[Prompt], candidates: int, knobs: dict[str, Any]
-) -> tuple[dict[str, list[Answers]], dict[str, Any]]:
-    """The answers about the pictures of each column, and the facts of one painting."""
+def _ruler() -> EfficientNetLite | None:
+    """The network of KID, or None without its package: the answers need none."""
+    return ruler() if has_package(RULER) else None
+
+
+def _painted(
+    system: TextToImage, part: list[Prompt], candidates: int, knobs: dict[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The pictures of each column, uint8 (B, S, S, 3), and the facts of one painting."""
     texts, seeds = [prompt.text for prompt in part], [prompt.seed for prompt in part]
     painted = system(texts, seed=seeds, candidates=candidates, keep=candidates, **knobs)
     columns = {"one_sample": [painting for painting in painted if painting.facts["candidate"] == 0]}
     if candidates > 1:
         columns["best_of_n"] = painted[::candidates]  # each prompt's come best first
-    answers = {}
-    for column, chosen in columns.items():
-        distances = gallery.distances(np.stack([np.asarray(painting.image) for painting in chosen]))  # (B, M)
-        pairs = zip(part, distances, strict=True)
-        answers[column] = [gallery.judge(test, prompt.place, row) for prompt, row in pairs]
-    return answers, painted[0].facts
+    pictures = {name: np.stack([np.asarray(each.image) for each in chosen]) for name, chosen in columns.items()}
+    return pictures, painted[0].facts
 
 
 def _summary(languages: list[str], asked: dict[str, list[Prompt]], judged: Judged) -> Result:
@@ -278,6 +305,14 @@ def report(result: Result) -> str:
     gallery = ", ".join(f"{count} {style}" for style, count in result["gallery"].items())
     console.print(f"nearest by blurred pixels on any of {len(BACKGROUNDS)} backgrounds; gallery: {gallery}")
     console.print(_rate_table(result))
+    for test, columns in result["tests"].items():
+        known = [
+            f"{columns_of(result)[name]} {kid_words(*entry['kid'])}" for name, entry in columns.items() if entry["kid"]
+        ]
+        if known:
+            console.print(f"{test}: KID-lite0 x 1000 of {', of '.join(known)}")
+    if result["features"] is None:
+        console.print('no KID: pip install "kartina[perceptual]"')
     for test, ranking in result.get("ranking", {}).items():
         console.print(f"{test}: {ranking_line(ranking, result['candidates'])}")
     return text.getvalue()

@@ -32,8 +32,10 @@ from ...pipeline.images import to_uint8
 from ...pipeline.known_models import find_model
 from ..data.shapes import JITTER, ShapesSource
 from ..data.shapes_scenes import Facts
-from ..features import RULER, ruler
+from ..features import RULER, EfficientNetLite, ruler
 from ..objectives.dvae import codebook_use
+from ..run import training_of
+from ..sources import validation_of
 from ..stream import ShardSource
 from .reports import Result, decibels, percent, psnr
 from .shapes_checker import check
@@ -104,6 +106,19 @@ def kid(true: Tensor, again: Tensor, seed: int = 0) -> tuple[float, float]:
     return float(torch.tensor(found).mean()), float(torch.tensor(found).std())
 
 
+def features_of(network: EfficientNetLite, pictures: Tensor, device: Any = "cpu") -> Tensor:
+    """Pictures (B, S, S, 3), uint8 -> what the ruler's network reads of them, (B, D), on the CPU."""
+    image = pictures.to(device).movedim(3, 1).float() / 127.5 - 1
+    if image.shape[-1] < SIDE:
+        image = F.interpolate(image, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+    return network.pooled(image).cpu()
+
+
+def kid_words(mean: float, deviation: float) -> str:
+    """KID times 1,000."""
+    return f"{1000 * mean:.2f} +- {1000 * deviation:.2f}"
+
+
 class _Tokenizer:
     """A tokenizer from its model folder, and what was found of it so far."""
 
@@ -113,7 +128,9 @@ class _Tokenizer:
         self.network = checkpoint.load_part(folder, self.recipe, "tokenizer", device)
         self.spec, self.entry = self.network.spec, checkpoint.read_card(folder)["parts"]["tokenizer"]
         self.data = self.recipe.training.get("data", {})
-        self.counts = torch.zeros(getattr(self.spec, "vocabulary", 0), dtype=torch.int64)
+        self.counts = torch.zeros(
+            getattr(getattr(self.network, "codes", self.spec), "vocabulary", 0), dtype=torch.int64
+        )
         self.errors: list[float] = []
         self.likeness: list[float] = []
         self.kept: list[bool] = []
@@ -123,7 +140,8 @@ class _Tokenizer:
         """image (B, 3, S, S) -> pictures (B, S, S, 3), uint8; counts the codes."""
         z = self.network.encode(image.to(next(self.network.parameters())))
         if len(self.counts):
-            self.counts += torch.bincount(z.flatten().cpu(), minlength=len(self.counts))
+            codes = z if self.spec.kind == "codes" else self.network.nearest(z)
+            self.counts += torch.bincount(codes.flatten().cpu(), minlength=len(self.counts))
         return to_uint8(self.network.decode(z))
 
     def judge(self, true: Tensor, again: Tensor, facts: list[Facts] | None) -> None:
@@ -159,19 +177,22 @@ def _pictures(tokenizers: list[_Tokenizer], data: Path | None, count: int, seed:
     """The number of pictures, what they are, and they in batches. Raises ValueError where not all read the same."""
     sizes = {tokenizer.recipe.image_size for tokenizer in tokenizers}
     jitters = {tokenizer.data.get("jitter", JITTER) for tokenizer in tokenizers}
-    shapes = all(tokenizer.data.get("kind", "shapes") == "shapes" for tokenizer in tokenizers)
+    kinds = {tokenizer.data.get("kind", "shapes") for tokenizer in tokenizers}
     if len(sizes) > 1 or data is None and len(jitters) > 1:
         raise ValueError(
             f"tokenizers in one table give back the same pictures, got sizes {sorted(sizes)} px and jitters "
             f"{sorted(jitters)} of the colours; judge those that differ alone"
         )
-    if data is None and not shapes:
-        raise ValueError("not all were trained on shapes; name shards of pictures to give back with --data FOLDER")
+    if data is None and kinds not in ({"shapes"}, {"digits"}):
+        raise ValueError(
+            f"without --data tokenizers of shapes alone or of digits alone are judged, got some of {sorted(kinds)}; "
+            "name shards of pictures to give back with --data FOLDER"
+        )
     size = sizes.pop()
-    if data is not None:
-        source = ShardSource(data, size, seed)
+    if data is not None or kinds == {"digits"}:
+        source = _held_out_digits(tokenizers) if data is None else ShardSource(data, size, seed)
         total = min(count, source.size)
-        return total, str(data), _of_shards(source, total)
+        return total, "digits that are held out" if data is None else str(data), _of_source(source, total)
     tests = [ShapesSource(size, seed, split=test, jitter=jitters.copy().pop()) for test in _TESTS]
     each = min(count // len(tests), min(test.size or 0 for test in tests))
     return each * len(tests), "shapes " + ", ".join(_TESTS), _of_shapes(tests, each)
@@ -181,7 +202,20 @@ def _chunks(count: int) -> list[range]:
     return [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
 
 
-def _of_shards(source: ShardSource, count: int) -> Pictures:
+def _held_out_digits(tokenizers: list[_Tokenizer]) -> Any:
+    """What none of them was trained on. Raises ValueError where they hold out other shares, or none."""
+    data = [training_of(tokenizer.recipe).data for tokenizer in tokenizers]
+    shares = sorted({each.validation_share for each in data})
+    found = validation_of(tokenizers[0].recipe, data[0]) if len(shares) == 1 else None
+    if found is None:
+        raise ValueError(
+            f"tokenizers of digits are judged on what all of them held out, got validation_share {shares}; judge those "
+            "that differ alone, or name shards of pictures with --data FOLDER"
+        )
+    return found
+
+
+def _of_source(source: Any, count: int) -> Pictures:
     for part in _chunks(count):
         batch = source.read(part)
         yield batch.image[batch.weight > 0], None
@@ -205,11 +239,13 @@ def evaluate(
 ) -> Result:
     """Judges the tokenizers of model folders on the same pictures; a model needs no prior.
 
-    models: shipped names or folders. data: a folder of shards that none was trained on; None for the tests of shapes.
+    models: shipped names or folders. data: a folder of shards that none was trained on; None for the tests of shapes,
+    or the digits that training held out.
     count: of pictures, at most. progress: called with the pictures read and in all. Returns {"pictures", "n", "seed",
     "features", "tokenizers": [see the module's legend, and parameters, latent, trained_on: pictures seen]}; what a
     tokenizer does not have (facts, codes) is left out, psnr is None where nothing differs. Raises ValueError for
-    tokenizers that do not read the same pictures or fewer than 4 pictures, and as loading does.
+    tokenizers that do not read the same pictures, or did not hold out the same, fewer than 4 pictures, and as loading
+    does.
     """
     tokenizers = [_Tokenizer(name, device) for name in models]
     total, what, pictures = _pictures(tokenizers, data, count, seed)
@@ -217,20 +253,13 @@ def evaluate(
         raise ValueError(f"the ruler needs at least 4 pictures, got {total}; ask for more with --count")
     judge, features = ruler().to(device), []
 
-    def read(picture: Tensor) -> Tensor:
-        """(B, S, S, 3) uint8 -> features (B, D), on the CPU."""
-        image = picture.to(device).movedim(3, 1).float() / 127.5 - 1
-        if image.shape[-1] < SIDE:
-            image = F.interpolate(image, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
-        return judge.pooled(image).cpu()
-
     for image, facts in pictures:
         true = to_uint8(image)
-        features.append(read(true))
+        features.append(features_of(judge, true, device))
         for tokenizer in tokenizers:
             again = tokenizer.reconstruct(image)
             tokenizer.judge(true, again, facts)
-            tokenizer.features.append(read(again))
+            tokenizer.features.append(features_of(judge, again, device))
         if progress is not None:
             progress(sum(map(len, features)), total)
     known = torch.cat(features)
@@ -257,7 +286,7 @@ def report(result: Result) -> str:
             "-" if row["trained_on"] is None else f"{row['trained_on']:,}",
             decibels(row["psnr"]),
             f"{row['ssim']:.4f}",
-            f"{1000 * row['kid']:.2f} +- {1000 * row['kid_deviation']:.2f}",
+            kid_words(row["kid"], row["kid_deviation"]),
             percent(row["facts"]) if "facts" in row else "-",
             f"{row['usage']:.1%}" if "usage" in row else "-",
             f"{row['perplexity']:.1f}" if "perplexity" in row else "-",
