@@ -17,21 +17,17 @@ do not change the time.
 """
 
 import argparse
-import copy
 import importlib.util
 import json
 import sys
-import time
 import types
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from kartina.benchmarks._timing import Work, compare, layouts, limit, told, training_step
 from kartina.layers import random
 from kartina.pipeline.convert import to_diffusers
 from kartina.tokenizers.autoencoder_kl import AutoencoderKL
@@ -42,59 +38,6 @@ from kartina.training.objectives.vqvae import quantization
 from kartina.training.optim import fast_bf16
 
 SIZES = yaml.safe_load((Path(__file__).parent / "sizes.yaml").read_text())["tokenizers"]
-Work = Callable[[], Any]
-
-
-def seconds(work: Work, device: torch.device) -> float:
-    """Of one call."""
-    begin = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
-
-
-def flops(work: Work) -> int:
-    """Of products and convolutions, of one call."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
-
-
-def limit(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of a product of square matrices, the best of five."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
-
-
-def compare(name: str, ours: Work, peers: dict[str, Work], device: torch.device, top: float, **facts: Any) -> dict:
-    """The best of rounds that take turns; of the peer, in the setting that is best for it."""
-    works = {"ours": ours, **peers}
-    counted = {side: flops(work) for side, work in works.items()}  # and warms up
-    times: dict[str, list[float]] = {side: [] for side in works}
-    for _ in range(SIZES["rounds"]):
-        for side, work in works.items():
-            times[side].append(seconds(work, device))
-    best = {side: min(each) for side, each in times.items()}
-    setting = min(peers, key=best.__getitem__)
-    return {
-        "what": name,
-        "ratio": round(best[setting] / best["ours"], 2),
-        "ours_ms": round(1000 * best["ours"], 1),
-        "peer_ms": round(1000 * best[setting], 1),
-        "peer": setting,
-        "ours_gflop": round(counted["ours"] / 1e9, 2),
-        "peer_gflop": round(counted[setting] / 1e9, 2),
-        "ours_limit": round(counted["ours"] / best["ours"] / top, 3),
-        "peer_limit": round(counted[setting] / best[setting] / top, 3),
-        **facts,
-    }
-
-
-def layouts(network: nn.Module, work: Callable[[nn.Module, torch.memory_format], Work], label: str) -> dict[str, Work]:
-    """The work of a network in both layouts of its weights, as two copies."""
-    formats = {"": torch.contiguous_format, ", channels last": torch.channels_last}
-    return {f"{label}{n}": work(copy.deepcopy(network).to(memory_format=f), f) for n, f in formats.items()}
 
 
 def discrete_vae(device: torch.device, top: float) -> dict:
@@ -103,16 +46,6 @@ def discrete_vae(device: torch.device, top: float) -> dict:
     count, side = sizes["batch"], sizes["ours"]["image_size"]
     image = torch.rand(count, 3, side, side, device=device)  # theirs in [0, 1], ours in [-1, 1]
     samples, weight = torch.arange(count, device=device), torch.ones(count, device=device)
-
-    def step(network: nn.Module, loss: Callable[[], Tensor]) -> Work:
-        optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
-
-        def work() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            loss().backward()
-            optimizer.step()
-
-        return work
 
     network = DiscreteVAE(**sizes["ours"]).to(device)
 
@@ -124,7 +57,7 @@ def discrete_vae(device: torch.device, top: float) -> dict:
 
     def theirs(peer: nn.Module, layout: torch.memory_format) -> Work:
         laid = image.contiguous(memory_format=layout)
-        return step(peer, lambda: peer(laid, return_loss=True))
+        return training_step(peer, lambda: peer(laid, return_loss=True), device)
 
     peer = peer_vae()(**sizes["peer"], temperature=0.9).to(device)
     weights = [sum(w.numel() for w in each.parameters()) for each in (network, peer)]
@@ -132,7 +65,8 @@ def discrete_vae(device: torch.device, top: float) -> dict:
         raise SystemExit(f"ours must have no fewer weights than the peer, got {weights}; correct sizes.yaml")
     facts = {"ours_weights": weights[0], "peer_weights": weights[1]}
     peers = layouts(peer, theirs, "dalle-pytorch")
-    return compare("dVAE, training step, float32", step(network, our_loss), peers, device, top, **facts)
+    ours = training_step(network, our_loss, device)
+    return compare("dVAE, training step, float32", ours, peers, device, top, SIZES["rounds"], **facts)
 
 
 def peer_vae() -> type[nn.Module]:
@@ -182,7 +116,7 @@ def quantizer(device: torch.device, top: float) -> dict:
         (quantized.square().mean() + loss.sum()).backward()
 
     peers = {"vector-quantize-pytorch": peer_step}
-    return compare("quantizer, training step, float32", our_step, peers, device, top)
+    return compare("quantizer, training step, float32", our_step, peers, device, top, SIZES["rounds"])
 
 
 @torch.inference_mode()
@@ -215,7 +149,7 @@ def autoencoder(device: torch.device, dtype: torch.dtype, top: float) -> list[di
         ways = layouts(
             peer, lambda net, layout, x=x, f=other: lambda: f(net, x.contiguous(memory_format=layout)), "diffusers"
         )
-        rows.append(compare(f"{name}, {word}", lambda f=own, x=x: f(x), ways, device, top))
+        rows.append(compare(f"{name}, {word}", lambda f=own, x=x: f(x), ways, device, top, SIZES["rounds"]))
     return rows
 
 
@@ -244,10 +178,7 @@ def main() -> None:
     for dtype, top in tops.items():
         print(f"a large product in {dtype}: {top / 1e9:.1f} GFLOP/s, {options.threads} threads, {device}")
     for row in rows:
-        print(
-            "{what}: {ratio} times as fast as {peer}: {ours_ms} ms and {peer_ms} ms; {ours_gflop} and {peer_gflop} "
-            "GFLOP, {ours_limit:.0%} and {peer_limit:.0%} of the limit".format(**row)
-        )
+        print(told(row))
 
 
 if __name__ == "__main__":

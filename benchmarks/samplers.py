@@ -30,7 +30,7 @@ def measure(system: TextToImage, sampler: str, steps: int, per_test: int, **knob
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", default="shapes/stable-diffusion")
     parser.add_argument("--per-test", type=int, default=50)
     parser.add_argument("--steps", default="50,20,10,5")
     parser.add_argument("--samplers", default=",".join(SAMPLERS))

@@ -1,15 +1,18 @@
 """Pictures of Stable Diffusion 1.5, by our sampling path and by diffusers' `StableDiffusionPipeline`, in one run.
 
-Run as `python -m kartina.benchmarks.stable_diffusion [--size tiny] [--compile]`, or by path with the package installed;
-sizes are in `sizes.yaml`. From tokens of captions to 8-bit pictures: DDIM, classifier-free guidance of 7.5, decoding.
-Ours as `kartina paint` does it; theirs as built, with channels last as their documentation advises, and with --compile
-also with a compiled U-Net. Both have the same weights, random ones, the same tokens and noise; that they come to the
-same latents, and to the same pictures of the same latents, is checked first. A row has the best of two rounds of
+Run as `python -m kartina.benchmarks.stable_diffusion [--size small] [--compile]`, or by path with the package
+installed; sizes are in `sizes.yaml`. From tokens of captions to 8-bit pictures: DDIM, classifier-free guidance of 7.5,
+decoding. Ours as `kartina paint` does it; theirs as built, with channels last as their documentation advises, and with
+--compile also with a compiled U-Net. Both have the same weights, random ones, the same tokens and noise; that they come
+to the same latents, and to the same pictures of the same latents, is checked first. A row has the best of two rounds of
 batch 1, of other batches one round, after a short one to warm up. Memory is a side's weights and what it takes beyond
-them. `--json` prints one JSON line. On a GPU if there is one. Without other work on the machine only.
+them: on a CPU, by Linux's count of resident pages. `limit` is the share of what a large matrix product of the same
+dtype reaches, by FLOPs of products and convolutions. `--json` prints one JSON line. On a GPU if there is one. Without
+other work on the machine only.
 """
 
 import argparse
+import ctypes
 import json
 import time
 from collections.abc import Callable
@@ -23,6 +26,7 @@ import yaml
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from kartina.benchmarks._timing import flops, limit
 from kartina.layers.random import normal
 from kartina.pipeline.convert import to_diffusers
 from kartina.pipeline.convert_scheduler import scheduler_config
@@ -99,6 +103,11 @@ class Ours:
     def paint(self, batch: int, steps: int) -> list[Image]:
         return self.decode(self.latents(batch, steps))
 
+    def flops(self, batch: int, steps: int) -> int:
+        """Of products and convolutions, of `paint`."""
+        latents = self.latents(batch, 1)
+        return steps * flops(lambda: self.latents(batch, 1)) + flops(lambda: self.decode(latents))
+
 
 class Theirs:
     """Their pipeline with the weights of ours: of the U-Net the same memory, as long as the layout is left alone."""
@@ -163,23 +172,44 @@ def check(ours: Ours, theirs: Theirs, precision: str) -> float:
     return apart
 
 
+def resident(which: str) -> int | None:
+    """Bytes of the process, VmRSS now or VmHWM at most; None where the system does not tell."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return 1024 * int(lines[which].split()[0])
+    except (OSError, KeyError):
+        return None
+
+
+def forget_peak() -> bool:
+    """Gives what is free back to the system and starts VmHWM anew, and whether it could."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
 def measure(paint: Paint, networks: list[nn.Module], batch: int, steps: int, device: str) -> tuple[float, float | None]:
-    """Seconds for a batch of pictures and, on a GPU, gibibytes: those of the weights and what is taken beside them."""
-    held = 0
+    """Seconds for a batch of pictures, and gibibytes: those of the weights and what is taken beside them."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+        held: int | None = torch.cuda.memory_allocated()
+    else:
+        held = resident("VmRSS") if forget_peak() else None
     paint(batch, min(3, steps))  # counts for the memory: what a graph is captured in is not seen when it is replayed
     taken = []
     for _ in range(2 if batch == 1 else 1):
         begin = time.perf_counter()
         paint(batch, steps)  # pictures are on the CPU, so nothing is left to wait for
         taken.append(time.perf_counter() - begin)
-    if device != "cuda":
+    most = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
+    if held is None or most is None:
         return min(taken), None
     weights = sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
-    return min(taken), round((weights + torch.cuda.max_memory_allocated() - held) / 2**30, 2)
+    return min(taken), round((weights + most - held) / 2**30, 3)
 
 
 def rows(
@@ -190,6 +220,8 @@ def rows(
     theirs = Theirs(ours)
     apart = check(ours, theirs, precision)
     own = {batch: measure(ours.paint, ours.networks, batch, steps, device) for batch in batches}
+    top = limit(torch.device(device), DTYPES[precision], 8192 if device == "cuda" else 2048)
+    work = {batch: ours.flops(batch, steps) for batch in batches}
     settings: dict[str, Callable[[], None]] = {"eager": lambda: None, "channels last": theirs.channels_last}
     if compiled:
         settings["channels last, compiled"] = theirs.compile
@@ -211,6 +243,7 @@ def rows(
                     "ratio": round(seconds / own[batch][0], 2),
                     "gib": own[batch][1],
                     "diffusers_gib": memory,
+                    "limit": round(work[batch] / own[batch][0] / top, 3),
                     "apart": float(f"{apart:.2g}"),
                 }
             )
@@ -220,14 +253,14 @@ def rows(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON line")
-    parser.add_argument("--size", choices=list(SIZES), help="by default 1.5 on a GPU, else tiny")
+    parser.add_argument("--size", choices=list(SIZES), help="by default 1.5 on a GPU, else small")
     parser.add_argument("--precisions", nargs="+", choices=list(DTYPES), help="by default fp16 and bf16 on a GPU")
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--compile", action="store_true", help="their U-Net compiled too, which takes minutes")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = options.size or ("1.5" if device == "cuda" else "tiny")
+    name = options.size or ("1.5" if device == "cuda" else "small")
     precisions = options.precisions or (["fp16", "bf16"] if device == "cuda" else ["fp32", "bf16"])
     batches, steps = options.batches or SIZES[name]["batches"], options.steps or SIZES[name]["steps"]
     found = []
@@ -237,7 +270,8 @@ def main() -> None:
             if not options.json:
                 print(
                     "{size}, {precision}, batch {batch}, {steps} steps, {device}: {ratio} times as fast as diffusers, "
-                    "{diffusers} ({seconds} s and {diffusers_seconds} s; {apart} apart after two steps)".format(**row)
+                    "{diffusers} ({seconds} s and {diffusers_seconds} s; {limit:.0%} of the limit; {apart} apart after "
+                    "two steps)".format(**row)
                     + ("" if row["gib"] is None else "; {gib} and {diffusers_gib} GiB".format(**row)),
                     flush=True,
                 )

@@ -1,0 +1,91 @@
+"""What the benchmarks against peers share: seconds, FLOPs, the limit of a machine, and two sides that take turns.
+
+It does not know what is measured.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+Work = Callable[[], Any]
+
+
+def seconds(work: Work, device: torch.device) -> float:
+    """Of one call."""
+    begin = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def flops(work: Work) -> int:
+    """Of products and convolutions, of one call."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def limit(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of a product of square matrices, the best of five."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
+
+
+def compare(
+    name: str, ours: Work, peers: dict[str, Work], device: torch.device, top: float, rounds: int, **facts: Any
+) -> dict[str, Any]:
+    """The best of rounds that take turns; of the peer, in the setting that is best for it. top: see `limit`."""
+    works = {"ours": ours, **peers}
+    counted = {side: flops(work) for side, work in works.items()}  # and warms up
+    times: dict[str, list[float]] = {side: [] for side in works}
+    for _ in range(rounds):
+        for side, work in works.items():
+            times[side].append(seconds(work, device))
+    best = {side: min(each) for side, each in times.items()}
+    setting = min(peers, key=best.__getitem__)
+    return {
+        "what": name,
+        "ratio": round(best[setting] / best["ours"], 2),
+        "ours_ms": round(1000 * best["ours"], 1),
+        "peer_ms": round(1000 * best[setting], 1),
+        "peer": setting,
+        "ours_gflop": round(counted["ours"] / 1e9, 2),
+        "peer_gflop": round(counted[setting] / 1e9, 2),
+        "ours_limit": round(counted["ours"] / best["ours"] / top, 3),
+        "peer_limit": round(counted[setting] / best[setting] / top, 3),
+        **facts,
+    }
+
+
+def told(row: dict[str, Any]) -> str:
+    """A row of `compare` in words."""
+    return (
+        "{what}: {ratio} times as fast as {peer}: {ours_ms} ms and {peer_ms} ms; {ours_gflop} and {peer_gflop} GFLOP, "
+        "{ours_limit:.0%} and {peer_limit:.0%} of the limit".format(**row)
+    )
+
+
+def training_step(network: nn.Module, loss: Callable[[], Tensor], device: torch.device, bf16: bool = False) -> Work:
+    """Forward, backward and Adam, with autocast if asked for."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
+
+    def work() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            total = loss()
+        total.backward()
+        optimizer.step()
+
+    return work
+
+
+def layouts(network: nn.Module, work: Callable[[nn.Module, torch.memory_format], Work], label: str) -> dict[str, Work]:
+    """The work of a network in both layouts of its weights, as two copies."""
+    formats = {"": torch.contiguous_format, ", channels last": torch.channels_last}
+    return {f"{label}{n}": work(copy.deepcopy(network).to(memory_format=f), f) for n, f in formats.items()}
