@@ -88,6 +88,8 @@ def read_card(folder: Path) -> dict[str, Any]:
     that leaves it.
     """
     _check_links(folder)
+    if folder.is_file():
+        raise ModelError(f"{folder} is a file, not a model folder; `kartina convert FILE OUT` makes one of weights")
     try:
         card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -52,6 +52,8 @@ def find_model(name: str) -> Path:
     if name.startswith(published.HUB):
         return published.fetch(name)
     hint = nearest(name, list(known)) if known else "no model is here yet: train one with `kartina train shapes/dalle`"
+    if name.count("/") == 1 and all(name.split("/")):
+        hint += f" A model of the hub is named {published.HUB}{name}"
     raise checkpoint.ModelError(f"no model {name!r}; {hint}")
 
 

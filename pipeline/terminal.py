@@ -3,12 +3,15 @@
 It does not know what the work is, and imports rich only for a bar that is shown.
 """
 
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 PATIENCE = 2.0  # seconds
+T = TypeVar("T")
 
 
 def printable(text: str) -> str:
@@ -46,3 +49,14 @@ def progress_bar(label: str, transient: bool = False) -> Iterator[Callable[[int,
     finally:
         for bar in bars:
             bar.stop()
+
+
+def followed(items: Sequence[T], label: str) -> Iterator[T]:
+    """The items, one after the other, with a bar that goes away at the end; of several processes the first shows it."""
+    if os.environ.get("RANK", "0") != "0" or multiprocessing.parent_process() is not None:
+        yield from items
+        return
+    with progress_bar(label, transient=True) as report:
+        for done, item in enumerate(items, 1):
+            yield item
+            report(done, len(items))

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..layers import random
 from ..pipeline.images import fit as fit
+from ..pipeline.terminal import followed
 from .samples import BadSample, Index, find_shards, load_index, read_captions, read_sample
 
 _log = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class ShardSource:
     ):
         if size < 1 or window < 1:
             raise ValueError(f"image side and window must be at least 1, got {size} and {window}")
-        self.indexes: list[Index] = [load_index(path) for path in find_shards(shards)]
+        self.indexes: list[Index] = [load_index(path) for path in followed(find_shards(shards), "looking at shards")]
         self.side, self.seed, self.window, self.part, self.share = size, seed, window, part, share
         self._members = [
             np.array([i for i, e in enumerate(index.entries) if self._holds(e.origin)], np.int64)

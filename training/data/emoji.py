@@ -17,6 +17,7 @@ import os
 import random
 import re
 import shutil
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from ...pipeline.terminal import followed
 from ..samples import Entry, decode, find_shards, load_index, read_member
 from ..shards import ShardWriter
 from .emoji_captions import BACKGROUNDS, LANGUAGES, TEMPLATES, caption
@@ -205,6 +207,7 @@ def prepare(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if packed is None else Path(packed)
         if packed is None:
+            print(f"npm pack {' '.join(PACKAGES)} ...", file=sys.stderr, flush=True)
             pack(folder)
         names = read_package(package_file(folder, PACKAGES[2]), ("en/data.json", "ru/data.json"))
         art = {
@@ -213,7 +216,7 @@ def prepare(
         }
     emoji, left_out = join(art, names["en/data.json"], names["ru/data.json"])
     pictures = {}
-    for e in emoji:
+    for e in followed(emoji, f"drawing {len(emoji)} emoji"):
         try:
             pictures[e.cell] = rasterise(e.svg, size)
         except ValueError as error:
@@ -257,7 +260,7 @@ def _write_all(
     shutil.rmtree(staging, ignore_errors=True)
     try:
         with ShardWriter(staging, samples_per_shard, "emoji") as writer:
-            for e in records:
+            for e in followed(records, f"writing {len(records)} records"):
                 _write(writer, e, pictures[e.cell], draws, languages)
         with ShardWriter(staging / "held_out", samples_per_shard, "held-out") as writer:
             for e in emoji:
