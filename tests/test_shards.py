@@ -154,6 +154,14 @@ def test_an_older_shard_of_the_same_size_in_the_place_of_another_is_read_anew(tm
     os.utime(path, (1, 1))
     second = samples.load_index(path)
     assert second.bytes == first.bytes and second.sha256 != first.sha256 and second.entries[0].key == "b"
+    os.utime(path, ns=(0, 7 * 10**9 + 5))
+    third = samples.load_index(path)
+    written = samples.index_path(path).read_bytes()
+    os.utime(path, (7, 7))  # as an archive keeps it
+    assert samples.load_index(path) == third and samples.index_path(path).read_bytes() == written
+    os.utime(path, (8, 8))
+    samples.load_index(path)
+    assert samples.index_path(path).read_bytes() != written
 
 
 def test_pickles_are_refused_and_arrays_are_read():

@@ -47,8 +47,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _asked() -> int:
-    """The number of processes that the launcher has told; 0 where `accelerate launch` starts one in place of several:
-    on a CPU it then says where they would meet, but not how many they are.
+    """The number of processes that the launcher has told; 0 where `accelerate launch` starts one in place of several.
+
+    It then says where they would meet, but not how many they are.
     """
     several = {"MASTER_ADDR", "ACCELERATE_USE_CPU"} <= os.environ.keys()
     return int(os.environ.get("WORLD_SIZE", 0 if several else 1))
@@ -182,10 +183,11 @@ def _train(
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     if precision != training.precision:
         accelerator.print("this device has no fast bfloat16: training in float32")
-    if accelerator.num_processes != (asked or (1 if device.type != "cpu" else 0)):
+    if accelerator.num_processes != asked:
         raise RecipeError(
-            f"asked for {asked or 'several'} processes, got {accelerator.num_processes}: on CPU `accelerate launch` "
-            "starts one; use `kartina train --processes N`, which starts them all, or say --processes 1"
+            f"asked for {asked or 'several'} processes, got {accelerator.num_processes}: without --multi_gpu, and on a "
+            "CPU, `accelerate launch` starts one; use `kartina train --processes N`, which starts them all, or say "
+            "--processes 1"
         )
     sources, model = _sources(recipe, training, names), folder / "model"
     validation = validation_of(recipe, training.data)

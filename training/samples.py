@@ -214,7 +214,9 @@ def load_index(shard: Path | str) -> Index:
     try:
         here = shard.stat()
         content = json.loads(index_path(shard).read_text(encoding="utf-8"))
-        fits = (content["format"], content["bytes"], content["mtime_ns"]) == (_FORMAT, here.st_size, here.st_mtime_ns)
+        whole = here.st_mtime_ns % 10**9 == 0  # so archives and some file systems keep times
+        then = content["mtime_ns"] // 10**9 * 10**9 if whole else content["mtime_ns"]
+        fits = (content["format"], content["bytes"], then) == (_FORMAT, here.st_size, here.st_mtime_ns)
         if fits:
             rows = [
                 Entry(key, {e: (int(at), int(n)) for e, (at, n) in members.items()}, problem, f"{int(origin, 16):016x}")
