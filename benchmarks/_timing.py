@@ -10,23 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
+
+from kartina.training.footprint import ATTENTION
 
 Work = Callable[[], Any]
-
-
-def _attention(query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
-_ATTENTION = {  # a CPU's, which torch's own formulas leave out
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
 
 
 def seconds(work: Work, device: torch.device) -> float:
@@ -40,13 +28,14 @@ def seconds(work: Work, device: torch.device) -> float:
 
 def flops(work: Work) -> int:
     """Of products and convolutions, of one call."""
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         work()
     return counter.get_total_flops()
 
 
-def limit(device: torch.device, dtype: torch.dtype, size: int) -> float:
+def limit(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a product of square matrices, the best of five."""
+    size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
 

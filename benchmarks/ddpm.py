@@ -82,7 +82,7 @@ def main() -> None:
     device, rows = torch.device(options.device), []
     for bf16 in (False, True) if fast_bf16(device) else (False,):
         dtype = torch.bfloat16 if bf16 else torch.float32
-        top = limit(device, dtype, 2048 if device.type == "cpu" else 8192)
+        top = limit(device, dtype)
         if not options.json:
             print(f"a large product in {dtype}: {top / 1e9:.1f} GFLOP/s, {options.threads} threads, {device}")
         for name in options.sizes:

@@ -167,7 +167,7 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device(options.device)
     dtypes = [torch.float32, *([torch.bfloat16] if fast_bf16(device) else [])]
-    tops = {dtype: limit(device, dtype, 2048 if device.type == "cpu" else 8192) for dtype in dtypes}
+    tops = {dtype: limit(device, dtype) for dtype in dtypes}
     full = tops[torch.float32]
     rows = [discrete_vae(device, full), quantizer(device, full)]
     rows += [row for dtype, top in tops.items() for row in autoencoder(device, dtype, top)]

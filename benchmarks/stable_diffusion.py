@@ -220,7 +220,7 @@ def rows(
     theirs = Theirs(ours)
     apart = check(ours, theirs, precision)
     own = {batch: measure(ours.paint, ours.networks, batch, steps, device) for batch in batches}
-    top = limit(torch.device(device), DTYPES[precision], 8192 if device == "cuda" else 2048)
+    top = limit(torch.device(device), DTYPES[precision])
     work = {batch: ours.flops(batch, steps) for batch in batches}
     settings: dict[str, Callable[[], None]] = {"eager": lambda: None, "channels last": theirs.channels_last}
     if compiled:

@@ -33,21 +33,20 @@ from .passes import Setting, prepare
 from .run import Stage
 
 
-@shape_wrapper
 def _attention(query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
     return sdpa_flop_count(query, key, value)
 
 
-@shape_wrapper
 def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
-_FORMULAS: dict[Any, Callable[..., int]] = {  # torch's own know a GPU's attention, and would pass by a CPU's
-    **flop_registry,
+# FLOPs by shapes: torch's own formulas know a GPU's attention, and would pass by a CPU's.
+ATTENTION: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+_FORMULAS = {**flop_registry, **{product: shape_wrapper(formula) for product, formula in ATTENTION.items()}}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...pipeline.terminal import progress_bar
+from ...pipeline.terminal import followed
 from ..shards import ShardWriter
 from .avatars_captions import FIELDS, LANGUAGES, STYLE, UNNAMED, caption
 from .emoji import MAX_SIZE, compose, rasterise
@@ -113,13 +113,11 @@ def picture(style: Any, avatar: Avatar, size: int) -> bytes:
 
 
 def _records(style: Any, seed: int, size: int, part: str, count: int) -> Iterator[tuple[dict[str, bytes], Avatar, str]]:
-    with progress_bar(f"avatars: {part}", transient=True) as report:
-        for number in range(count):
-            avatar = draw(seed, part, number)
-            language = random.Random(f"language {seed} {part} {number}").choice(LANGUAGES)
-            text = caption(avatar.attributes, language)
-            yield {"png": picture(style, avatar, size), "txt": text.encode()}, avatar, language
-            report(number + 1, count)
+    for number in followed(range(count), f"avatars: {part}"):
+        avatar = draw(seed, part, number)
+        language = random.Random(f"language {seed} {part} {number}").choice(LANGUAGES)
+        text = caption(avatar.attributes, language)
+        yield {"png": picture(style, avatar, size), "txt": text.encode()}, avatar, language
 
 
 def prepare(

@@ -123,11 +123,16 @@ def rasterise(svg: str, size: int = 64) -> Image.Image:
     return picture
 
 
-def compose(picture: Image.Image, colour: str) -> bytes:
-    """PNG bytes (RGB) of an RGBA picture laid over a background of BACKGROUNDS."""
+def lay(picture: Image.Image, colour: str) -> Image.Image:
+    """An RGBA picture over a background of BACKGROUNDS, RGB."""
     ground = Image.new("RGBA", picture.size, (*BACKGROUNDS[colour][0], 255))
+    return Image.alpha_composite(ground, picture).convert("RGB")
+
+
+def compose(picture: Image.Image, colour: str) -> bytes:
+    """PNG bytes of `lay`."""
     data = io.BytesIO()
-    Image.alpha_composite(ground, picture).convert("RGB").save(data, "PNG")
+    lay(picture, colour).save(data, "PNG")
     return data.getvalue()
 
 

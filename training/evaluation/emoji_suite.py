@@ -24,6 +24,7 @@ It does not know how the model was trained.
 
 import hashlib
 import io
+import itertools
 import json
 import random
 from collections import Counter, defaultdict
@@ -35,13 +36,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from scipy import ndimage
 
 from ...pipeline.text_to_image import TextToImage
-from ..data.emoji import read_gallery, role_of
+from ..data.emoji import lay, read_gallery, role_of
 from ..data.emoji_captions import BACKGROUNDS, NAMES_STYLE, caption
 from ..features import RULER, EfficientNetLite, has_package, ruler
 from .reconstruction import features_of, kid, kid_words
@@ -133,10 +135,8 @@ class Gallery:
 
     def pictures(self, places: Sequence[int]) -> np.ndarray:
         """The emoji at these places, uint8 (B, S, S, 3), on backgrounds in turn."""
-        pixels = np.stack([self.emoji[place].pixels for place in places]).astype(np.float32)
-        grounds = _GROUNDS[np.arange(len(places)) % len(_GROUNDS)][:, None, None]
-        alpha = pixels[..., 3:] / 255
-        return np.rint(pixels[..., :3] * alpha + 255 * grounds * (1 - alpha)).astype(np.uint8)
+        pairs = zip(places, itertools.cycle(BACKGROUNDS), strict=False)
+        return np.stack([np.asarray(lay(Image.fromarray(self.emoji[place].pixels), colour)) for place, colour in pairs])
 
     def judge(self, test: str, place: int, distances: np.ndarray) -> Answers:
         """The answers that distances (M,) give about the emoji at a place; what cannot be missed is not asked.
