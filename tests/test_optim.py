@@ -124,6 +124,27 @@ def test_muon_sees_a_kernel_as_a_matrix(memory_format):
     assert (kernel - start).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_matrices_of_one_shape_go_together_as_they_go_alone(bf16, monkeypatch):
+    """In stacks of two of a shape, in whatever order the shapes come."""
+    monkeypatch.setattr(optim, "_STACK", 2 * 16 * 24)
+    noise = torch.Generator().manual_seed(0)
+    shapes = [(16, 24), (24, 16), (16, 24), (8, 9), (16, 24), (24, 16)]
+    matrices = [torch.randn(shape, generator=noise) for shape in shapes]
+    stacks = []
+    monkeypatch.setattr(
+        optim, "orthogonalise", lambda stack, bf16: stacks.append(len(stack)) or orthogonalise(stack, bf16)
+    )
+    found = optim.together(matrices, bf16)
+    assert sorted(stacks) == [1, 1, 2, 2]
+    assert [update.shape for update in found] == [matrix.shape for matrix in matrices]
+    for update, matrix in zip(found, matrices, strict=True):
+        alone = orthogonalise(matrix, bf16)
+        assert update.dtype == alone.dtype
+        most = 0.03 if alone.dtype == torch.bfloat16 else 1e-4
+        assert (update - alone).float().norm() < most * alone.float().norm()
+
+
 @pytest.mark.parametrize("shape", [(8, 20), (20, 8), (8, 8)])
 def test_singular_values_come_near_one(shape):
     values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0))).float())

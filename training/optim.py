@@ -3,6 +3,7 @@
 It does not know what is trained. All rates are functions of the optimizer step, never of the number of devices.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from .parallel import like, whole
 from .run import Optimizer
 
+_STACK = 2**23  # numbers: matrices beyond it keep a GPU busy one at a time
+
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan 2024) as torch.optim.Muon computes it, with three additions: kernels too, without slow bfloat16, and
@@ -21,8 +24,8 @@ class Muon(torch.optim.Optimizer):
 
     A kernel is the matrix (n_out, rest). Newton-Schulz runs in bfloat16, as published, with `bf16` and where the device
     multiplies it quickly, else in float32: elsewhere it took longer than the rest of a step; on a CPU small matrices go
-    `by_gram`. See `orthogonalise_all`; of a network that is divided over the processes each one gathers every matrix
-    and does all of it.
+    `by_gram`, on a GPU those of one shape go together. See `orthogonalise_all`; of a network that is divided over the
+    processes each one gathers every matrix and does all of it.
     """
 
     def __init__(
@@ -71,12 +74,11 @@ def orthogonalise_all(matrices: Sequence[Tensor], bf16: bool = True) -> list[Ten
     """
     world = distributed.get_world_size() if distributed.is_initialized() else 1
     if world == 1:
-        return [orthogonalise(matrix, bf16) for matrix in matrices]
+        return orthogonalise_own(matrices, bf16)
     owners, here = shares([matrix.shape for matrix in matrices], world), distributed.get_rank()
     sizes = [sum(m.numel() for m, of in zip(matrices, owners, strict=True) if of == owner) for owner in range(world)]
-    own = [
-        orthogonalise(matrix, bf16).flatten() for matrix, owner in zip(matrices, owners, strict=True) if owner == here
-    ]
+    mine = [matrix for matrix, owner in zip(matrices, owners, strict=True) if owner == here]
+    own = [update.flatten() for update in orthogonalise_own(mine, bf16)]
     device = matrices[0].device
     sent = torch.zeros(max(sizes), dtype=newton_schulz_dtype(device, bf16), device=device)  # of one length everywhere
     if own:
@@ -89,6 +91,33 @@ def orthogonalise_all(matrices: Sequence[Tensor], bf16: bool = True) -> list[Ten
         updates.append(found[owner, places[owner] : places[owner] + matrix.numel()].view(matrix.shape))
         places[owner] += matrix.numel()
     return updates
+
+
+def orthogonalise_own(matrices: Sequence[Tensor], bf16: bool = True) -> list[Tensor]:
+    """`orthogonalise` of each, in this process; on a GPU small ones of one shape `together`."""
+    if not matrices or matrices[0].device.type == "cpu":
+        return [orthogonalise(matrix, bf16) for matrix in matrices]
+    return together(matrices, bf16)
+
+
+def together(matrices: Sequence[Tensor], bf16: bool = True) -> list[Tensor]:
+    """`orthogonalise` of each, where those of one shape are stacked, up to `_STACK` numbers at once.
+
+    On a GPU the products of a small matrix take longer to launch than to compute: of a U-Net with 139 matrices,
+    3 million parameters in all, they were 90 of 220 milliseconds of a step on an H200.
+    """
+    stacks: dict[tuple[int, ...], list[list[int]]] = {}
+    for place, matrix in enumerate(matrices):
+        most = max(1, _STACK // matrix.numel())
+        of_shape = stacks.setdefault(tuple(matrix.shape), [[]])
+        if len(of_shape[-1]) == most:
+            of_shape.append([])
+        of_shape[-1].append(place)
+    updates: dict[int, Tensor] = {}
+    for places in itertools.chain.from_iterable(stacks.values()):
+        found = orthogonalise(torch.stack([matrices[place] for place in places]), bf16)
+        updates |= dict(zip(places, found.unbind(), strict=True))
+    return [updates[place] for place in range(len(matrices))]
 
 
 def shares(shapes: Sequence[Sequence[int]], world: int) -> list[int]:
@@ -107,23 +136,25 @@ def shares(shapes: Sequence[Sequence[int]], world: int) -> list[int]:
 def orthogonalise(matrix: Tensor, bf16: bool = True, rounds: int = 5) -> Tensor:
     """(A, B) -> about U V^T of its singular value decomposition, by Newton-Schulz with Jordan's coefficients.
 
-    On a CPU small wide ones go `by_gram`, in about half the time.
+    (N, A, B) -> the same of each. On a CPU small wide ones go `by_gram`, in about half the time.
     """
     dtype = newton_schulz_dtype(matrix.device, bf16)
-    tall = matrix.shape[0] > matrix.shape[1]
-    narrow, wide = sorted(matrix.shape)
-    small = matrix.device.type == "cpu" and 2 * narrow <= wide and narrow <= 128  # where it was measured to be faster
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    narrow, wide = sorted(matrix.shape[-2:])
+    one = matrix.device.type == "cpu" and matrix.ndim == 2
+    small = one and 2 * narrow <= wide and narrow <= 128  # where it was measured to be faster
     x = matrix.to(torch.float32 if small else dtype)
-    x = x.T if tall else x
-    x = x / x.norm().clamp(min=1e-7)
+    x = x.mT if tall else x
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     x = by_gram(x, rounds).to(dtype) if small else newton_schulz(x, rounds)
-    return x.T.contiguous() if tall else x
+    return x.mT.contiguous() if tall else x
 
 
 def newton_schulz(x: Tensor, rounds: int) -> Tensor:
+    product = torch.addmm if x.ndim == 2 else torch.baddbmm
     for _ in range(rounds):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        gram = x @ x.mT
+        x = product(x, product(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x
 
 
