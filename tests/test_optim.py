@@ -5,7 +5,7 @@ import torch
 
 from kartina.pipeline import recipe as recipes
 from kartina.training import optim, state
-from kartina.training.optim import EMA, Muon, build_optimizers, orthogonalise, outer_parameters, rate, shares
+from kartina.training.optim import EMA, Muon, build_optimizers, orthogonalise, outer_parameters, rate, shares, stacks
 from kartina.training.run import Optimizer
 
 # kind of the part -> the matrices, tables and kernels of it that are AdamW's, where Muon has the hidden ones
@@ -124,23 +124,22 @@ def test_muon_sees_a_kernel_as_a_matrix(memory_format):
     assert (kernel - start).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_matrices_of_one_shape_go_together_as_they_go_alone(bf16, monkeypatch):
-    """In stacks of two of a shape, in whatever order the shapes come."""
+def test_matrices_of_one_shape_make_stacks(monkeypatch):
+    """In whatever order they come, and no larger than is allowed; a large matrix stands alone."""
     monkeypatch.setattr(optim, "_STACK", 2 * 16 * 24)
-    noise = torch.Generator().manual_seed(0)
-    shapes = [(16, 24), (24, 16), (16, 24), (8, 9), (16, 24), (24, 16)]
-    matrices = [torch.randn(shape, generator=noise) for shape in shapes]
-    stacks = []
-    monkeypatch.setattr(
-        optim, "orthogonalise", lambda stack, bf16: stacks.append(len(stack)) or orthogonalise(stack, bf16)
-    )
-    found = optim.together(matrices, bf16)
-    assert sorted(stacks) == [1, 1, 2, 2]
-    assert [update.shape for update in found] == [matrix.shape for matrix in matrices]
-    for update, matrix in zip(found, matrices, strict=True):
+    shapes = [(16, 24), (24, 16), (16, 24), (8, 9), (16, 24), (24, 16), (64, 64)]
+    assert optim.stacks(shapes, True) == [[0, 2], [4], [1, 5], [3], [6]]
+    assert sorted(optim.stacks(shapes, False)) == [[i] for i in range(7)]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("shape", [(3, 16, 24), (2, 24, 16), (2, 16, 16)])
+def test_matrices_of_a_stack_go_as_they_go_alone(shape, bf16):
+    """The updates are written as kernels, so that each must be contiguous."""
+    stack = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for update, matrix in zip(orthogonalise(stack, bf16).unbind(), stack, strict=True):
         alone = orthogonalise(matrix, bf16)
-        assert update.dtype == alone.dtype
+        assert update.dtype == alone.dtype and update.is_contiguous()
         most = 0.03 if alone.dtype == torch.bfloat16 else 1e-4
         assert (update - alone).float().norm() < most * alone.float().norm()
 
@@ -161,14 +160,39 @@ def test_rounds_of_the_gram_matrix_are_those_of_the_matrix(shape):
     assert (optim.by_gram(x, 5) - optim.newton_schulz(x, 5)).abs().max() < 1e-4
 
 
+def test_two_processes_share_stacks_and_find_what_one_finds(monkeypatch):
+    """Both, to the bit; as on a GPU, but without one: what the processes would send is put in by hand."""
+    noise, shapes = torch.Generator().manual_seed(0), [(16, 24), (8, 9), (16, 24), (24, 16), (16, 24), (40, 40)]
+    matrices = [torch.randn(shape, generator=noise) for shape in shapes]
+    monkeypatch.setattr(optim, "stacks", lambda shapes, together: stacks(shapes, True))
+    alone = optim.orthogonalise_all(matrices)
+    sent = {}
+
+    def gather(found, own):
+        sent[optim.distributed.get_rank()] = own.clone()
+        if len(sent) == 2:
+            found.copy_(torch.cat([sent[0], sent[1]]))
+
+    monkeypatch.setattr(optim.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(optim.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(optim.distributed, "all_gather_into_tensor", gather)
+    for rank in (0, 1, 0):  # the first time nothing has come from the other
+        monkeypatch.setattr(optim.distributed, "get_rank", lambda rank=rank: rank)
+        found = optim.orthogonalise_all(matrices)
+        if len(sent) == 2:
+            assert all(torch.equal(update, same) for update, same in zip(found, alone, strict=True))
+    assert sent[0].any() and sent[1].any()
+
+
 def test_processes_share_the_matrices_evenly():
     """However they are ordered; those left over when one is dear; and more processes than matrices."""
-    shapes = [(64, 64), (64, 256), (256, 64), (64, 64), (64, 576), (64, 64)]
-    owners = shares(shapes, 2)
-    costs = [sum(a * b for (a, b), owner in zip(shapes, owners, strict=True) if owner == rank) for rank in (0, 1)]
+    stacks = [(1, 64, 64), (2, 64, 256), (1, 256, 64), (4, 64, 64), (1, 64, 576), (1, 64, 64)]
+    owners = shares(stacks, 2)
+    costs = [sum(n * a * b for (n, a, b), owner in zip(stacks, owners, strict=True) if owner == i) for i in (0, 1)]
     assert max(costs) <= 0.55 * sum(costs)
-    assert shares([(8, 8), (90, 90), (8, 8)], 2) == [1, 0, 1]
-    assert sorted(shares([(8, 8), (8, 8)], 5)) == [0, 1] and shares([(8, 8), (9, 9)], 1) == [0, 0]
+    assert shares([(1, 8, 8), (1, 90, 90), (1, 8, 8)], 2) == [1, 0, 1]
+    assert shares([(3, 8, 8), (1, 8, 8), (1, 8, 8)], 2) == [0, 1, 1]
+    assert sorted(shares([(1, 8, 8), (1, 8, 8)], 5)) == [0, 1] and shares([(1, 8, 8), (1, 9, 9)], 1) == [0, 0]
 
 
 def test_warm_up_begins_anew_where_the_optimizers_do():

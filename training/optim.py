@@ -3,7 +3,6 @@
 It does not know what is trained. All rates are functions of the optimizer step, never of the number of devices.
 """
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from .parallel import like, whole
 from .run import Optimizer
 
-_STACK = 2**23  # numbers: matrices beyond it keep a GPU busy one at a time
+_STACK = 2**18  # numbers in one stack: more leave too few to share among processes
 
 
 class Muon(torch.optim.Optimizer):
@@ -24,8 +23,8 @@ class Muon(torch.optim.Optimizer):
 
     A kernel is the matrix (n_out, rest). Newton-Schulz runs in bfloat16, as published, with `bf16` and where the device
     multiplies it quickly, else in float32: elsewhere it took longer than the rest of a step; on a CPU small matrices go
-    `by_gram`, on a GPU those of one shape go together. See `orthogonalise_all`; of a network that is divided over the
-    processes each one gathers every matrix and does all of it.
+    `by_gram`. See `orthogonalise_all`; of a network that is divided over the processes each one gathers every matrix
+    and does all of it, one at a time.
     """
 
     def __init__(
@@ -68,64 +67,69 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise_all(matrices: Sequence[Tensor], bf16: bool = True) -> list[Tensor]:
-    """`orthogonalise` of each; where there are several processes, all with the same matrices, each computes a share.
+    """`orthogonalise` of each, by `stacks`; where there are several processes, all with the same matrices, each
+    computes a share of the stacks.
 
     Each process then sends its share to the others, so that all hold the same numbers to the bit.
     """
+    if not matrices:
+        return []
+    device, shapes = matrices[0].device, [matrix.shape for matrix in matrices]
+    together = stacks(shapes, device.type != "cpu")
+
+    def solve(places: list[int]) -> Tensor:  # (N, A, B)
+        if len(places) == 1:
+            return orthogonalise(matrices[places[0]], bf16)[None]
+        return orthogonalise(torch.stack([matrices[place] for place in places]), bf16)
+
     world = distributed.get_world_size() if distributed.is_initialized() else 1
     if world == 1:
-        return orthogonalise_own(matrices, bf16)
-    owners, here = shares([matrix.shape for matrix in matrices], world), distributed.get_rank()
-    sizes = [sum(m.numel() for m, of in zip(matrices, owners, strict=True) if of == owner) for owner in range(world)]
-    mine = [matrix for matrix, owner in zip(matrices, owners, strict=True) if owner == here]
-    own = [update.flatten() for update in orthogonalise_own(mine, bf16)]
-    device = matrices[0].device
-    sent = torch.zeros(max(sizes), dtype=newton_schulz_dtype(device, bf16), device=device)  # of one length everywhere
-    if own:
-        sent[: sizes[here]] = torch.cat(own)
-    found = sent.new_empty(world, len(sent))
-    distributed.all_gather_into_tensor(found.view(-1), sent)
-    places = [0] * world
-    updates = []
-    for matrix, owner in zip(matrices, owners, strict=True):
-        updates.append(found[owner, places[owner] : places[owner] + matrix.numel()].view(matrix.shape))
-        places[owner] += matrix.numel()
-    return updates
-
-
-def orthogonalise_own(matrices: Sequence[Tensor], bf16: bool = True) -> list[Tensor]:
-    """`orthogonalise` of each, in this process; on a GPU small ones of one shape `together`."""
-    if not matrices or matrices[0].device.type == "cpu":
-        return [orthogonalise(matrix, bf16) for matrix in matrices]
-    return together(matrices, bf16)
-
-
-def together(matrices: Sequence[Tensor], bf16: bool = True) -> list[Tensor]:
-    """`orthogonalise` of each, where those of one shape are stacked, up to `_STACK` numbers at once.
-
-    On a GPU the products of a small matrix take longer to launch than to compute: of a U-Net with 139 matrices,
-    3 million parameters in all, they were 90 of 220 milliseconds of a step on an H200.
-    """
-    stacks: dict[tuple[int, ...], list[list[int]]] = {}
-    for place, matrix in enumerate(matrices):
-        most = max(1, _STACK // matrix.numel())
-        of_shape = stacks.setdefault(tuple(matrix.shape), [[]])
-        if len(of_shape[-1]) == most:
-            of_shape.append([])
-        of_shape[-1].append(place)
+        solved = [solve(places) for places in together]
+    else:
+        sizes = [(len(places), *shapes[places[0]]) for places in together]
+        owners, here = shares(sizes, world), distributed.get_rank()
+        load = [sum(math.prod(size) for size, of in zip(sizes, owners, strict=True) if of == i) for i in range(world)]
+        own = [solve(places).flatten() for places, owner in zip(together, owners, strict=True) if owner == here]
+        dtype = newton_schulz_dtype(device, bf16)
+        sent = torch.zeros(max(load), dtype=dtype, device=device)  # of one length everywhere
+        if own:
+            sent[: load[here]] = torch.cat(own)
+        found = sent.new_empty(world, len(sent))
+        distributed.all_gather_into_tensor(found.view(-1), sent)
+        at, solved = [0] * world, []
+        for size, owner in zip(sizes, owners, strict=True):
+            end = at[owner] + math.prod(size)
+            solved.append(found[owner, at[owner] : end].view(size))
+            at[owner] = end
     updates: dict[int, Tensor] = {}
-    for places in itertools.chain.from_iterable(stacks.values()):
-        found = orthogonalise(torch.stack([matrices[place] for place in places]), bf16)
-        updates |= dict(zip(places, found.unbind(), strict=True))
+    for places, stack in zip(together, solved, strict=True):
+        updates |= dict(zip(places, stack.unbind(), strict=True))
     return [updates[place] for place in range(len(matrices))]
 
 
+def stacks(shapes: Sequence[Sequence[int]], together: bool) -> list[list[int]]:
+    """Which matrices are orthogonalised at once: with `together` those of one shape, up to `_STACK` numbers.
+
+    The product of small ones takes a GPU longer to launch than to compute: of the 139 of a U-Net of 3 million
+    parameters they were 90 of the 220 milliseconds that a step took on an H200. A stack is the same for any number of
+    processes, so that its numbers are rounded alike.
+    """
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for place, shape in enumerate(shapes):
+        alike.setdefault(tuple(shape), []).append(place)
+    found = []
+    for shape, places in alike.items():
+        count = max(1, _STACK // math.prod(shape)) if together else 1
+        found += [places[at : at + count] for at in range(0, len(places), count)]
+    return found
+
+
 def shares(shapes: Sequence[Sequence[int]], world: int) -> list[int]:
-    """Which of so many processes orthogonalises each of some matrices; none then has much more to do than another.
+    """Which of so many processes orthogonalises each of some stacks (N, A, B); none then has much more to do.
 
     Counted as on a GPU: on a CPU small wide ones cost less.
     """
-    costs = [max(shape) * min(shape) ** 2 for shape in shapes]
+    costs = [count * max(shape) * min(shape) ** 2 for count, *shape in shapes]
     load, owners = [0] * world, [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):  # the dearest first, each to the idlest
         owners[i] = min(range(world), key=load.__getitem__)
@@ -136,7 +140,7 @@ def shares(shapes: Sequence[Sequence[int]], world: int) -> list[int]:
 def orthogonalise(matrix: Tensor, bf16: bool = True, rounds: int = 5) -> Tensor:
     """(A, B) -> about U V^T of its singular value decomposition, by Newton-Schulz with Jordan's coefficients.
 
-    (N, A, B) -> the same of each. On a CPU small wide ones go `by_gram`, in about half the time.
+    (N, A, B) -> the same of each. On a CPU a small wide one goes `by_gram`, in about half the time.
     """
     dtype = newton_schulz_dtype(matrix.device, bf16)
     tall = matrix.shape[-2] > matrix.shape[-1]

@@ -21,6 +21,7 @@ It does not know what a pass costs (`footprint` counts it), nor the speed of a n
 
 import functools
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,11 +248,11 @@ def _held(network: Any, config: runs.Optimizer, share: int, setting: _Setting) -
 
 def _muon_load(shapes: list[Any], devices: int) -> int:
     """FLOPs of one update on the device that has most of them, where so many share it."""
-    from .optim import shares
+    from .optim import shares, stacks
 
-    load = [0] * devices
-    for shape, owner in zip(shapes, shares(shapes, devices), strict=True):
-        load[owner] += _muon_flops(shape)
+    load, sizes = [0] * devices, [(len(places), *shapes[places[0]]) for places in stacks(shapes, True)]
+    for (count, *shape), owner in zip(sizes, shares(sizes, devices), strict=True):
+        load[owner] += count * _muon_flops((shape[0], shape[1]))
     return max(load)
 
 
@@ -259,11 +260,17 @@ def _muon_bytes(shapes: list[Any], share: int, setting: _Setting) -> float:
     """What one update takes besides its state: all gradients with momentum, and what it makes of them.
 
     That is all matrices at once, in the recipe's precision, and twice what each device sends to the others;
-    of a divided network one whole matrix at a time. And the products of one: its next state, and two squares.
+    of a divided network one whole matrix at a time. And the products of one, or of a stack: what is gathered or
+    stacked, its next state, and two squares.
     """
+    from .optim import stacks
+
     width, sizes = 2 if setting.bf16 else 4, [rows * columns for rows, columns in shapes]
-    whole = 4 if share > 1 else 0  # bytes of each value that are gathered first
-    most = max((whole + width) * size + 2 * width * min(shape) ** 2 for size, shape in zip(sizes, shapes, strict=True))
+    together = [(len(places), shapes[places[0]]) for places in stacks(shapes, share == 1)]
+    most = max(
+        n * ((width if n == share == 1 else 4 + width) * math.prod(shape) + 2 * width * min(shape) ** 2)
+        for n, shape in together
+    )
     if share > 1:
         return 4 * sum(sizes) / share + most + width * max(sizes)
     sent = 2 * width * sum(sizes) / setting.devices if setting.devices > 1 else 0.0
