@@ -68,6 +68,13 @@ class BlockCache(NamedTuple):
     inputs: tuple[Tensor, Tensor] | None  # each (B, max(shift), D), zeros before the first token; None: no shift
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, whose weight takes the dtype of what it normalises: its quick kernel knows no two dtypes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention. Raises ValueError unless `num_heads` divides `width`."""
 
@@ -76,8 +83,8 @@ class Attention(nn.Module):
         check_heads(num_heads, width)
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.RMSNorm(width // num_heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(width // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(width // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.out = nn.Linear(width, width)
 
     def new_cache(self, batch: int, length: int) -> KVCache:
@@ -286,5 +293,5 @@ def new_norm(norm: str, width: int) -> nn.Module:
     if norm == "layer":
         return nn.LayerNorm(width)
     if norm == "rms":
-        return nn.RMSNorm(width, eps=1e-6)
+        return RMSNorm(width, eps=1e-6)
     raise ValueError(f"norm must be 'layer' or 'rms', got {norm!r}")

@@ -86,3 +86,17 @@ def test_towers_read_as_torch_does_it(close):
     mask = torch.full((5, 5), -torch.inf).triu(1)
     theirs = torch.nn.MultiheadAttention.forward(block.attn, *(x.transpose(0, 1),) * 3, attn_mask=mask)[0]
     close(block.attn(x, mask), theirs.transpose(0, 1))
+
+
+@pytest.mark.filterwarnings("error")
+def test_rms_norm_keeps_bfloat16_without_a_warning():
+    """Values as in float32, but for rounding, and a gradient of the weight in its own dtype."""
+    norm = layer.RMSNorm(32, eps=1e-6)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2)
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    found, expected = norm(x.bfloat16()), torch.nn.functional.rms_norm(x, (32,), norm.weight, 1e-6)
+    assert found.dtype == torch.bfloat16 and torch.allclose(found.float(), expected, rtol=0.02, atol=0.02)
+    found.sum().backward()
+    assert norm.weight.grad.dtype == torch.float32 and norm.weight.grad.abs().min() > 0
+    assert torch.equal(norm(x), expected)
