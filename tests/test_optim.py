@@ -126,8 +126,9 @@ def test_muon_sees_a_kernel_as_a_matrix(memory_format):
 
 def test_matrices_of_one_shape_make_stacks(monkeypatch):
     """In whatever order they come, and no larger than is allowed; a large matrix stands alone."""
-    monkeypatch.setattr(optim, "_STACK", 2 * 16 * 24)
     shapes = [(16, 24), (24, 16), (16, 24), (8, 9), (16, 24), (24, 16), (64, 64)]
+    work = sum(max(shape) * min(shape) ** 2 for shape in shapes)
+    monkeypatch.setattr(optim, "_STACK", 2.5 * 24 * 16**2 / work)
     assert optim.stacks(shapes, True) == [[0, 2], [4], [1, 5], [3], [6]]
     assert sorted(optim.stacks(shapes, False)) == [[i] for i in range(7)]
 
@@ -164,7 +165,9 @@ def test_two_processes_share_stacks_and_find_what_one_finds(monkeypatch):
     """Both, to the bit; as on a GPU, but without one: what the processes would send is put in by hand."""
     noise, shapes = torch.Generator().manual_seed(0), [(16, 24), (8, 9), (16, 24), (24, 16), (16, 24), (40, 40)]
     matrices = [torch.randn(shape, generator=noise) for shape in shapes]
+    monkeypatch.setattr(optim, "_STACK", 0.5)
     monkeypatch.setattr(optim, "stacks", lambda shapes, together: stacks(shapes, True))
+    assert [len(places) for places in stacks(shapes, True)] == [3, 1, 1, 1]
     alone = optim.orthogonalise_all(matrices)
     sent = {}
 

@@ -205,7 +205,7 @@ def test_twice_the_devices_take_half_the_time():
     products = 5 * (2 * 128**2 * 512 * 2 + 2 * 128**3)  # Muon's, five rounds of an MLP's matrix
     muon = prior()["flops_per_update"]
     assert muon > 4 * products > one["flops_per_update"] == 0
-    assert muon / 2 <= prior(devices=2)["flops_per_update"] < 0.6 * muon  # stacks are not all alike
+    assert prior(devices=2)["flops_per_update"] == pytest.approx(muon / 2, rel=0.02)
     assert prior(FSDP, devices=2)["flops_per_update"] == muon
 
 
