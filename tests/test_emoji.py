@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("resvg_py")
 
 from kartina.training.data import emoji, emoji_packages  # noqa: E402
-from kartina.training.data.emoji_captions import caption, plain_label  # noqa: E402
+from kartina.training.data.emoji_captions import BACKGROUNDS, caption, plain_label  # noqa: E402
 from kartina.training.shards import check_shards  # noqa: E402
 
 FIXTURE = Path(__file__).parent / "data" / "emoji"
@@ -74,6 +75,25 @@ def test_prepared_shards_are_whole_and_even(prepared):
     assert report.samples == checked.samples == 12 * 6 and not checked.bad and not checked.shards
     notices = json.loads((out / "manifest.json").read_text())["licences"]
     assert len(notices) == 3 and all((out / one["notice"]).stat().st_size > 1000 for one in notices)
+
+
+def test_captions_of_a_record_are_true_of_it(prepared):
+    """All of them; a background they do not name is white, whichever else they all name."""
+    out, _ = prepared
+    colours = set()
+    with tarfile.open(next(out.glob("*.tar"))) as tar:
+        members = {m.name: tar.extractfile(m).read() for m in tar}
+    for name in [name for name in members if name.endswith(".txt")]:
+        said, facts = members[name].decode().split("\n"), json.loads(members[name.replace(".txt", ".json")])
+        picture = Image.open(io.BytesIO(members[name.replace(".txt", ".png")]))
+        colour = facts["background"]
+        rgb, russian = BACKGROUNDS[colour]
+        colours.add(colour)
+        assert np.allclose(picture.getpixel((0, 0)), rgb, atol=1) and len(set(said)) == len(said)
+        named = [f"{colour} background" in one or f"на {russian} фоне" in one for one in said]
+        assert all(named) if colour != "white" else (len(said) in (6, 8) and sum(named) == 2)
+        assert any(facts["labels"]["en"].split(":")[0] in one for one in said)
+    assert "white" in colours and len(colours) > 3
 
 
 def test_held_out_cells_are_not_in_the_training_shards(prepared):

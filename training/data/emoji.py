@@ -2,10 +2,11 @@
 
 Nothing is bundled: the art and the names come from three npm packages, packed by the user's own `npm pack` or found in
 a folder. Records are drawn by concept, then evenly over its (tone, style) cells, never by file: most files are people
-in five skin tones. Two built-in splits measure composition, written to splits.json as cells `style/hexcode`:
-E1 (role x tone): role i, in sorted order, never shows tone i mod 5 in training. E2 (concept x style): one concept in
-ten, by sha256, loses one style in training. gallery/ holds every emoji once, without a background: what a painted
-picture is compared with. The licences of the art travel in LICENSES/.
+in five skin tones. A record carries all captions that are true of it, one a line; where they name no background, it is
+white, so that a caption leaves little more open than the style. Two built-in splits measure composition, written to
+splits.json as cells `style/hexcode`: E1 (role x tone): role i, in sorted order, never shows tone i mod 5 in training.
+E2 (concept x style): one concept in ten, by sha256, loses one style in training. gallery/ holds every emoji once,
+without a background: what a painted picture is compared with. The licences of the art travel in LICENSES/.
 
 It does not know the order of reading (`stream` does), nor how a score is computed. No paper.
 """
@@ -31,10 +32,11 @@ from PIL import Image
 from ...pipeline.terminal import followed
 from ..samples import Entry, decode, find_shards, load_index, read_member
 from ..shards import ShardWriter
-from .emoji_captions import BACKGROUNDS, LANGUAGES, TEMPLATES, caption
+from .emoji_captions import BACKGROUNDS, LANGUAGES, PLAIN, captions
 from .emoji_packages import LICENCES, PACKAGES, STYLES, Emoji, join, pack, package_file, read_package, write_notices
 
 TONES = 5
+_COLOURED = 1 / 4  # of the records, on a background that their captions name
 MAX_SIZE = 512  # pixels a side
 _TONE = re.compile(r"-1f3f[b-f]")
 
@@ -137,12 +139,11 @@ def compose(picture: Image.Image, colour: str) -> bytes:
 
 
 def _write(writer: ShardWriter, e: Emoji, picture: Image.Image, draws: random.Random, languages: Sequence[str]) -> None:
-    colour, language = draws.choice(list(BACKGROUNDS)), draws.choice(list(languages))
-    template = draws.randrange(len(TEMPLATES[language]))
-    text = caption(e.labels[language], e.tags[language], e.style, colour, language, template)
-    facts = {"style": e.style, "concept": e.concept, "tone": e.tone, "background": colour, "language": language}
-    fields = {"png": compose(picture, colour), "txt": text.encode()}
-    writer.write(fields, name=e.cell, label=e.labels[language], **facts)
+    colour = draws.choice(list(BACKGROUNDS)) if draws.random() < _COLOURED else PLAIN
+    labels = {language: e.labels[language] for language in languages}
+    said = captions(labels, e.tags, e.style, colour)
+    facts = {"style": e.style, "concept": e.concept, "tone": e.tone, "background": colour, "labels": labels}
+    writer.write({"png": compose(picture, colour), "txt": "\n".join(said).encode()}, name=e.cell, **facts)
 
 
 def _write_gallery(

@@ -3,7 +3,7 @@
 It does not know pictures, styles' licences or which cells are held out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 LANGUAGES = ("en", "ru")
 # name: (red, green, blue), Russian prepositional ("на ... фоне")
@@ -26,7 +26,8 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "en": ("{label}", "{label}, {style} style emoji", "an emoji of {label} on {colour} background", "{tags}"),
     "ru": ("{label}", "{label}, стиль {style}", "{label} на {colour} фоне", "{tags}"),
 }
-NAMES_STYLE = 1  # the template of either language that names label and style
+NAMES_STYLE, NAMES_COLOUR = 1, 2  # the templates of either language that name label and style, label and background
+PLAIN = "white"  # the background of a picture whose captions name none
 
 
 def plain_label(label: str) -> str:
@@ -45,6 +46,17 @@ def plain_label(label: str) -> str:
 def article_of(word: str) -> str:
     """`a` or `an`, by the first letter."""
     return "an" if word[:1].lower() in "aeio" else "a"
+
+
+def captions(labels: Mapping[str, str], tags: Mapping[str, Sequence[str]], style: str, colour: str) -> list[str]:
+    """All captions that are true of one emoji on a background, by language: another one than PLAIN they must name."""
+    found = [
+        caption(label, tags[language], style, colour, language, template)
+        for language, label in labels.items()
+        for template in range(len(TEMPLATES[language]))
+        if colour == PLAIN or template == NAMES_COLOUR
+    ]
+    return list(dict.fromkeys(found))  # without tags two are the same
 
 
 def caption(label: str, tags: Sequence[str], style: str, colour: str, language: str, template: int) -> str:
