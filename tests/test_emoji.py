@@ -12,7 +12,7 @@ from PIL import Image
 pytest.importorskip("resvg_py")
 
 from kartina.training.data import emoji, emoji_packages  # noqa: E402
-from kartina.training.data.emoji_captions import BACKGROUNDS, caption, plain_label  # noqa: E402
+from kartina.training.data.emoji_captions import BACKGROUNDS, caption, captions, plain_label  # noqa: E402
 from kartina.training.shards import check_shards  # noqa: E402
 
 FIXTURE = Path(__file__).parent / "data" / "emoji"
@@ -78,22 +78,34 @@ def test_prepared_shards_are_whole_and_even(prepared):
 
 
 def test_captions_of_a_record_are_true_of_it(prepared):
-    """All of them; a background they do not name is white, whichever else they all name."""
+    """Where they name no background it is white; any other is named by all of them."""
     out, _ = prepared
     colours = set()
+    art = {one.cell: one for one in emoji.read_gallery(out)}
     with tarfile.open(next(out.glob("*.tar"))) as tar:
         members = {m.name: tar.extractfile(m).read() for m in tar}
     for name in [name for name in members if name.endswith(".txt")]:
         said, facts = members[name].decode().split("\n"), json.loads(members[name.replace(".txt", ".json")])
         picture = Image.open(io.BytesIO(members[name.replace(".txt", ".png")]))
-        colour = facts["background"]
-        rgb, russian = BACKGROUNDS[colour]
+        colour, style, labels = facts["background"], facts["style"], facts["labels"]
+        russian = BACKGROUNDS[colour][1]
         colours.add(colour)
-        assert np.allclose(picture.getpixel((0, 0)), rgb, atol=1) and len(set(said)) == len(said)
-        named = [f"{colour} background" in one or f"на {russian} фоне" in one for one in said]
-        assert all(named) if colour != "white" else (len(said) in (6, 8) and sum(named) == 2)
-        assert any(facts["labels"]["en"].split(":")[0] in one for one in said)
+        truth = Image.fromarray(art[facts["name"]].pixels)
+        assert art[facts["name"]].labels == labels and np.array_equal(picture, emoji.lay(truth, colour))
+        english = [f"{colour} background" in one and plain_label(labels["en"]) in one for one in said]
+        assert sum(english) == 1 == sum(one == f"{labels['ru']} на {russian} фоне" for one in said)
+        assert len(said) == len(set(said)) == (8 if colour == "white" else 2)
+        assert (f"{labels['ru']}, стиль {style}" in said) == (colour == "white")
     assert "white" in colours and len(colours) > 3
+
+
+def test_captions_without_tags_come_once():
+    assert captions({"en": "x"}, {"en": []}, "noto", "white") == [
+        "x", "x, noto style emoji", "an emoji of x on a white background"
+    ]  # fmt: skip
+    assert captions({"en": "x", "ru": "икс"}, {"en": [], "ru": ["a"]}, "noto", "red") == [
+        "an emoji of x on a red background", "икс на красном фоне"
+    ]  # fmt: skip
 
 
 def test_held_out_cells_are_not_in_the_training_shards(prepared):

@@ -3,10 +3,11 @@
 Nothing is bundled: the art and the names come from three npm packages, packed by the user's own `npm pack` or found in
 a folder. Records are drawn by concept, then evenly over its (tone, style) cells, never by file: most files are people
 in five skin tones. A record carries all captions that are true of it, one a line; where they name no background, it is
-white, so that a caption leaves little more open than the style. Two built-in splits measure composition, written to
-splits.json as cells `style/hexcode`: E1 (role x tone): role i, in sorted order, never shows tone i mod 5 in training.
-E2 (concept x style): one concept in ten, by sha256, loses one style in training. gallery/ holds every emoji once,
-without a background: what a painted picture is compared with. The licences of the art travel in LICENSES/.
+white. A label then leaves little more open than the style; three tags alone, a quarter of these captions, may stand for
+several emoji. Two built-in splits measure composition, written to splits.json as cells `style/hexcode`: E1 (role x
+tone): role i, in sorted order, never shows tone i mod 5 in training. E2 (concept x style): one concept in ten, by
+sha256, loses one style in training. gallery/ holds every emoji once, without a background: what a painted picture is
+compared with. The licences of the art travel in LICENSES/.
 
 It does not know the order of reading (`stream` does), nor how a score is computed. No paper.
 """
@@ -36,7 +37,7 @@ from .emoji_captions import BACKGROUNDS, LANGUAGES, PLAIN, captions
 from .emoji_packages import LICENCES, PACKAGES, STYLES, Emoji, join, pack, package_file, read_package, write_notices
 
 TONES = 5
-_COLOURED = 1 / 4  # of the records, on a background that their captions name
+_COLOURED = 1 / 4  # of the records are on a background that was drawn; of one in twelve of these it is white again
 MAX_SIZE = 512  # pixels a side
 _TONE = re.compile(r"-1f3f[b-f]")
 

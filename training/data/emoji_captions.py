@@ -49,14 +49,14 @@ def article_of(word: str) -> str:
 
 
 def captions(labels: Mapping[str, str], tags: Mapping[str, Sequence[str]], style: str, colour: str) -> list[str]:
-    """All captions that are true of one emoji on a background, by language: another one than PLAIN they must name."""
+    """All captions that are true of one emoji on a background; one that is not PLAIN they must name."""
     found = [
         caption(label, tags[language], style, colour, language, template)
         for language, label in labels.items()
         for template in range(len(TEMPLATES[language]))
         if colour == PLAIN or template == NAMES_COLOUR
     ]
-    return list(dict.fromkeys(found))  # without tags two are the same
+    return list(dict.fromkeys(found))  # without tags the label comes twice
 
 
 def caption(label: str, tags: Sequence[str], style: str, colour: str, language: str, template: int) -> str:

@@ -1,9 +1,10 @@
 """The suite that judges a text-to-image model on `emoji`: is a painted emoji nearest to the true one?
 
-Captions name label and style (`woman astronaut with dark skin, noto style emoji`) and leave the background open. A
-picture is as far from an emoji as from the nearest of that emoji's pictures on the 12 backgrounds; the distance is that
-of pixels after a Gaussian blur of 2 px at 64 px. The gallery is what `emoji.prepare` wrote: every (style, concept,
-tone) once, held out or not. Equal pictures count as one: Noto's astronaut looks the same in all three genders.
+Captions name label and style (`woman astronaut with dark skin, noto style emoji`) and no background: in the data it is
+then white, but any of the 12 will do. A picture is as far from an emoji as from the nearest of that emoji's pictures on
+them; the distance is that of pixels after a Gaussian blur of 2 px at 64 px. The gallery is what `emoji.prepare` wrote:
+every (style, concept, tone) once, held out or not. Equal pictures count as one: Noto's astronaut looks the same in all
+three genders.
 
 - trained: cells that training shows, one of each (concept, style), the first 300 of a fixed shuffle.
   R@1: nearest of all emoji of its style. R@5: among the nearest five. concept: the nearest is the right one in any
@@ -13,8 +14,8 @@ tone) once, held out or not. Equal pictures count as one: Noto's astronaut looks
 - E2: held-out cells of concept x style, one of each; answers as in `trained`. Read R@1 beside `style`: the true emoji
   of the other style has R@1 0.19 (Noto 1.2.9, Fluent 1.2.6) and style 0.
 
-KID-lite0 of each test is `reconstruction.kid` of its painted pictures and the true ones, on backgrounds in turn: do
-they look like emoji, whichever? It needs the package of the ruler's features.
+KID-lite0 of each test is `reconstruction.kid` of its painted pictures and the true ones, on white: do they look like
+emoji, whichever? It needs the package of the ruler's features.
 
 The cells are the same at every seed, and English and Russian come in turn. M emoji of the gallery, B pictures, S side,
 P points compared.
@@ -24,7 +25,6 @@ It does not know how the model was trained.
 
 import hashlib
 import io
-import itertools
 import json
 import random
 from collections import Counter, defaultdict
@@ -44,7 +44,7 @@ from scipy import ndimage
 
 from ...pipeline.text_to_image import TextToImage
 from ..data.emoji import lay, read_gallery, role_of
-from ..data.emoji_captions import BACKGROUNDS, NAMES_STYLE, caption
+from ..data.emoji_captions import BACKGROUNDS, NAMES_STYLE, PLAIN, caption
 from ..features import RULER, EfficientNetLite, has_package, ruler
 from .reconstruction import features_of, kid, kid_words
 from .reports import Result, check_tests, columns_of, percent, ranking_line, rates_of, rounded, title
@@ -134,9 +134,8 @@ class Gallery:
         return found
 
     def pictures(self, places: Sequence[int]) -> np.ndarray:
-        """The emoji at these places, uint8 (B, S, S, 3), on backgrounds in turn."""
-        pairs = zip(places, itertools.cycle(BACKGROUNDS), strict=False)
-        return np.stack([np.asarray(lay(Image.fromarray(self.emoji[place].pixels), colour)) for place, colour in pairs])
+        """The emoji at these places, uint8 (B, S, S, 3), on the background of captions that name none."""
+        return np.stack([np.asarray(lay(Image.fromarray(self.emoji[place].pixels), PLAIN)) for place in places])
 
     def judge(self, test: str, place: int, distances: np.ndarray) -> Answers:
         """The answers that distances (M,) give about the emoji at a place; what cannot be missed is not asked.
@@ -179,7 +178,7 @@ def prompts(gallery: Gallery, test: str, seed: int = 0, count: int | None = None
     first, asked = len(gallery.emoji) * TESTS.index(test), []
     for i, place in enumerate(places):
         art, language = gallery.emoji[place], gallery.languages[i % len(gallery.languages)]
-        text = caption(art.labels[language], (), art.style, "white", language, NAMES_STYLE)  # names no colour
+        text = caption(art.labels[language], (), art.style, PLAIN, language, NAMES_STYLE)  # names no colour
         asked.append(Prompt(place, text, language, seed + SEED_STRIDE * (first + i)))
     return asked
 
