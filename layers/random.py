@@ -20,6 +20,7 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
+_WORD = (1 << 64) - 1
 
 
 def _shift(x: Tensor, n: int) -> Tensor:
@@ -34,16 +35,26 @@ def _mix(x: Tensor) -> Tensor:
     return x.bitwise_xor_(_shift(x, 31))
 
 
+def _mix_word(word: int) -> int:
+    """`_mix` of one word, as int64 has it: on a GPU a tensor of one takes as many launches as one of a million."""
+    word &= _WORD
+    word = ((word ^ (word >> 30)) * (_MIX_1 & _WORD)) & _WORD
+    word = ((word ^ (word >> 27)) * (_MIX_2 & _WORD)) & _WORD
+    word ^= word >> 31
+    return word - (1 << 64) if word >> 63 else word
+
+
 def _bits(seed: int, step: int, samples: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
     if samples.dtype != torch.int64 or samples.dim() != 1:
         raise ValueError(
             f"random draws need samples as int64 of shape (B,), got {samples.dtype} of shape {tuple(samples.shape)}"
         )
-    key = torch.zeros_like(samples)
-    for word in (seed, step, zlib.crc32(stream.encode()), samples):
-        key = _mix((key ^ word) + _GOLDEN)  # (B,), mixed after each word, else seed 0 at step 1 were seed 1 at step 0
+    key = 0
+    for word in (seed, step, zlib.crc32(stream.encode())):
+        key = _mix_word((key ^ word) + _GOLDEN)  # mixed after each word, else seed 0 at step 1 were seed 1 at step 0
+    keys = _mix((samples ^ key) + _GOLDEN)  # (B,)
     counter = torch.arange(1, math.prod(shape) + 1, device=samples.device, dtype=torch.int64) * _GOLDEN
-    return _mix(key[:, None] + counter[None, :]).view(len(samples), *shape)  # (B, *shape)
+    return _mix(keys[:, None] + counter[None, :]).view(len(samples), *shape)  # (B, *shape)
 
 
 def uniform(seed: int, step: int, samples: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
