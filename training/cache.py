@@ -33,6 +33,7 @@ PART = {
     "codes": "tokenizer", "latents": "tokenizer", "image_embedding": "clip", "text_embedding": "clip",
     "text_tokens": "text",
 }  # fmt: skip
+_OF_CAPTIONS = ("text_tokens",)  # a stage can make them itself of the captions, which every cache has
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -140,6 +141,7 @@ def source_for(stage: Any, source: Source, data: Data, against: dict[str, str], 
     anew = f"make it with `kartina {shlex.join(words)}` and set training.data.cache=FOLDER"
     if manifest is None:
         raise RecipeError(f"training.data.cache: {folder} is no cache of this format; {anew}")
+    names = [name for name in names if name in manifest["arrays"] or name not in _OF_CAPTIONS]
     parts = {part: digest for part, digest in against.items() if part in manifest["parts"]}
     needed = {PART[name]: against.get(PART[name]) for name in names}
     wanted = {"parts": needed | parts, "preprocessing": source.preprocessing, "source": describe_source(source.indexes)}
