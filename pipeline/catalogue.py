@@ -15,13 +15,15 @@ from rich.table import Table
 
 from .checkpoint import read_card
 from .known_models import known_models
+from .shared import place
 from .terminal import printable
 
 
 def catalogue() -> tuple[list[dict[str, Any]], list[str]]:
     """The known models, and what is wrong with those that cannot be read.
 
-    A model is {"name", "folder", "licence", "parts": {part: bytes}, "measured": what `save_measured` wrote, or {}}.
+    A model is {"name", "folder", "licence", "parts": {part: bytes, 0 where another model has it}, "measured": what
+    `save_measured` wrote, or {}}.
     """
     with warnings.catch_warnings(record=True) as left_out:
         warnings.simplefilter("always")
@@ -29,15 +31,14 @@ def catalogue() -> tuple[list[dict[str, Any]], list[str]]:
     rows, problems = [], [str(warning.message) for warning in left_out]
     for name, folder in found.items():
         card = read_card(folder)
-        files = {part: folder / f"{part}.safetensors" for part in card["parts"]}
+        files = {part: place(folder, card["parts"], part) for part in card["parts"]}
         missing = [path.name for path in files.values() if not path.is_file()]
         if missing:
             problems.append(f"{folder} is left out: {', '.join(missing)} is missing; copy the folder again")
             continue
-        facts = {
-            "parts": {part: path.stat().st_size for part, path in files.items()},
-            "measured": card.get("measured", {}),
-        }
+        own = {part: folder / f"{part}.safetensors" == path for part, path in files.items()}
+        sizes = {part: path.stat().st_size if own[part] else 0 for part, path in files.items()}
+        facts = {"parts": sizes, "measured": card.get("measured", {})}
         rows.append({"name": name, "folder": str(folder), "licence": card["licence"], **facts})
     return rows, problems
 
@@ -46,7 +47,7 @@ def report(rows: list[dict[str, Any]], problems: list[str]) -> str:
     """The rows of `catalogue` as a table, and a line for each problem."""
     table = Table("name", "licence", "parts", "measured", box=box.SIMPLE)
     for row in rows:
-        parts = [f"{part} {size / 1e6:.1f} MB" for part, size in row["parts"].items()]
+        parts = [f"{part} {f'{size / 1e6:.1f} MB' if size else 'shared'}" for part, size in row["parts"].items()]
         figures = [f"{name} {value}" for entry in row["measured"].values() for name, value in entry["figures"].items()]
         cells = [row["name"]], [row["licence"]], parts, figures or ["not measured"]
         table.add_row(*("\n".join(map(printable, lines)) for lines in cells))

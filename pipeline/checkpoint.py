@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..tokenizers.captions import CaptionTokenizer
+from . import shared
 from .recipe import PARTS, Recipe, build, captions_problem, dump, is_pretrained, parse, reads_captions
 from .whole_file import replaced, save_tensors
 
@@ -182,12 +183,12 @@ def _write_card(folder: Path, card: dict[str, Any]) -> None:
 
 
 def load_weights(folder: Path, part: str) -> dict[str, Tensor]:
-    """A part's weights, checked against the card's hash.
+    """A part's weights, checked against the card's hash; see `shared.place` for where they lie.
 
     Raises ModelError for an untrained part, a file that is no safetensors (a pickle, a cut copy), altered weights.
     """
     card = read_card(folder)
-    path = folder / f"{part}.safetensors"
+    path = shared.place(folder, card["parts"], part)
     if part not in card["parts"] or not path.is_file():
         raise ModelError(f"{folder}: part {part!r} is not trained yet; run `kartina train RECIPE --stage {part}` first")
     try:
@@ -196,6 +197,8 @@ def load_weights(folder: Path, part: str) -> dict[str, Tensor]:
         raise ModelError(
             f"{path} is not a whole safetensors file ({error}); pickles are never read; copy it again"
         ) from None
+    if part == "text" and path.stem == "clip":
+        weights = shared.text_tower(weights)
     if part_hash(weights) != card["parts"][part].get("hash"):
         raise ModelError(f"{path}: the weights differ from the hash in card.json; copy the folder again")
     return weights

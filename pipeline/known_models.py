@@ -13,8 +13,7 @@ from ..tokenizers.captions import CaptionTokenizer
 from . import checkpoint, published
 from .denoising import noise_of
 from .recipe import Recipe, nearest, section_of
-
-SHIPPED = Path(__file__).parent / "models"
+from .shared import SHIPPED
 
 
 def known_models() -> dict[str, Path]:

@@ -1,0 +1,38 @@
+"""Where a part's weights lie: in its model folder, or in a shipped model that has the very same part.
+
+So that shipped models need not each have a copy of one CLIP, nor of the text tower that a prior reads.
+
+It does not know what a part is, beyond its name and hash.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SHIPPED = Path(__file__).parent / "models"
+_OUTSIDE_TEXT = ("visual.", "text_projection", "logit_scale")  # what CLIP has beside its text tower
+
+
+def place(folder: Path, entries: Mapping[str, Any], part: str) -> Path:
+    """The file with the weights of a part, which may not be there.
+
+    entries: of the card's parts. That of the folder itself, else of the shipped model whose part has the same hash,
+    else, for a text encoder, that of the CLIP beside it.
+    """
+    own = folder / f"{part}.safetensors"
+    if own.is_file() or part not in entries:
+        return own
+    for card in sorted(SHIPPED.glob("*/*/card.json")):
+        other = json.loads(card.read_text(encoding="utf-8"))["parts"].get(part, {})
+        path = card.with_name(own.name)
+        if other.get("hash") == entries[part].get("hash") and path.is_file():
+            return path
+    if part == "text" and (found := place(folder, entries, "clip")).is_file():
+        return found
+    return own
+
+
+def text_tower(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Of CLIP's tensors those of its text tower, where they have the same names."""
+    return {name: value for name, value in weights.items() if not name.startswith(_OUTSIDE_TEXT)}
