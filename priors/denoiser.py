@@ -78,7 +78,8 @@ class Denoiser:
                 f"variances are learned, got {tuple(out.shape)}"
             )
         with without_autocast(x_t):
-            predicted, *share = full(out).split(channels, dim=1)
+            # A copy, for a network that was compiled may write its next output to the same memory.
+            predicted, *share = full(out.clone()).split(channels, dim=1)
             x_0, eps = convert(predicted, full(x_t), *self.schedule.at(t, x_t), self.prediction)
             return Denoised(x_0, eps, (share[0] + 1) / 2 if share else None)
 

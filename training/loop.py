@@ -83,8 +83,8 @@ class _Run:
         self.allowed = training.data.bad_limit * (self.source.size or math.inf)  # samples that cannot be read
         micro, self.passes = division(self.config, accelerator.num_processes)
         for part, network in stage.networks.items():
-            fsdp = training.shard == "fsdp"
-            stage.forward[part] = parallel.prepare(network, accelerator, fsdp, self.config.recompute)
+            how = training.shard == "fsdp", self.config.recompute, self.config.compile
+            stage.forward[part] = parallel.prepare(network, accelerator, *how)
         divided = any(parallel.is_sharded(network) for network in stage.networks.values())
         self.together = accelerator if divided else None  # what all processes then have to do at once
         if training.shard == "fsdp" and not divided:

@@ -33,12 +33,18 @@ def matrices_of(block: nn.Module) -> list[nn.Module]:
     return [part for part in block.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
 
 
-def prepare(network: nn.Module, accelerator: Accelerator, shard: bool, recompute: bool) -> Callable[..., Any]:
+def prepare(
+    network: nn.Module, accelerator: Accelerator, shard: bool, recompute: bool, compiler: str = "none"
+) -> Callable[..., Any]:
     """The form of a network through which it trains, with autocast as Accelerate has it.
 
     shard: divides it over the processes, in place, where it has blocks. recompute: the activations inside blocks are
     computed again in the backward pass instead of being kept (Chen 2016, arXiv:1604.06174). Where a CPU trains in
     bfloat16, parts with `trains_contiguous` get contiguous tensors, in place: channels last is slower there.
+
+    compiler: what torch.compile gives a network to that is not divided. "cudagraphs": its passes are recorded and
+    replayed at one stroke, for networks whose kernels take longer to launch than to compute. "inductor" writes kernels
+    anew, which takes minutes. Shapes and numbers that change from step to step are compiled anew each.
     """
     if recompute:
         recompute_blocks(network)
@@ -47,7 +53,8 @@ def prepare(network: nn.Module, accelerator: Accelerator, shard: bool, recompute
             if getattr(module, "trains_contiguous", False):
                 module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     if not (shard and blocks_of(network) and accelerator.num_processes > 1):
-        return accelerator.prepare_model(network)
+        prepared = accelerator.prepare_model(network)
+        return prepared if compiler == "none" else torch.compile(prepared, backend=compiler, dynamic=False)
     # Autocast alone: placing is left to fully_shard, so that no device ever holds the whole network.
     accelerator.prepare_model(network, device_placement=False, evaluation_mode=True)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))

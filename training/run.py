@@ -14,7 +14,7 @@ from ..pipeline.recipe import Recipe, RecipeError, Section, nearest, read, valid
 RECIPES = Path(__file__).parent / "recipes"
 _CADENCE = (
     "log_every", "preview_every", "validate_every", "validate_samples", "save_minutes", "save_every", "keep",
-    "patience", "micro_batch", "recompute",
+    "patience", "micro_batch", "recompute", "compile",
 )  # fmt: skip
 _ABSENT, _SHOWN = "(absent)", 8  # in errors
 
@@ -56,6 +56,7 @@ class Stage(Section):
     global_batch: int = Field(ge=1)
     micro_batch: int | None = Field(None, ge=1, description="samples per device and forward pass; derived if absent")
     recompute: bool = Field(False, description="compute activations of blocks twice instead of keeping them")
+    compile: Literal["none", "cudagraphs", "inductor"] = Field("none", description="by torch.compile, see `parallel`")
     optimizer: Optimizer
     optimizers: dict[str, Optimizer] = Field({}, description="of the stage's other networks, in place of `optimizer`")
     ema: float = Field(0.999, ge=0, lt=1)

@@ -54,6 +54,7 @@ class CLIPStage(TrainingStage):
     metrics = ("accuracy",)
     higher_is_better = True
     fewest = None
+    steady = True
     depends: tuple[str, ...] = ("captions",)
     knobs: ClassVar = {
         "wrong_captions": Knob(grammar=True),

@@ -43,6 +43,7 @@ class DALLEStage(TrainingStage):
     metrics = ("nats_per_code", "caption_gain")
     higher_is_better = False
     fewest = 2
+    steady = True
     depends: tuple[str, ...] = ("tokenizer", "captions")
     cached: tuple[str, ...] = ("codes",)
     knobs: ClassVar = {"caption_drop": Knob(high=1), **SPLIT_WORDS}

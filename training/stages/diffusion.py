@@ -63,7 +63,7 @@ class DiffusionStage(TrainingStage):
 
     part = "prior"
     higher_is_better = False
-    fewest = 2  # one has no sample before it
+    fewest, steady = 2, True  # one has no sample before it
     depends: tuple[str, ...] = ("tokenizer", "captions", "text")
     beside: tuple[str, ...] = ("text",)
     cached: tuple[str, ...] = ("latents", "text_tokens")

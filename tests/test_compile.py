@@ -1,0 +1,62 @@
+"""Networks that train and paint through torch.compile."""
+
+import json
+
+import numpy as np
+import pytest
+import torch._dynamo
+from torch._dynamo.utils import counters
+
+from kartina.pipeline.text_to_image import TextToImage
+from kartina.training import __main__ as trainer
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line["prior/total"] for line in lines if "prior/total" in line]
+
+
+@pytest.mark.parametrize("tiny_kind", ["dalle", pytest.param("unet, captioned", marks=pytest.mark.slow)])
+def test_a_compiled_network_learns_the_same(tiny_kind, tiny, prepared, tmp_path):
+    """On a CPU, where no graph is recorded. It is compiled whole, and once for all steps."""
+    argv = [*tiny[tiny_kind][1], "stages.prior.steps=4", "stages.prior.validate_samples=8"]
+    found = []
+    for compiler in ("none", "cudagraphs"):
+        torch._dynamo.reset()
+        counters.clear()
+        run = prepared(tmp_path / compiler, tiny_kind)
+        assert trainer.main([*argv, f"stages.prior.compile={compiler}", "--run", str(run)]) == 0
+        found.append(losses(run))
+        assert counters["stats"]["unique_graphs"] == (compiler != "none") and not counters["graph_break"]
+    assert len(found[0]) == 4 and found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "said"),
+    [
+        ("patch_dvae", ["stages.tokenizer.compile=inductor"], "only clip, dalle, unet are compiled"),
+        ("dalle", ["stages.prior.compile=inductor", "training.shard=fsdp"], "leave out compile or training.shard=fsdp"),
+        ("unet", ["stages.prior.compile=cudagraphs"], "leave out dropout or compile"),
+        ("dalle", ["stages.prior.compile=magic"], "'none', 'cudagraphs' or 'inductor'"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(kind, words, said, tiny, tmp_path, capsys):
+    assert trainer.main([*tiny[kind][1], *words, "--run", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_compiled_prior_paints_the_same(monkeypatch):
+    """Two micro-batches of one size, through one graph."""
+    monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: torch._dynamo.optimize("eager")(model))
+    torch._dynamo.reset()
+    counters.clear()
+    prompts = ["a large red ring on a blue background", "a small green cross on a white background"] * 2
+    plain, compiled = (TextToImage.load("shapes/stable-diffusion", device="cpu") for _ in range(2))
+    expected = plain(prompts, num_steps=3, micro_batch=2)
+    found = compiled.compile()(prompts, num_steps=3, micro_batch=2)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    for one, other in zip(expected, found, strict=True):
+        assert np.abs(np.asarray(one.image).astype(int) - np.asarray(other.image)).max() <= 1
+        assert "compiled" not in one.facts and other.facts["compiled"] is True
+    with pytest.raises(ValueError, match="what is compiled is a diffusion prior"):
+        TextToImage.load("shapes/dalle", device="cpu").compile()
