@@ -233,6 +233,7 @@ def rows(
         prepare()
         if prepare == theirs.compile:
             ours.compile()
+            apart = check(ours, theirs, precision)
             own = {batch: measure(ours.paint, ours.networks, batch, steps, device) for batch in batches}
         for batch in batches:
             seconds, memory = measure(theirs.paint, theirs.networks, batch, steps, device)

@@ -49,6 +49,8 @@ def _bits(seed: int, step: int, samples: Tensor, shape: tuple[int, ...], stream:
         raise ValueError(
             f"random draws need samples as int64 of shape (B,), got {samples.dtype} of shape {tuple(samples.shape)}"
         )
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"random draws need a seed of 64 bits, got {seed}")
     key = 0
     for word in (seed, step, zlib.crc32(stream.encode())):
         key = _mix_word((key ^ word) + _GOLDEN)  # mixed after each word, else seed 0 at step 1 were seed 1 at step 0
@@ -61,7 +63,8 @@ def uniform(seed: int, step: int, samples: Tensor, shape: tuple[int, ...], strea
     """Uniform draws in the open interval (0, 1), float32 of shape (B, *shape).
 
     seed: of 64 bits. step: the optimizer or sampling step. samples: int64 (B,), the global numbers of the samples, or a
-    seed for each. stream: the name of the use. Raises ValueError when `samples` is not int64 (B,).
+    seed for each. stream: the name of the use. Raises ValueError when `samples` is not int64 (B,) or the
+    seed has more bits.
     """
     # 23 bits: the largest value, 1 - 2**-24, still fits a float32 below 1.
     return (_shift(_bits(seed, step, samples, shape, stream), 41).float() + 0.5) * 2.0**-23

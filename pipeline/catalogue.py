@@ -22,7 +22,7 @@ from .terminal import printable
 def catalogue() -> tuple[list[dict[str, Any]], list[str]]:
     """The known models, and what is wrong with those that cannot be read.
 
-    A model is {"name", "folder", "licence", "parts": {part: bytes, 0 where another model has it}, "measured": what
+    A model is {"name", "folder", "licence", "parts": {part: bytes, 0 where another file has it}, "measured": what
     `save_measured` wrote, or {}}.
     """
     with warnings.catch_warnings(record=True) as left_out:

@@ -1,8 +1,9 @@
 """The model folder: recipe.yaml, one .safetensors per part, the caption tokenizer, and card.json.
 
-A model folder is untrusted input: loading runs no code of it, reads no pickle, leaves the folder by no path or link,
-takes no more memory than its files, and is strict about names, shapes and hashes. A part's hash is sha256 over its
-sorted (name, dtype, shape, bytes), so it does not depend on how the file or the memory is laid out.
+A model folder is untrusted input: loading runs no code of it, reads no pickle, leaves the folder by no path or link
+(but for a shipped model's part of the same hash, see `shared`), takes no more memory than its files, and is strict
+about names, shapes and hashes. A part's hash is sha256 over its sorted (name, dtype, shape, bytes), so it does not
+depend on how the file or the memory is laid out.
 
 It does not know what the parts are for, nor how they are trained.
 """

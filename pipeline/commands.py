@@ -36,7 +36,7 @@ def paint(
     reranker_pretrained: Annotated[str | None, typer.Option(help="its weights: a published tag or a file")] = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
-    compiled: Annotated[bool, typer.Option("--compile", help="of diffusion: faster, after a minute or more")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="of diffusion, for GPUs: by torch.compile")] = False,
     out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = Path("out"),
     grid: Annotated[bool, typer.Option("--grid", help="one picture with all paintings, captions and scores")] = False,
     prompts_file: Annotated[Path | None, typer.Option(help="a text file with one caption a line")] = None,

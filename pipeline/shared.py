@@ -18,19 +18,26 @@ def place(folder: Path, entries: Mapping[str, Any], part: str) -> Path:
     """The file with the weights of a part, which may not be there.
 
     entries: of the card's parts. That of the folder itself, else of the shipped model whose part has the same hash,
-    else, for a text encoder, that of the CLIP beside it.
+    else, for a text encoder that was CLIP's text tower, that of the CLIP beside it.
     """
     own = folder / f"{part}.safetensors"
     if own.is_file() or part not in entries:
         return own
-    for card in sorted(SHIPPED.glob("*/*/card.json")):
-        other = json.loads(card.read_text(encoding="utf-8"))["parts"].get(part, {})
-        path = card.with_name(own.name)
-        if other.get("hash") == entries[part].get("hash") and path.is_file():
+    for path in sorted(SHIPPED.glob(f"*/*/{own.name}")):
+        if _hash(path.with_name("card.json"), part) == entries[part].get("hash"):
             return path
-    if part == "text" and (found := place(folder, entries, "clip")).is_file():
+    tower = part == "text" and entries[part].get("identity", {}).get("stage") == "clip"
+    if tower and (found := place(folder, entries, "clip")).is_file():
         return found
     return own
+
+
+def _hash(card: Path, part: str) -> str | None:
+    """Of a part, by a card; None where that cannot be read."""
+    try:
+        return json.loads(card.read_text(encoding="utf-8"))["parts"][part]["hash"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def text_tower(weights: Mapping[str, Any]) -> dict[str, Any]:

@@ -117,10 +117,11 @@ class TextToImage:
         return cls(recipe, parts, captions, model_hash(recipe, hashes, captions), reranker)._sound(folder)
 
     def compile(self) -> "TextToImage":
-        """Itself, with a diffusion prior that torch.compile makes faster, above all for few pictures on a GPU.
+        """Itself, with its diffusion prior through torch.compile, which is meant for GPUs, where few pictures wait for
+        kernels to be launched.
 
-        The first picture of each size and micro-batch then takes a minute or more, and rounds otherwise. Raises
-        ValueError for a prior over codes, whose shapes change with each code.
+        The first picture of each micro-batch's size then takes long, and all round otherwise. Raises ValueError for a
+        prior over codes, whose shapes change with each code.
         """
         if not isinstance(self.draw, DiffusionDrawing):
             raise ValueError(f"{self.recipe.name}: what is compiled is a diffusion prior, and its own draws codes")
@@ -259,6 +260,8 @@ def repaint(system: TextToImage, facts: Any) -> Painting:
     Raises ValueError for facts that are not one painting's (see `check_facts`), or those of another model.
     """
     wanted = check_facts(facts)
+    if wanted["compiled"] and not system.compiled:
+        system.compile()
     if wanted["model_hash"] != system.model_hash:
         hashes = f"{wanted['model_hash'][:12]}..., not by {system.model_hash[:12]}..."
         raise ValueError(f"the picture was painted by the model {hashes}; load that one (`find_by_hash`)")
@@ -274,8 +277,8 @@ def check_facts(facts: Any) -> dict[str, Any]:
     """What `repaint` needs out of a painting's `metadata`, checked: a PNG is untrusted, so nothing in it is believed.
 
     -> prompt, seed, candidate, model_hash, device, dtype (a key of DTYPES), micro_batch, row, knobs (a table, which the
-    model checks), tile (None where the picture was decoded whole). Raises ValueError for what is missing, of another
-    type or out of range.
+    model checks), tile (None where the picture was decoded whole), compiled (whether its prior was). Raises ValueError
+    for what is missing, of another type or out of range.
     """
     if not isinstance(facts, dict) or not _FACTS.keys() <= facts.keys():
         names = ", ".join(_FACTS)
@@ -294,7 +297,10 @@ def check_facts(facts: Any) -> dict[str, Any]:
         raise ValueError(
             f"a painting's tile must be a side from 1 to {_MAX_TILE}, got {tile!r:.60}; the facts were altered"
         )
-    return {name: facts[name] for name in _FACTS} | {"tile": tile}
+    compiled = facts.get("compiled", False)
+    if not isinstance(compiled, bool):
+        raise ValueError(f"a painting's compiled must be true or false, got {compiled!r:.60}; the facts were altered")
+    return {name: facts[name] for name in _FACTS} | {"tile": tile, "compiled": compiled}
 
 
 def _is_text(value: Any) -> bool:

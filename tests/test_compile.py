@@ -7,26 +7,29 @@ import pytest
 import torch._dynamo
 from torch._dynamo.utils import counters
 
-from kartina.pipeline.text_to_image import TextToImage
+from kartina.pipeline.text_to_image import TextToImage, metadata, repaint
 from kartina.training import __main__ as trainer
 
 
-def losses(folder):
+def losses(folder, stage):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line["prior/total"] for line in lines if "prior/total" in line]
+    return [line[f"{stage}/total"] for line in lines if f"{stage}/total" in line]
 
 
-@pytest.mark.parametrize("tiny_kind", ["dalle", pytest.param("unet, captioned", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "tiny_kind", ["dalle", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("unet, captioned", "clip"))]
+)
 def test_a_compiled_network_learns_the_same(tiny_kind, tiny, prepared, tmp_path):
     """On a CPU, where no graph is recorded. It is compiled whole, and once for all steps."""
-    argv = [*tiny[tiny_kind][1], "stages.prior.steps=4", "stages.prior.validate_samples=8"]
+    stage, argv = tiny[tiny_kind]
+    argv = [*argv, f"stages.{stage}.steps=4", f"stages.{stage}.validate_samples=8"]
     found = []
     for compiler in ("none", "cudagraphs"):
         torch._dynamo.reset()
         counters.clear()
         run = prepared(tmp_path / compiler, tiny_kind)
-        assert trainer.main([*argv, f"stages.prior.compile={compiler}", "--run", str(run)]) == 0
-        found.append(losses(run))
+        assert trainer.main([*argv, f"stages.{stage}.compile={compiler}", "--run", str(run)]) == 0
+        found.append(losses(run, stage))
         assert counters["stats"]["unique_graphs"] == (compiler != "none") and not counters["graph_break"]
     assert len(found[0]) == 4 and found[0] == pytest.approx(found[1], rel=1e-6)
 
@@ -37,6 +40,7 @@ def test_a_compiled_network_learns_the_same(tiny_kind, tiny, prepared, tmp_path)
         ("patch_dvae", ["stages.tokenizer.compile=inductor"], "only clip, dalle, unet are compiled"),
         ("dalle", ["stages.prior.compile=inductor", "training.shard=fsdp"], "leave out compile or training.shard=fsdp"),
         ("unet", ["stages.prior.compile=cudagraphs"], "leave out dropout or compile"),
+        ("dalle", ["stages.prior.compile=cudagraphs", "stages.prior.micro_batch=4"], "leave out compile or micro"),
         ("dalle", ["stages.prior.compile=magic"], "'none', 'cudagraphs' or 'inductor'"),
     ],
 )
@@ -58,5 +62,7 @@ def test_a_compiled_prior_paints_the_same(monkeypatch):
     for one, other in zip(expected, found, strict=True):
         assert np.abs(np.asarray(one.image).astype(int) - np.asarray(other.image)).max() <= 1
         assert "compiled" not in one.facts and other.facts["compiled"] is True
+    again = repaint(plain, metadata(found[0]))
+    assert plain.compiled and np.array_equal(np.asarray(again.image), np.asarray(found[0].image))
     with pytest.raises(ValueError, match="what is compiled is a diffusion prior"):
         TextToImage.load("shapes/dalle", device="cpu").compile()

@@ -148,3 +148,17 @@ def test_bad_networks_and_knobs_are_refused():
     for knobs in ({"scale": -1.0}, {"scale": 2.0, "rescale": 1.5}, {"scale": 2.0, "interval": (3.0, 1.0)}):
         with pytest.raises(ValueError, match="guidance needs"):
             Guided(plain, None, **knobs)
+
+
+def test_what_was_found_outlives_the_next_call():
+    """Of a network that writes all its outputs to the same memory, as a recorded graph does."""
+    schedule, memory = new_schedule("linear", 10), torch.zeros(2, 1, 2, 2)
+
+    def network(x_t, t, condition):
+        return memory.copy_(x_t)
+
+    for prediction in ("eps", "x_0"):
+        denoise, t = Denoiser(network, schedule, prediction), torch.tensor([3, 4])
+        found = denoise(torch.ones(2, 1, 2, 2), t, Condition())
+        denoise(torch.zeros(2, 1, 2, 2), t, Condition())
+        assert (getattr(found, prediction) == 1).all()

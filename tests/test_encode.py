@@ -189,6 +189,18 @@ def test_latents_are_mean_and_log_variance(shards, run, tmp_path, monkeypatch):
         encode.encode(shards, tmp_path / "none", run / "model", ["latents"], processes=1)
 
 
+def test_latents_alone_do_for_a_frozen_text_encoder(shards, run, tmp_path, monkeypatch):
+    """It encodes the captions then, which a cache has too: where a sample has several, as drawn."""
+    monkeypatch.setattr(encode.checkpoint, "load_part", lambda *given: Posterior())
+    encode.encode(shards, tmp_path / "out", run / "model", ["latents"], processes=1)
+    source, stage = stream.ShardSource(shards, 32, seed=0), SimpleNamespace(part="prior", cached=STAGES["unet"].cached)
+    assert "text_tokens" in stage.cached
+    data = Data(kind="shards", shards=str(shards), cache=str(tmp_path / "out"))
+    found = cache.source_for(stage, source, data, hashes(run) | {"text": "of a frozen one"}, run / "model")
+    batch, pictures = found.read(range(8)), source.read(range(8))
+    assert list(batch.encoded) == ["latents"] and batch.captions == pictures.captions
+
+
 def test_embeddings_are_those_of_the_models_clip(shards, tmp_path):
     from kartina.pipeline.text_to_image import TextToImage
 

@@ -42,12 +42,19 @@ def test_distributions():
     assert stats.chisquare(counts.numpy()).pvalue > 1e-3
 
 
+GOLDEN = {-5: [981385, 111001], 2**63 - 1: [583001, 302556]}  # by seed
+
+
 def test_known_values_never_change():
     """A stored run must resume with the same draws in every later version."""
     got = random.integers(1, 2, torch.tensor([3]), (4,), "golden", 1_000_000)
     assert got.tolist() == [[157894, 704444, 381399, 921058]]
+    for seed, expected in GOLDEN.items():
+        assert random.integers(seed, 99999, torch.tensor([-7]), (2,), "golden", 1_000_000).tolist() == [expected]
 
 
-def test_wrong_samples_are_refused():
+def test_wrong_samples_and_seeds_are_refused():
     with pytest.raises(ValueError, match="int64"):
         random.uniform(0, 0, torch.zeros(3), (2,), "u")
+    with pytest.raises(ValueError, match="64 bits"):
+        random.uniform(2**63, 0, torch.zeros(3, dtype=torch.int64), (2,), "u")

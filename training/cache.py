@@ -127,9 +127,10 @@ class CachedSource:
 def source_for(stage: Any, source: Source, data: Data, against: dict[str, str], model: Path) -> Source:
     """What a stage reads: the source, or the recipe's cache of it where there is one and the stage can read it.
 
-    against: hashes of what the stage depends on. model: the folder of those parts. Raises RecipeError, with the keys
-    that differ and the command that makes it anew, for a cache of other parts, preprocessing, captions or shards, or
-    one that is not whole.
+    against: hashes of what the stage depends on. model: the folder of those parts. A cache without `text_tokens` fits,
+    for the stage makes these of the captions; records of several captions have no others. Raises RecipeError, with the
+    keys that differ and the command that makes it anew, for a cache of other parts, preprocessing, captions or shards,
+    or one that is not whole.
     """
     names = [name for name in stage.cached if PART[name] in against]
     if data.cache is None or not names or names[0] != stage.cached[0]:

@@ -4,7 +4,7 @@ It does not know what is trained. All rates are functions of the optimizer step,
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -40,44 +40,44 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step from the gradients of the parameters, which every process has alike."""
+        """One step from the gradients of the parameters, which every process has alike, and which it overwrites."""
         for group in self.param_groups:
             kept = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not kept:
                 continue
-            # All at once, here and below: on a GPU each alone takes longer to launch than to compute.
             matrices, lr = self._momentum(kept, group["momentum"]), group["lr"]
             torch._foreach_mul_(kept, 1 - lr * group["weight_decay"])
+            updates: Iterable[Tensor]
             if isinstance(kept[0], DTensor):
-                for parameter, matrix in zip(kept, matrices, strict=True):  # whole one at a time
-                    update = orthogonalise(whole(matrix), self.bf16).to(parameter.dtype).view(parameter.shape)
-                    parameter.add_(like(update, parameter), alpha=-lr * _scale(matrix))
+                updates = (orthogonalise(whole(matrix), self.bf16) for matrix in matrices)  # whole one at a time
             else:
                 updates = orthogonalise_all(matrices, self.bf16)
-                torch._foreach_mul_(updates, [_scale(matrix) for matrix in matrices])
-                shaped = [update.view(parameter.shape) for update, parameter in zip(updates, kept, strict=True)]
-                torch._foreach_add_(kept, shaped, alpha=-lr)
+            for parameter, matrix, update in zip(kept, matrices, updates, strict=True):
+                wide = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+                parameter.add_(like(update.view(parameter.shape), parameter), alpha=-lr * wide)
 
     def _momentum(self, parameters: list[nn.Parameter], momentum: float) -> list[Tensor]:
-        """The gradients with Nesterov's momentum, (n_out, rest)."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        """The gradients with Nesterov's momentum, (n_out, rest), which take the place of the gradients.
+
+        All at once: on a GPU each alone takes longer to launch than to compute.
+        """
+        gradients: list[Tensor] = []
+        for parameter in parameters:
+            assert parameter.grad is not None
+            gradients.append(parameter.grad)
             if not self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(gradient)
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
         averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
-        return [found.flatten(1) for found in torch._foreach_lerp(gradients, averages, momentum)]
-
-
-def _scale(matrix: Tensor) -> float:
-    return max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+        torch._foreach_lerp_(gradients, averages, momentum)
+        return [gradient.flatten(1) for gradient in gradients]
 
 
 def orthogonalise_all(matrices: Sequence[Tensor], bf16: bool = True) -> list[Tensor]:
     """`orthogonalise` of each, by `stacks`; where there are several processes, all with the same matrices, each
     computes a share of the stacks.
 
-    Each process then sends its share to the others, so that all hold the same numbers to the bit. They are float32.
+    Each process then sends its share to the others, so that all hold the same numbers to the bit.
     """
     if not matrices:
         return []
@@ -110,7 +110,7 @@ def orthogonalise_all(matrices: Sequence[Tensor], bf16: bool = True) -> list[Ten
             at[owner] = end
     updates: dict[int, Tensor] = {}
     for places, stack in zip(together, solved, strict=True):
-        updates |= dict(zip(places, stack.float().unbind(), strict=True))
+        updates |= dict(zip(places, stack.unbind(), strict=True))
     return [updates[place] for place in range(len(matrices))]
 
 

@@ -42,9 +42,9 @@ def prepare(
     computed again in the backward pass instead of being kept (Chen 2016, arXiv:1604.06174). Where a CPU trains in
     bfloat16, parts with `trains_contiguous` get contiguous tensors, in place: channels last is slower there.
 
-    compiler: what torch.compile gives a network to that is not divided. "cudagraphs": its passes are recorded and
-    replayed at one stroke, for networks whose kernels take longer to launch than to compute. "inductor" writes kernels
-    anew, which takes minutes. Shapes and numbers that change from step to step are compiled anew each.
+    compiler: of torch.compile, through which a network goes that is not divided. "cudagraphs": its passes are recorded
+    and replayed at one stroke, for networks whose kernels take longer to launch than to compute. "inductor" writes
+    kernels anew, which takes minutes. Each shape is compiled by itself, up to a limit of torch.
     """
     if recompute:
         recompute_blocks(network)

@@ -257,7 +257,7 @@ def _muon_load(shapes: list[Any], devices: int) -> int:
 
 
 def _muon_bytes(shapes: list[Any], share: int, setting: _Setting) -> float:
-    """What one update takes besides its state: all gradients with momentum, and what it makes of them.
+    """What one update takes besides its state and the gradients, in whose place it works: what it makes of these.
 
     That is all matrices at once, in the recipe's precision, and twice what each device sends to the others;
     of a divided network one whole matrix at a time. And the products of one, or of a stack: what is gathered or
@@ -272,9 +272,9 @@ def _muon_bytes(shapes: list[Any], share: int, setting: _Setting) -> float:
         for n, shape in together
     )
     if share > 1:
-        return 4 * sum(sizes) / share + most + width * max(sizes)
+        return most + width * max(sizes)
     sent = 2 * width * sum(sizes) / setting.devices if setting.devices > 1 else 0.0
-    return (4 + width) * sum(sizes) + max(most, sent)
+    return width * sum(sizes) + max(most, sent)
 
 
 def _seconds_of(

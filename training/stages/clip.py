@@ -127,7 +127,9 @@ class CLIPStage(TrainingStage):
         count, captions = len(batch.captions), [*captions_of(batch), *self._wrong(batch, wanted)]
         captions = in_one_wording(self.source, captions, self.config, self.seed, step, batch.samples)
         tokens, lengths = read_captions(self.captions, captions, self.config, self.seed, step, batch.samples)
-        text = self.network.frame(tokens, lengths)[:, : int(lengths.max()) + 2]  # what follows the end is not read
+        text = self.network.frame(tokens, lengths)
+        if self.config.compile == "none":  # else of one shape
+            text = text[:, : int(lengths.max()) + 2]  # what follows the end is not read
         image_features, text_features, scale = towers(batch.image, text.to(batch.image.device))
         own, wrong = text_features[:count], text_features[count:]
         return image_features, own, scale, wrong.view(count, -1, own.shape[1]) if len(wrong) else None
