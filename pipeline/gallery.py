@@ -24,19 +24,21 @@ _SCENES = (
     "a large black diamond left of a small orange circle on a white background",
     "маленький синий крест над большим фиолетовым кругом на жёлтом фоне",
 )
+_EMOJI = (
+    "grinning cat",
+    "red apple",
+    "an emoji of rocket on a white background",
+    "an emoji of sunflower on a blue background",
+    "ракета",
+    "морда кошки",
+    "красное яблоко на чёрном фоне",
+    "полумесяц на синем фоне",
+)
 DEMO = {
     "shapes/dalle": _SCENES,
     "shapes/stable-diffusion": _SCENES,
-    "emoji/dalle": (
-        "grinning cat",
-        "red apple",
-        "an emoji of rocket on a white background",
-        "an emoji of sunflower on a blue background",
-        "ракета",
-        "морда кошки",
-        "красное яблоко на чёрном фоне",
-        "полумесяц на синем фоне",
-    ),
+    "emoji/dalle": _EMOJI,
+    "emoji/stable-diffusion": _EMOJI,
 }
 
 

@@ -100,7 +100,7 @@ def test_a_kind_without_an_entry_is_one_clear_error(monkeypatch):
 
 
 def test_flops_of_the_transformer_by_hand(counted):
-    texts, codes, width, depth, vocabulary, num_codes = 22, 128, 128, 5, 1024, 1024
+    texts, codes, width, depth, vocabulary, num_codes = 22, 128, 128, 5, 500, 2048
     places = texts + codes
     products = 2 * (places * depth * 12 * width**2 + width * (texts * vocabulary + codes * num_codes))
     attention = depth * 2 * places**2 * width  # one product of queries and keys: 2 of them forward, 5 backward

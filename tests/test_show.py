@@ -116,9 +116,9 @@ def test_a_codebook_is_counted_and_drawn(tmp_path):
     out = tmp_path / "c.png"
     told = json.loads(show("codebook", "--model=shapes/dalle", "--images=70", f"--out={out}", "--json"))
     assert read_metadata(out)["counts"] == told["counts"]
-    assert (told["num_codes"], told["images"]) == (1024, 70) and sum(told["counts"]) == 70 * 128
-    assert told["usage"] == pytest.approx(sum(count > 0 for count in told["counts"]) / 1024)
-    assert 1 < told["perplexity"] < 1024 and told["psnr"] > 25
+    assert (told["num_codes"], told["images"]) == (2048, 70) and sum(told["counts"]) == 70 * 128
+    assert told["usage"] == pytest.approx(sum(count > 0 for count in told["counts"]) / 2048)
+    assert 1 < told["perplexity"] < 2048 and told["psnr"] > 25
     assert told["entropy_bits"] == pytest.approx(torch.tensor(told["perplexity"]).log2().item(), abs=1e-4)
 
 
