@@ -63,8 +63,8 @@ def uniform(seed: int, step: int, samples: Tensor, shape: tuple[int, ...], strea
     """Uniform draws in the open interval (0, 1), float32 of shape (B, *shape).
 
     seed: of 64 bits. step: the optimizer or sampling step. samples: int64 (B,), the global numbers of the samples, or a
-    seed for each. stream: the name of the use. Raises ValueError when `samples` is not int64 (B,) or the
-    seed has more bits.
+    seed for each. stream: the name of the use. Raises ValueError when `samples` is not int64 (B,), or
+    for a seed of more bits.
     """
     # 23 bits: the largest value, 1 - 2**-24, still fits a float32 below 1.
     return (_shift(_bits(seed, step, samples, shape, stream), 41).float() + 0.5) * 2.0**-23

@@ -260,11 +260,11 @@ def repaint(system: TextToImage, facts: Any) -> Painting:
     Raises ValueError for facts that are not one painting's (see `check_facts`), or those of another model.
     """
     wanted = check_facts(facts)
-    if wanted["compiled"] and not system.compiled:
-        system.compile()
     if wanted["model_hash"] != system.model_hash:
         hashes = f"{wanted['model_hash'][:12]}..., not by {system.model_hash[:12]}..."
         raise ValueError(f"the picture was painted by the model {hashes}; load that one (`find_by_hash`)")
+    if wanted["compiled"] and not system.compiled:
+        system.compile()
     tokenizer = system.parts.get("tokenizer")
     if tokenizer is not None and hasattr(tokenizer, "tile"):
         tokenizer.tile = wanted["tile"]

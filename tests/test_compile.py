@@ -40,7 +40,7 @@ def test_a_compiled_network_learns_the_same(tiny_kind, tiny, prepared, tmp_path)
         ("patch_dvae", ["stages.tokenizer.compile=inductor"], "only clip, dalle, unet are compiled"),
         ("dalle", ["stages.prior.compile=inductor", "training.shard=fsdp"], "leave out compile or training.shard=fsdp"),
         ("unet", ["stages.prior.compile=cudagraphs"], "leave out dropout or compile"),
-        ("dalle", ["stages.prior.compile=cudagraphs", "stages.prior.micro_batch=4"], "leave out compile or micro"),
+        ("dalle", ["stages.prior.compile=cudagraphs", "stages.prior.micro_batch=4"], "compile or micro_batch"),
         ("dalle", ["stages.prior.compile=magic"], "'none', 'cudagraphs' or 'inductor'"),
     ],
 )

@@ -71,8 +71,13 @@ def check(
         if problem := stage.problem(recipe, built, config, model):
             raise RecipeError(f"stage {name}: {problem}")
         passes, why = runs.division(config, processes)[1], stage.coupled(recipe, config)
-        if config.compile != "none" and (problem := _not_compiled(stage, built[name], training.shard, passes)):
+        if config.compile != "none" and (problem := _not_compiled(stage, built[name], training.shard)):
             raise RecipeError(f"stages.{name}.compile={config.compile}: {problem}")
+        if config.compile == "cudagraphs" and passes > 1:
+            raise RecipeError(
+                f"stages.{name}.compile=cudagraphs overwrites gradients that add up over {passes} passes; leave out "
+                "compile or micro_batch, or take inductor"
+            )
         if why and passes > 1:
             raise RecipeError(
                 f"stage {name}: {why}, so its samples cannot be read in {passes} passes; "
@@ -80,7 +85,7 @@ def check(
             )
 
 
-def _not_compiled(stage: Any, part: Any, shard: str, passes: int) -> str:
+def _not_compiled(stage: Any, part: Any, shard: str) -> str:
     """Why a stage's network cannot be compiled, and what to do; "" where it can."""
     if not stage.steady:
         known = ", ".join(sorted(kind for kind, each in STAGES.items() if each.steady))
@@ -89,8 +94,6 @@ def _not_compiled(stage: Any, part: Any, shard: str, passes: int) -> str:
         return "what is divided is not compiled; leave out compile or training.shard=fsdp"
     if getattr(part, "dropout", 0):
         return "what drops out is drawn by the step, and would be compiled anew each; leave out dropout or compile"
-    if passes > 1:
-        return f"a graph overwrites gradients that add up over {passes} passes; leave out compile or micro_batch"
     return ""
 
 
