@@ -36,8 +36,9 @@ def catalogue() -> tuple[list[dict[str, Any]], list[str]]:
         if missing:
             problems.append(f"{folder} is left out: {', '.join(missing)} is missing; copy the folder again")
             continue
-        own = {part: folder / f"{part}.safetensors" == path for part, path in files.items()}
-        sizes = {part: path.stat().st_size if own[part] else 0 for part, path in files.items()}
+        sizes = {
+            part: path.stat().st_size if path == folder / f"{part}.safetensors" else 0 for part, path in files.items()
+        }
         facts = {"parts": sizes, "measured": card.get("measured", {})}
         rows.append({"name": name, "folder": str(folder), "licence": card["licence"], **facts})
     return rows, problems

@@ -7,7 +7,8 @@ from kartina.training import optim, passes, plan
 from kartina.training import run as runs
 from kartina.training.optim import build_optimizers, newton_schulz_dtype
 
-PRIOR = [f"parts.prior.{key}" for key in ("depth=3", "attention=full", "width=512", "num_heads=2")]
+PRIOR = [f"parts.prior.{key}" for key in ("depth=3", "attention=full", "width=512", "num_heads=2", "num_codes=256")]
+ONE = ["parts.tokenizer.num_codes=256", "stages.prior.micro_batch=1", "stages.prior.recompute=true"]
 
 
 def test_the_peak_of_an_update_against_the_allocator(profiled, monkeypatch):
@@ -16,7 +17,7 @@ def test_the_peak_of_an_update_against_the_allocator(profiled, monkeypatch):
     A GPU's stacks are planned as a CPU has them, of one matrix each.
     """
     monkeypatch.setattr(optim, "_STACK", 0)
-    recipe, training = runs.load("shapes/dalle", [*PRIOR, "stages.prior.micro_batch=1", "stages.prior.recompute=true"])
+    recipe, training = runs.load("shapes/dalle", [*PRIOR, *ONE])
     network, config = passes.build_trained(recipe, "prior"), training.stages["prior"]
     optimizers = build_optimizers(network, config.optimizer)
     for _ in range(2):  # the first one makes the state
@@ -28,4 +29,4 @@ def test_the_peak_of_an_update_against_the_allocator(profiled, monkeypatch):
     held = sum(memory[name] for name in ("weights", "gradients", "optimizer", "ema", "frozen"))
     half = device == "h100"
     assert memory["peak"] == pytest.approx(held + muon, rel=0.05 if half else 0.02)  # 2.8 % more than measured
-    assert adamw < 0.01 * memory["weights"] < 0.4 * memory["weights"] < muon
+    assert adamw < 0.01 * memory["weights"] < memory["weights"] < (2 if half else 1) * muon
