@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kartina.pipeline import catalogue, checkpoint, shared
+from kartina.training.__main__ import _finished
 
 MODEL = shared.SHIPPED / "emoji" / "dalle"
 
@@ -44,6 +45,13 @@ def test_a_text_encoder_is_the_text_tower_of_the_clip_beside_it(without_clip):
         changed(without_clip, "text", entry)
         with pytest.raises(checkpoint.ModelError, match=said):
             checkpoint.load_weights(without_clip, "text")
+
+
+def test_a_shared_part_is_not_trained_again(without_clip):
+    entry = checkpoint.parts_in(without_clip)["clip"]
+    assert _finished(without_clip, "clip", entry["identity"], extended=False)
+    changed(without_clip, "clip", entry | {"hash": "0" * 64})
+    assert not _finished(without_clip, "clip", entry["identity"], extended=False)
 
 
 def test_models_tells_what_is_shared(without_clip, monkeypatch):

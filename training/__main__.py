@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..pipeline import checkpoint
+from ..pipeline import checkpoint, shared
 from ..pipeline.built import built_otherwise
 from ..pipeline.known_models import find_model
 from ..pipeline.recipe import Recipe, RecipeError, dump, is_pretrained, reads_captions
@@ -239,7 +239,7 @@ def _train(
 
 
 def _finished(model: Path, part: str, identity: dict[str, Any], extended: bool) -> bool:
-    """Whether the model folder holds this very part, and what its stage exports beside it.
+    """Whether the model folder, or a shipped model, holds this very part, and what its stage exports beside it.
 
     extended: one of fewer steps, but else the same, is not finished. Raises RecipeError where it holds one trained
     otherwise.
@@ -247,7 +247,7 @@ def _finished(model: Path, part: str, identity: dict[str, Any], extended: bool) 
     parts = checkpoint.parts_in(model)
     entry = parts.get(part)
     exported = {part, *(other for other, each in parts.items() if each.get("identity", {}).get("stage") == part)}
-    if entry is None or not all((model / f"{other}.safetensors").is_file() for other in exported):
+    if entry is None or not all(shared.place(model, parts, other).is_file() for other in exported):
         return False
     known = entry.get("identity", {})
     if entry["hash"] == (identity.get("from") or {}).get(part):

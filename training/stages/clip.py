@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor, nn
 
-from ...pipeline import checkpoint
+from ...pipeline import checkpoint, shared
 from ...pipeline.recipe import Recipe, build, defaults, is_frozen
 from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import clip as clip_objective
@@ -96,8 +96,8 @@ class CLIPStage(TrainingStage):
         """Beside CLIP its text tower, where a prior reads one that is frozen and did not come from elsewhere."""
         if not self.gives_text:
             return super().exported()
-        tower, weights = build(self.recipe, "text"), self.network.state_dict()
-        tower.load_state_dict({name: weights[name] for name in tower.state_dict()})
+        tower = build(self.recipe, "text")
+        tower.load_state_dict(shared.text_tower(self.network.state_dict()))
         return {"text": tower, **super().exported()}
 
     def updates(self, batch: Batch, step: int) -> Updates:
