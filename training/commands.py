@@ -27,7 +27,7 @@ def train(
     extend: Annotated[list[str] | None, typer.Option(help="STAGE=STEPS: go on to more steps than before")] = None,
     begun: Annotated[str | None, typer.Option("--from", help="begin with the weights of a model of such parts")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="check the recipe, print it resolved and its size; train nothing")
+        bool, typer.Option("--dry-run", help="check the recipe, print it resolved, its FLOPs and memory; train nothing")
     ] = False,
 ) -> None:
     """Train the stages of a recipe; run the same command again to resume."""
@@ -36,14 +36,16 @@ def train(
     resolved, training = runs.load(recipe, overrides or [])
     if dry_run:
         from ..pipeline.known_models import find_model
-        from ..pipeline.recipe import count_parameters, dump
+        from ..pipeline.recipe import dump
         from .checks import check, names_of
+        from .plan import plan as planned
+        from .plan_report import report
 
         if training is not None:
             model, origin = (run or runs.folder_of(resolved)) / "model", None if begun is None else find_model(begun)
             check(resolved, training, names_of(training, stage), processes, model, origin)
         typer.echo(dump(resolved))
-        typer.echo(json.dumps({"parameters": count_parameters(resolved)}, indent=2))
+        typer.echo(report(planned(resolved, training, devices=processes, stage=stage), of_device=False), nl=False)
         return
     trainer = ["kartina.training", *(["--"] if processes > 1 else []), recipe, *(overrides or [])]
     trainer += [

@@ -14,26 +14,29 @@ from rich.table import Table
 _GIB = 2**30
 
 
-def report(plan: dict[str, Any]) -> str:
-    """A plan as a table with a column for each stage, and what the numbers rest on."""
+def report(plan: dict[str, Any], of_device: bool = True) -> str:
+    """A plan as a table with a column for each stage, and what the numbers rest on.
+
+    of_device: with what holds for the planned device alone, which is whether it fits, and all times.
+    """
     stages = plan["stages"]
     table = Table("per device" if plan["devices"] > 1 else "", *stages, box=box.SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"
-    for line, value in _LINES:
+    for line, value in (*_SIZES, *(_ON_DEVICE if of_device else [])):
         cells = [value(stage) for stage in stages.values()]
         if any(cell is not None for cell in cells):
             table.add_row(line, *("-" if cell is None else cell for cell in cells))
     text = io.StringIO()
     width = shutil.get_terminal_size((120, 24)).columns
     console = Console(file=text, width=width, markup=False, highlight=False)
-    device = plan["device"]
-    how = {"none": "each holds the whole state", "fsdp": "the state divided over them (fsdp)"}[plan["shard"]]
-    console.print(
-        f"{plan['recipe']} on {plan['devices']} x {device['name']}{f', {how}' if plan['devices'] > 1 else ''}: "
-        f"{plan['precision']} at {device['peak_flops'] / 1e12:g} TFLOP/s ({device['source']}), "
-        f"of which {100 * plan['utilisation']:g} % are assumed to be used"
-    )
+    device, devices = plan["device"], plan["devices"]
+    how = {"none": ", each holds the whole state", "fsdp": ", the state divided over them (fsdp)"}[plan["shard"]]
+    on = f"{devices} x {device['name']}" if of_device else f"{devices} device{'s' if devices > 1 else ''}"
+    rate = f" at {device['peak_flops'] / 1e12:g} TFLOP/s ({device['source']}), of which "
+    rate += f"{100 * plan['utilisation']:g} % are assumed to be used"
+    precision = plan["precision"] + (rate if of_device else "")
+    console.print(f"{plan['recipe']} on {on}{how if devices > 1 else ''}: {precision}")
     planned = {part for stage in stages.values() for part in stage["parts"]}
     others = [f"{part} {count:,d}" for part, count in plan["parameters"].items() if part not in planned]
     if others:
@@ -69,7 +72,7 @@ def _beside(stage: dict[str, Any], key: str, show: Any) -> str | None:
     return next((show(each[key]) for each in stage["beside"].values()), None)
 
 
-_LINES: list[tuple[str, Any]] = [
+_SIZES: list[tuple[str, Any]] = [
     ("parameters", lambda s: f"{s['parameters']:,d}"),
     ("  of the discriminator, besides", lambda s: _beside(s, "parameters", "{:,d}".format)),
     ("GFLOP a sample", lambda s: _figure(s["flops_per_sample"]["trained"] / 1e9)),
@@ -90,6 +93,8 @@ _LINES: list[tuple[str, Any]] = [
     ("DDP's buckets", _memory("buckets")),
     ("gathered blocks", _memory("gathered")),
     ("peak", _memory("peak")),
+]
+_ON_DEVICE: list[tuple[str, Any]] = [
     ("fits", lambda s: "yes" if s["fits"] else "no"),
     ("  largest micro-batch", lambda s: f"{s['largest_micro_batch']:,d}"),
     ("time of a step", lambda s: _seconds(s["step_seconds"])),
