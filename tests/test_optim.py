@@ -129,12 +129,11 @@ def test_matrices_of_one_shape_make_stacks(monkeypatch):
     shapes = [(16, 24), (24, 16), (16, 24), (8, 9), (16, 24), (24, 16), (64, 64)]
     work = sum(max(shape) * min(shape) ** 2 for shape in shapes)
     monkeypatch.setattr(optim, "_STACK", 2.5 * 24 * 16**2 / work)
-    assert optim.stacks(shapes, True) == [[0, 2], [4], [1, 5], [3], [6]]
-    assert sorted(optim.stacks(shapes, False)) == [[i] for i in range(7)]
+    assert optim.stacks(shapes) == [[0, 2], [4], [1, 5], [3], [6]]
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("shape", [(3, 16, 24), (2, 24, 16), (2, 16, 16)])
+@pytest.mark.parametrize("shape", [(3, 16, 24), (2, 24, 16), (2, 16, 16), (2, 72, 80), (3, 40, 16), (2, 66, 140)])
 def test_matrices_of_a_stack_go_as_they_go_alone(shape, bf16):
     """The updates are written as kernels, so that each must be contiguous."""
     stack = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -166,8 +165,7 @@ def test_two_processes_share_stacks_and_find_what_one_finds(monkeypatch):
     noise, shapes = torch.Generator().manual_seed(0), [(16, 24), (8, 9), (16, 24), (24, 16), (16, 24), (40, 40)]
     matrices = [torch.randn(shape, generator=noise) for shape in shapes]
     monkeypatch.setattr(optim, "_STACK", 0.5)
-    monkeypatch.setattr(optim, "stacks", lambda shapes, together: stacks(shapes, True))
-    assert [len(places) for places in stacks(shapes, True)] == [3, 1, 1, 1]
+    assert [len(places) for places in stacks(shapes)] == [3, 1, 1, 1]
     alone = optim.orthogonalise_all(matrices)
     sent = {}
 

@@ -22,8 +22,8 @@ class Muon(torch.optim.Optimizer):
     each process does a share of the work.
 
     A kernel is the matrix (n_out, rest). Newton-Schulz runs in bfloat16, as published, with `bf16` and where the device
-    multiplies it quickly, else in float32: elsewhere it took longer than the rest of a step; on a CPU small matrices go
-    `by_gram`. See `orthogonalise_all`; of a network that is divided over the processes each one gathers every matrix
+    multiplies it quickly, else in float32: elsewhere it took longer than the rest of a step; a CPU has small ones in
+    float32 too. See `orthogonalise_all`; of a network that is divided over the processes each one gathers every matrix
     and does all of it, one at a time.
     """
 
@@ -82,7 +82,7 @@ def orthogonalise_all(matrices: Sequence[Tensor], bf16: bool = True) -> list[Ten
     if not matrices:
         return []
     device, shapes = matrices[0].device, [matrix.shape for matrix in matrices]
-    together = stacks(shapes, device.type != "cpu")
+    together = stacks(shapes)
 
     def solve(places: list[int]) -> Tensor:  # (N, A, B)
         if len(places) == 1:
@@ -114,19 +114,19 @@ def orthogonalise_all(matrices: Sequence[Tensor], bf16: bool = True) -> list[Ten
     return [updates[place] for place in range(len(matrices))]
 
 
-def stacks(shapes: Sequence[Sequence[int]], together: bool) -> list[list[int]]:
-    """Which matrices are orthogonalised at once: with `together` those of one shape, up to `_STACK` of the work of all.
+def stacks(shapes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Which matrices are orthogonalised at once: those of one shape, up to `_STACK` of the work of all.
 
     The product of small ones takes a GPU longer to launch than to compute: of the 139 of a U-Net of 3 million
-    parameters they were 90 of the 220 milliseconds that a step took on an H200. A stack is the same for any number of
-    processes, so that its numbers are rounded alike.
+    parameters they were 90 of the 220 milliseconds that a step took on an H200. A CPU has them in a half to a sixth of
+    the time. A stack is the same for any number of processes, so that its numbers are rounded alike.
     """
     alike: dict[tuple[int, ...], list[int]] = {}
     for place, shape in enumerate(shapes):
         alike.setdefault(tuple(shape), []).append(place)
     most, found = _STACK * sum(_work(shape) for shape in shapes), []
     for shape, places in alike.items():
-        count = max(1, int(most / _work(shape))) if together else 1
+        count = max(1, int(most / _work(shape)))
         found += [places[at : at + count] for at in range(0, len(places), count)]
     return found
 
@@ -151,17 +151,18 @@ def shares(shapes: Sequence[Sequence[int]], world: int) -> list[int]:
 def orthogonalise(matrix: Tensor, bf16: bool = True, rounds: int = 5) -> Tensor:
     """(A, B) -> about U V^T of its singular value decomposition, by Newton-Schulz with Jordan's coefficients.
 
-    (N, A, B) -> the same of each. On a CPU a small wide one goes `by_gram`, in about half the time.
+    (N, A, B) -> the same of each. A CPU computes small ones in float32, and wide ones of these `by_gram`, which takes
+    about half the time.
     """
     dtype = newton_schulz_dtype(matrix.device, bf16)
     tall = matrix.shape[-2] > matrix.shape[-1]
     narrow, wide = sorted(matrix.shape[-2:])
-    one = matrix.device.type == "cpu" and matrix.ndim == 2
-    small = one and 2 * narrow <= wide and narrow <= 128  # where it was measured to be faster
-    x = matrix.to(torch.float32 if small else dtype)
+    cpu = matrix.device.type == "cpu"  # where these were measured to be faster
+    gram = cpu and narrow <= 128 and 2 * narrow <= wide
+    x = matrix.to(torch.float32 if gram or (cpu and narrow <= 64) else dtype)
     x = x.mT if tall else x
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    x = by_gram(x, rounds).to(dtype) if small else newton_schulz(x, rounds)
+    x = (by_gram if gram else newton_schulz)(x, rounds).to(dtype)
     return x.mT.contiguous() if tall else x
 
 
@@ -178,17 +179,18 @@ def by_gram(x: Tensor, rounds: int) -> Tensor:
 
     In float32, since in bfloat16 the small eigenvalues of X X^T would be rounded, below 0 too, from where they grow.
     """
-    gram, found = x @ x.T, torch.eye(len(x))
+    product = torch.addmm if x.ndim == 2 else torch.baddbmm
+    gram, found = x @ x.mT, None
     for left in reversed(range(rounds)):
-        step = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        step.diagonal().add_(3.4445)
-        found = step @ found
+        step = product(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        step.diagonal(dim1=-2, dim2=-1).add_(3.4445)
+        found = step if found is None else step @ found
         gram = step @ gram @ step if left else gram
-    return found @ x
+    return x if found is None else found @ x
 
 
 def newton_schulz_dtype(device: torch.device, bf16: bool = True) -> torch.dtype:
-    """What `orthogonalise` gives, and computes in but for what goes `by_gram`."""
+    """What `orthogonalise` gives, and computes in but for what is small, on a CPU."""
     return torch.bfloat16 if bf16 and fast_bf16(device) else torch.float32
 
 

@@ -250,7 +250,7 @@ def _muon_load(shapes: list[Any], devices: int) -> int:
     """FLOPs of one update on the device that has most of them, where so many share it."""
     from .optim import shares, stacks
 
-    load, sizes = [0] * devices, [(len(places), *shapes[places[0]]) for places in stacks(shapes, True)]
+    load, sizes = [0] * devices, [(len(places), *shapes[places[0]]) for places in stacks(shapes)]
     for (count, *shape), owner in zip(sizes, shares(sizes, devices), strict=True):
         load[owner] += count * _muon_flops((shape[0], shape[1]))
     return max(load)
@@ -266,7 +266,8 @@ def _muon_bytes(shapes: list[Any], share: int, setting: _Setting) -> float:
     from .optim import stacks
 
     width, sizes = 2 if setting.bf16 else 4, [rows * columns for rows, columns in shapes]
-    together = [(len(places), shapes[places[0]]) for places in stacks(shapes, share == 1)]
+    places = stacks(shapes) if share == 1 else [[place] for place in range(len(shapes))]
+    together = [(len(stack), shapes[stack[0]]) for stack in places]
     most = max(
         n * ((width if n == share == 1 else 4 + width) * math.prod(shape) + 2 * width * min(shape) ** 2)
         for n, shape in together
