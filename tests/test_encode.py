@@ -196,7 +196,8 @@ def test_latents_alone_do_for_a_frozen_text_encoder(shards, run, tmp_path, monke
     source, stage = stream.ShardSource(shards, 32, seed=0), SimpleNamespace(part="prior", cached=STAGES["unet"].cached)
     assert "text_tokens" in stage.cached
     data = Data(kind="shards", shards=str(shards), cache=str(tmp_path / "out"))
-    found = cache.source_for(stage, source, data, hashes(run) | {"text": "of a frozen one"}, run / "model")
+    with pytest.warns(UserWarning, match=r"has no text_tokens, which the stage prior then makes of the captions"):
+        found = cache.source_for(stage, source, data, hashes(run) | {"text": "of a frozen one"}, run / "model")
     batch, pictures = found.read(range(8)), source.read(range(8))
     assert list(batch.encoded) == ["latents"] and batch.captions == pictures.captions
 

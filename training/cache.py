@@ -16,6 +16,7 @@ It does not know how the arrays are computed: `encode` writes them.
 
 import json
 import shlex
+import warnings
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,9 +129,9 @@ def source_for(stage: Any, source: Source, data: Data, against: dict[str, str], 
     """What a stage reads: the source, or the recipe's cache of it where there is one and the stage can read it.
 
     against: hashes of what the stage depends on. model: the folder of those parts. A cache without `text_tokens` fits,
-    for the stage makes these of the captions; records of several captions have no others. Raises RecipeError, with the
-    keys that differ and the command that makes it anew, for a cache of other parts, preprocessing, captions or shards,
-    or one that is not whole.
+    for the stage makes these of the captions, which a warning says; records of several captions have no others. Raises
+    RecipeError, with the keys that differ and the command that makes it anew, for a cache of other parts,
+    preprocessing, captions or shards, or one that is not whole.
     """
     names = [name for name in stage.cached if PART[name] in against]
     if data.cache is None or not names or names[0] != stage.cached[0]:
@@ -142,7 +143,8 @@ def source_for(stage: Any, source: Source, data: Data, against: dict[str, str], 
     anew = f"make it with `kartina {shlex.join(words)}` and set training.data.cache=FOLDER"
     if manifest is None:
         raise RecipeError(f"training.data.cache: {folder} is no cache of this format; {anew}")
-    names = [name for name in names if name in manifest["arrays"] or name not in _OF_CAPTIONS]
+    made = [name for name in names if name in _OF_CAPTIONS and name not in manifest["arrays"]]
+    names = [name for name in names if name not in made]
     parts = {part: digest for part, digest in against.items() if part in manifest["parts"]}
     needed = {PART[name]: against.get(PART[name]) for name in names}
     wanted = {"parts": needed | parts, "preprocessing": source.preprocessing, "source": describe_source(source.indexes)}
@@ -152,6 +154,12 @@ def source_for(stage: Any, source: Source, data: Data, against: dict[str, str], 
     if keys or lacking:
         found = f"differs in {keys}" if keys else f"has no {', '.join(lacking)}, but {', '.join(manifest['arrays'])}"
         raise RecipeError(f"training.data.cache: {folder} does not fit the stage {stage.part}: it {found}; {anew}")
+    if made:
+        warnings.warn(
+            f"training.data.cache: {folder} has no {', '.join(made)}, which the stage {stage.part} then makes of the "
+            f"captions at each step; where samples have one caption each, {anew}",
+            stacklevel=2,
+        )
     return CachedSource(source, _indexes(folder, manifest, source), {n: _shape(manifest, n) for n in names})
 
 
