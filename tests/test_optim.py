@@ -144,7 +144,7 @@ def test_matrices_of_a_stack_go_as_they_go_alone(shape, bf16):
         assert (update - alone).float().norm() < most * alone.float().norm()
 
 
-@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (8, 8)])
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (8, 8), (72, 80), (80, 72)])
 def test_singular_values_come_near_one(shape):
     values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0))).float())
     assert values.min() > 0.3 and values.max() < 1.3
@@ -161,7 +161,7 @@ def test_rounds_of_the_gram_matrix_are_those_of_the_matrix(shape):
 
 
 def test_two_processes_share_stacks_and_find_what_one_finds(monkeypatch):
-    """Both, to the bit; as on a GPU, but without one: what the processes would send is put in by hand."""
+    """Both, to the bit. What the processes would send is put in by hand."""
     noise, shapes = torch.Generator().manual_seed(0), [(16, 24), (8, 9), (16, 24), (24, 16), (16, 24), (40, 40)]
     matrices = [torch.randn(shape, generator=noise) for shape in shapes]
     monkeypatch.setattr(optim, "_STACK", 0.5)

@@ -11,12 +11,13 @@ PRIOR = [f"parts.prior.{key}" for key in ("depth=3", "attention=full", "width=51
 ONE = ["parts.tokenizer.num_codes=256", "stages.prior.micro_batch=1", "stages.prior.recompute=true"]
 
 
-def test_the_peak_of_an_update_against_the_allocator(profiled, monkeypatch):
+@pytest.mark.parametrize("share", [0, 1 / 4])
+def test_the_peak_of_an_update_against_the_allocator(share, profiled, monkeypatch):
     """Of a network so large that Muon's update takes more than a pass of one sample. AdamW's takes nothing.
 
-    A GPU's stacks are planned as a CPU has them, of one matrix each.
+    share: of the work, in a stack at most: one matrix each, and several.
     """
-    monkeypatch.setattr(optim, "_STACK", 0)
+    monkeypatch.setattr(optim, "_STACK", share)
     recipe, training = runs.load("shapes/dalle", [*PRIOR, *ONE])
     network, config = passes.build_trained(recipe, "prior"), training.stages["prior"]
     optimizers = build_optimizers(network, config.optimizer)

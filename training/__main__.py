@@ -239,7 +239,7 @@ def _train(
 
 
 def _finished(model: Path, part: str, identity: dict[str, Any], extended: bool) -> bool:
-    """Whether the model folder, or a shipped model, holds this very part, and what its stage exports beside it.
+    """Whether there is this very part, and what its stage exports beside it, in the model folder or as `shared.place`.
 
     extended: one of fewer steps, but else the same, is not finished. Raises RecipeError where it holds one trained
     otherwise.

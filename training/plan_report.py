@@ -17,7 +17,7 @@ _GIB = 2**30
 def report(plan: dict[str, Any], of_device: bool = True) -> str:
     """A plan as a table with a column for each stage, and what the numbers rest on.
 
-    of_device: with what holds for the planned device alone, which is whether it fits, and all times.
+    of_device: also whether it fits, steps and times; else the sizes alone, in the precision that the heading names.
     """
     stages = plan["stages"]
     table = Table("per device" if plan["devices"] > 1 else "", *stages, box=box.SIMPLE)
