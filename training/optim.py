@@ -118,9 +118,9 @@ def stacks(shapes: Sequence[Sequence[int]]) -> list[list[int]]:
     """Which matrices are orthogonalised at once: those of one shape, up to `_STACK` of the work of all.
 
     The product of small ones takes a GPU longer to launch than to compute: of the 139 of a U-Net of 3 million
-    parameters they were 90 of the 220 milliseconds that a step took on an H200. A CPU core with
-    bfloat16 has 24 of 64 x 64 in a fifth of the time, 8 of 96 x 128 in a third. A stack is the same for any number of
-    processes that hold the whole network, so that its numbers are rounded alike.
+    parameters they were 90 of the 220 milliseconds that a step took on an H200. A CPU core with bfloat16 has 24 of
+    64 x 64 in a fifth of the time, 8 of 96 x 128 in a third. A stack is the same for any number of processes that hold
+    the whole network, so that its numbers are rounded alike.
     """
     alike: dict[tuple[int, ...], list[int]] = {}
     for place, shape in enumerate(shapes):
