@@ -35,6 +35,21 @@ def test_a_round_moves_each_centre_to_the_mean_of_its_points_whatever_is_held_at
     assert max(part.numel() for part in sizes) == 40 * 7
 
 
+def test_weighted_points_pull_in_proportion_and_are_drawn_so():
+    points = torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
+    weight = torch.rand(500, generator=torch.Generator().manual_seed(1)) + 0.1
+    start = kmeans(points, 40, seed=1, rounds=0, weight=weight)[0]
+    own = torch.cdist(points, start).argmin(1)
+    centres, counts = kmeans(points, 40, seed=1, rounds=1, weight=weight)
+    assert torch.equal(counts, torch.bincount(own, minlength=40)) and counts.min() > 0
+    means = [(weight[own == k, None] * points[own == k]).sum(0) / weight[own == k].sum() for k in range(40)]
+    torch.testing.assert_close(centres, torch.stack(means))
+    assert torch.equal(kmeans(points, 40, seed=1, weight=torch.full((500,), 2.0))[0], kmeans(points, 40, seed=1)[0])
+    light = torch.where(torch.arange(500) < 250, 1.0, 1e-9)  # the latter half is never drawn
+    drawn = kmeans(points, 40, seed=1, rounds=0, weight=light)[0]
+    assert all((points[:250] == centre).all(1).any() for centre in drawn[1:])
+
+
 def test_more_centres_than_points_are_refused():
     with pytest.raises(ValueError, match="at least as many points as centres, got 3 for 4"):
         kmeans(torch.randn(3, 2), 4, seed=0)

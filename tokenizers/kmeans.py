@@ -26,15 +26,18 @@ def nearest(points: Tensor, centres: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def kmeans(points: Tensor, num_centres: int, seed: int, rounds: int = 10) -> tuple[Tensor, Tensor]:
+def kmeans(
+    points: Tensor, num_centres: int, seed: int, rounds: int = 10, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Centres (K, D) and how many points each has, int64 (K,), for points (N, D): float32, on the CPU.
 
-    The draws are a function of `seed`. A centre that loses all its points stays where it is. Raises ValueError when
-    there are fewer points than centres.
+    weight: of each point's squared distance, positive, (N,); 1 if not given. The draws are a function of `seed`. A
+    centre that loses all its points stays where it is. Raises ValueError when there are fewer points than centres.
     """
     if len(points) < num_centres:
         raise ValueError(f"k-means needs at least as many points as centres, got {len(points)} for {num_centres}")
     points = points.float().cpu()
+    weight = torch.ones(len(points)) if weight is None else weight.float().cpu()
     draws = random.uniform(seed, 0, torch.arange(num_centres), (1,), "k-means")[:, 0].double()
     centres = points[:1].expand(num_centres, -1).clone()
     distance = torch.full((len(points),), torch.inf)  # squared distance to the nearest centre so far
@@ -42,13 +45,14 @@ def kmeans(points: Tensor, num_centres: int, seed: int, rounds: int = 10) -> tup
     for k in range(num_centres):
         centres[k] = points[pick]
         distance = torch.minimum(distance, (points - centres[k]).square().sum(1))
-        total = distance.double().cumsum(0)
-        # The next one is drawn in proportion to its squared distance.
+        total = (distance * weight).double().cumsum(0)
+        # The next one is drawn in proportion to its weighted squared distance.
         pick = min(int(torch.searchsorted(total, draws[(k + 1) % num_centres] * total[-1])), len(points) - 1)
     counts = torch.zeros(num_centres, dtype=torch.int64)
     for _ in range(rounds):
         own = nearest(points, centres)
         counts = torch.bincount(own, minlength=num_centres)
-        sums = torch.zeros_like(centres).index_add_(0, own, points)
-        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
+        shares = torch.zeros(num_centres).index_add_(0, own, weight)
+        sums = torch.zeros_like(centres).index_add_(0, own, points * weight[:, None])
+        centres = torch.where(counts[:, None] > 0, sums / shares[:, None], centres)
     return centres, counts
