@@ -12,6 +12,7 @@ It does not know what the numbers are used for: `stream` names the use, so that 
 
 import math
 import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 _WORD = (1 << 64) - 1
+_IN_CACHE = 2**17  # words
 
 
 def _shift(x: Tensor, n: int) -> Tensor:
@@ -28,10 +30,15 @@ def _shift(x: Tensor, n: int) -> Tensor:
     return (x >> n).bitwise_and_((1 << (64 - n)) - 1)
 
 
+def _stir(x: Tensor) -> Tensor:
+    """`_mix` without its last step, which leaves the upper 31 bits as they are; in place."""
+    x.bitwise_xor_(_shift(x, 30)).mul_(_MIX_1)
+    return x.bitwise_xor_(_shift(x, 27)).mul_(_MIX_2)
+
+
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64: a bijection of 64-bit words that avalanches."""
-    x = (x ^ _shift(x, 30)).mul_(_MIX_1)
-    x.bitwise_xor_(_shift(x, 27)).mul_(_MIX_2)
+    """The finaliser of splitmix64: a bijection of 64-bit words that avalanches; in place."""
+    x = _stir(x)
     return x.bitwise_xor_(_shift(x, 31))
 
 
@@ -44,7 +51,8 @@ def _mix_word(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-def _bits(seed: int, step: int, samples: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
+def _keys(seed: int, step: int, samples: Tensor, stream: str) -> Tensor:
+    """A word for each sample, (B,), from which those of its draws are counted."""
     if samples.dtype != torch.int64 or samples.dim() != 1:
         raise ValueError(
             f"random draws need samples as int64 of shape (B,), got {samples.dtype} of shape {tuple(samples.shape)}"
@@ -54,9 +62,13 @@ def _bits(seed: int, step: int, samples: Tensor, shape: tuple[int, ...], stream:
     key = 0
     for word in (seed, step, zlib.crc32(stream.encode())):
         key = _mix_word((key ^ word) + _GOLDEN)  # mixed after each word, else seed 0 at step 1 were seed 1 at step 0
-    keys = _mix((samples ^ key) + _GOLDEN)  # (B,)
-    counter = torch.arange(1, math.prod(shape) + 1, device=samples.device, dtype=torch.int64) * _GOLDEN
-    return _mix(keys[:, None] + counter[None, :]).view(len(samples), *shape)  # (B, *shape)
+    return _mix((samples ^ key) + _GOLDEN)
+
+
+def _counted(keys: Tensor, first: int, last: int) -> Tensor:
+    """The words that draws first to last - 1 of each sample are mixed from, (B, last - first)."""
+    counter = torch.arange(first + 1, last + 1, device=keys.device, dtype=torch.int64) * _GOLDEN
+    return keys[:, None] + counter[None, :]
 
 
 def uniform(seed: int, step: int, samples: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
@@ -66,8 +78,21 @@ def uniform(seed: int, step: int, samples: Tensor, shape: tuple[int, ...], strea
     seed for each. stream: the name of the use. Raises ValueError when `samples` is not int64 (B,), or
     for a seed of more bits.
     """
-    # 23 bits: the largest value, 1 - 2**-24, still fits a float32 below 1.
-    return (_shift(_bits(seed, step, samples, shape, stream), 41).float() + 0.5) * 2.0**-23
+    return _drawn(_keys(seed, step, samples, stream), shape)
+
+
+def _drawn(keys: Tensor, shape: tuple[int, ...], change: Callable[[Tensor], object] | None = None) -> Tensor:
+    """What `uniform` gives, changed in place; of a CPU in parts that its cache holds, which a GPU would only launch."""
+    count = math.prod(shape)
+    found = torch.empty(len(keys), count, device=keys.device)
+    size = max(1, _IN_CACHE // max(1, len(keys)) if keys.device.type == "cpu" else count)
+    for first in range(0, count, size):
+        part = found[:, first : first + size]
+        # 23 bits: the largest value, 1 - 2**-24, still fits a float32 below 1.
+        part.copy_(_shift(_stir(_counted(keys, first, first + part.shape[1])), 41)).add_(0.5).mul_(2.0**-23)
+        if change is not None:
+            change(part)
+    return found.view(len(keys), *shape)
 
 
 def normal(seed: int, step: int, samples: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
@@ -78,14 +103,15 @@ def normal(seed: int, step: int, samples: Tensor, shape: tuple[int, ...], stream
 
 def gumbel(seed: int, step: int, samples: Tensor, shape: tuple[int, ...], stream: str) -> Tensor:
     """Standard Gumbel draws, -log(-log u), float32 of shape (B, *shape). Arguments as in `uniform`."""
-    return -torch.log(-torch.log(uniform(seed, step, samples, shape, stream)))
+    return _drawn(_keys(seed, step, samples, stream), shape, lambda u: u.log_().neg_().log_().neg_())
 
 
 def integers(seed: int, step: int, samples: Tensor, shape: tuple[int, ...], stream: str, high: int) -> Tensor:
     """Integers in [0, high), int64 of shape (B, *shape); the bias is below high / 2**63. Arguments as in `uniform`."""
     if high < 1:
         raise ValueError(f"integers: the upper bound must be at least 1, got {high}")
-    return _shift(_bits(seed, step, samples, shape, stream), 1) % high
+    bits = _mix(_counted(_keys(seed, step, samples, stream), 0, math.prod(shape)))
+    return _shift(bits, 1).remainder_(high).view(len(samples), *shape)
 
 
 class Draws(NamedTuple):

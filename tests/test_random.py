@@ -53,6 +53,32 @@ def test_known_values_never_change():
         assert random.integers(seed, 99999, torch.tensor([-7]), (2,), "golden", 1_000_000).tolist() == [expected]
 
 
+WORDS = (1 << 64) - 1
+
+
+def splitmix(x):
+    """The finaliser of a word, as published."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & WORDS
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & WORDS
+    return x ^ (x >> 31)
+
+
+def test_uniform_draws_are_the_upper_bits_of_splitmix64():
+    keys = random._keys(1, 2, torch.tensor([3, -4]), "words")
+    drawn = random.uniform(1, 2, torch.tensor([3, -4]), (50,), "words")
+    for key, row in zip(keys.tolist(), drawn, strict=True):
+        words = [splitmix((key + i * 0x9E3779B97F4A7C15) & WORDS) for i in range(1, 51)]
+        assert row.tolist() == [((word >> 41) + 0.5) / 2**23 for word in words]
+
+
+@pytest.mark.parametrize("draw", [random.uniform, random.normal, random.gumbel])
+def test_draws_are_the_same_whatever_parts_they_are_made_in(draw, monkeypatch):
+    given = dict(seed=7, step=3, samples=torch.arange(5), shape=(3, 11), stream="noise")
+    whole = draw(**given)
+    monkeypatch.setattr(random, "_IN_CACHE", 5 * 7)  # uneven parts
+    assert torch.equal(draw(**given), whole) and whole.shape == (5, 3, 11)
+
+
 def test_wrong_samples_and_seeds_are_refused():
     with pytest.raises(ValueError, match="int64"):
         random.uniform(0, 0, torch.zeros(3), (2,), "u")
