@@ -82,13 +82,15 @@ class BottleneckBlock(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm (Wu 2018, arXiv:1803.08494), which on a CPU reads few channels in bfloat16 one after another.
+    """GroupNorm (Wu 2018, arXiv:1803.08494), which on a CPU reads small pictures in bfloat16 channel by channel.
 
-    Where they come last, it took 1.6 to 4 times as long for fewer than 128 of them as with this copy.
+    Where channels come last and there are fewer than 1,024 places, torch takes another kernel than for more: with this
+    copy, norm, swish and a convolution take 0.3 to 1.0 of the time, from few channels to many. With more places they
+    would take 1.1 to 3 times as long.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and self.num_channels < 128:
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[2:].numel() < 1024:
             x = x.contiguous()
         return super().forward(x)
 

@@ -111,11 +111,12 @@ def test_up_is_nearest_upsampling_and_a_convolution():
     assert all((ours - theirs).abs().max() <= 1e-10 for ours, theirs in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("side", [8, 32])  # below 1,024 places and not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_group_norm_is_the_same_in_both_memory_formats(dtype):
+def test_group_norm_is_the_same_in_both_memory_formats(dtype, side):
     norm = group_norm(24, 8)
     torch.nn.init.normal_(norm.weight)
-    plain = torch.randn(2, 24, 8, 8).to(dtype)
+    plain = torch.randn(2, 24, side, side).to(dtype)
     found = []
     for x in (plain, plain.to(memory_format=torch.channels_last)):
         x = x.clone().requires_grad_()
@@ -123,9 +124,11 @@ def test_group_norm_is_the_same_in_both_memory_formats(dtype):
         y.square().sum().backward()
         found.append((y.detach(), x.grad))
     expected = F.group_norm(plain, 8, norm.weight, norm.bias, norm.eps)
+    # Of many places torch has another kernel for each format, whose sums in bfloat16 are rounded in another order.
+    bounds = dict(rtol=1.6e-2, atol=4e-3) if side == 32 and dtype == torch.bfloat16 else {}
     for y, gradient in found:
         torch.testing.assert_close(y, expected)
-        torch.testing.assert_close(gradient, found[0][1])
+        torch.testing.assert_close(gradient, found[0][1], **bounds)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
