@@ -115,6 +115,18 @@ def test_low_temperature_is_one_hot_at_the_noisy_argmax():
     assert relax(logits.bfloat16(), noise, 1.0).dtype == torch.float32
 
 
+def test_relaxed_weights_and_their_gradient_are_those_of_the_formula():
+    logits, noise = torch.randn(2, 9, 4, 3, generator=torch.Generator().manual_seed(4)), gumbel((2, 9, 4, 3), 5)
+    target, found = torch.randn(2, 9, 4, 3, generator=torch.Generator().manual_seed(6)), []
+    for way in (relax, lambda x, noise, temperature: ((x + noise) / temperature).softmax(dim=1)):
+        x = logits.clone().requires_grad_()
+        soft = way(x, noise, 0.7)
+        (soft * target).sum().backward()
+        found.append((soft.detach(), x.grad))
+    for ours, formula in zip(*found, strict=True):
+        torch.testing.assert_close(ours, formula)
+
+
 def test_shapes_and_spec(small):
     image = torch.rand(2, 3, 32, 32) * 2 - 1
     codes = small.encode(image)

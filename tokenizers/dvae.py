@@ -7,6 +7,7 @@ It does not know its loss, its schedules or where the Gumbel noise comes from: t
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def _full_precision(conv: nn.Conv2d, x: Tensor) -> Tensor:
     Written as a linear map over channels: on CPU the float32 convolution's backward pass is many times slower.
     """
     with without_autocast(x):
-        y = F.linear(x.float().permute(0, 2, 3, 1), conv.weight[:, :, 0, 0], conv.bias)  # (B, h, w, C)
+        y = F.linear(x.float().permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias)  # (B, h, w, C)
     return y.permute(0, 3, 1, 2)
 
 
@@ -249,11 +250,31 @@ def code_scale(centres: Tensor, nats: float) -> Tensor:
     return 2 * nats / apart.median().clamp(min=1e-12)
 
 
+class _Relaxation(torch.autograd.Function):
+    """One array for the backward pass and one made there: as several operations it is bound by memory."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, noise: Tensor, temperature: float | Tensor) -> Tensor:
+        # Over the last dim, where the codes of a position lie side by side: no copy to another layout, forth or back.
+        weights = (logits + noise).div_(temperature).permute(0, 2, 3, 1).softmax(dim=-1)
+        ctx.save_for_backward(weights)
+        ctx.temperature = temperature
+        return weights.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weights,) = ctx.saved_tensors
+        grad = torch.ops.aten._softmax_backward_data(grad.permute(0, 2, 3, 1), weights, -1, weights.dtype)
+        return grad.div_(ctx.temperature).permute(0, 3, 1, 2), None, None
+
+
 def relax(logits: Tensor, gumbel_noise: Tensor, temperature: float | Tensor) -> Tensor:
-    """Gumbel-softmax over dim 1: (B, K, h, w) -> float32 weights of the same shape, one-hot as temperature -> 0."""
-    # Over the last dim, where the codes of a position lie side by side: no copy to another layout, forth or back.
-    perturbed = (logits.float() + gumbel_noise.float()).permute(0, 2, 3, 1) / temperature
-    return perturbed.softmax(dim=-1).permute(0, 3, 1, 2)
+    """Gumbel-softmax over dim 1: (B, K, h, w) -> float32 weights of the same shape, one-hot as temperature -> 0.
+
+    Neither the noise nor the temperature get a gradient, and that of the logits cannot be differentiated again.
+    """
+    return _Relaxation.apply(logits.float(), gumbel_noise.float(), temperature)
 
 
 def openai_state_dict(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> dict[str, Tensor]:
