@@ -181,13 +181,19 @@ def by_gram(x: Tensor, rounds: int) -> Tensor:
     In float32, since in bfloat16 the small eigenvalues of X X^T would be rounded, below 0 too, from where they grow.
     """
     product = torch.addmm if x.ndim == 2 else torch.baddbmm
-    gram, found = x @ x.mT, None
-    for left in reversed(range(rounds)):
+
+    def polynomial(gram: Tensor) -> Tensor:
         step = product(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         step.diagonal(dim1=-2, dim2=-1).add_(3.4445)
-        found = step if found is None else step @ found
-        gram = step @ gram @ step if left else gram
-    return x if found is None else found @ x
+        return step
+
+    gram = x @ x.mT
+    found = step = polynomial(gram)
+    for _ in range(rounds - 1):
+        gram = step @ gram @ step
+        step = polynomial(gram)
+        found = step @ found
+    return found @ x
 
 
 def newton_schulz_dtype(device: torch.device, bf16: bool = True) -> torch.dtype:
