@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .precision import full
+from .precision import full, without_autocast
 
 
 class SameConv2d(nn.Conv2d):
@@ -175,7 +175,8 @@ class Up(nn.Module):
     """Nearest upsampling, then a 3x3 convolution: (B, C, H, W) -> (B, C, 2H, 2W).
 
     Computed as the transposed convolution that the two are together, whose 4x4 kernel is the 3x3 one summed over 2x2
-    boxes: it multiplies 16 times for each pixel before it, and not 36 times.
+    boxes: it multiplies 16 times for each pixel before it, and not 36 times. Of few pixels that is less than the
+    kernel costs.
     """
 
     def __init__(self, channels: int) -> None:
@@ -183,7 +184,17 @@ class Up(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = F.pad(full(self.conv.weight).flip(2, 3).transpose(0, 1), (1, 1, 1, 1))  # (n_in, n_out, 5, 5)
-        rows = kernel[:, :, 1:] + kernel[:, :, :-1]
-        boxes = (rows[..., 1:] + rows[..., :-1]).to(self.conv.weight.dtype)  # (n_in, n_out, 4, 4)
+        if x[:, 0].numel() <= 256:
+            return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        weight = self.conv.weight
+        with without_autocast(weight):
+            kernel = full(weight).flatten(2)  # (n_out, n_in, 9)
+            boxes = (kernel @ _boxes(kernel)).to(weight.dtype).unflatten(2, (4, 4)).transpose(0, 1)
         return F.conv_transpose2d(x, boxes, self.conv.bias, stride=2, padding=1)
+
+
+def _boxes(like: Tensor) -> Tensor:
+    """(9, 16): which values of a 3x3 kernel, read backwards, each of the 4x4 sums of 2x2 boxes holds."""
+    line = F.pad(torch.eye(3, dtype=like.dtype, device=like.device), (1, 1)).flip(0)  # (3, 5)
+    line = line[:, 1:] + line[:, :-1]  # (3, 4)
+    return torch.kron(line, line)

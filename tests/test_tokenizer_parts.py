@@ -97,9 +97,10 @@ def test_a_hostile_size_is_refused(wrong, tmp_path):
         checkpoint.load_part(tmp_path, system(PARTS["kl"] | wrong), "tokenizer")
 
 
-def test_up_is_nearest_upsampling_and_a_convolution():
+@pytest.mark.parametrize("sides", [(6, 7), (12, 14)])  # few pixels and more
+def test_up_is_nearest_upsampling_and_a_convolution(sides):
     torch.manual_seed(0)
-    up, image = Up(5).double(), torch.randn(2, 5, 6, 7, dtype=torch.float64)
+    up, image = Up(5).double(), torch.randn(2, 5, *sides, dtype=torch.float64)
     found = []
     for way in (up, lambda x: up.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))):
         x = image.clone().requires_grad_()
@@ -107,13 +108,14 @@ def test_up_is_nearest_upsampling_and_a_convolution():
         y.square().sum().backward()
         found.append((y.detach(), x.grad, up.conv.weight.grad.clone(), up.conv.bias.grad.clone()))
         up.zero_grad()
-    assert found[0][0].shape == (2, 5, 12, 14)
+    assert found[0][0].shape == (2, 5, 2 * sides[0], 2 * sides[1])
     assert all((ours - theirs).abs().max() <= 1e-10 for ours, theirs in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("side", [8, 32])  # below 1,024 places and not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_group_norm_is_the_same_in_both_memory_formats(dtype, side):
+    torch.manual_seed(0)
     norm = group_norm(24, 8)
     torch.nn.init.normal_(norm.weight)
     plain = torch.randn(2, 24, side, side).to(dtype)
@@ -124,11 +126,12 @@ def test_group_norm_is_the_same_in_both_memory_formats(dtype, side):
         y.square().sum().backward()
         found.append((y.detach(), x.grad))
     expected = F.group_norm(plain, 8, norm.weight, norm.bias, norm.eps)
-    # Of many places torch has another kernel for each format, whose sums in bfloat16 are rounded in another order.
-    bounds = dict(rtol=1.6e-2, atol=4e-3) if side == 32 and dtype == torch.bfloat16 else {}
     for y, gradient in found:
         torch.testing.assert_close(y, expected)
-        torch.testing.assert_close(gradient, found[0][1], **bounds)
+        if side == 8 or dtype == torch.float32:
+            torch.testing.assert_close(gradient, found[0][1])
+        else:  # torch has another kernel for each format, whose sums are rounded otherwise
+            assert (gradient - found[0][1]).abs().max() <= 0.01 * gradient.abs().max()
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
