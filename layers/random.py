@@ -82,10 +82,14 @@ def uniform(seed: int, step: int, samples: Tensor, shape: tuple[int, ...], strea
 
 
 def _drawn(keys: Tensor, shape: tuple[int, ...], change: Callable[[Tensor], object] | None = None) -> Tensor:
-    """What `uniform` gives, changed in place; of a CPU in parts that its cache holds, which a GPU would only launch."""
+    """What `uniform` gives, (B, *shape), after `change` in place.
+
+    A CPU makes it in parts that fit its cache; on a GPU, and where shapes alone are counted, parts are more calls.
+    """
     count = math.prod(shape)
-    found = torch.empty(len(keys), count, device=keys.device)
-    size = max(1, _IN_CACHE // max(1, len(keys)) if keys.device.type == "cpu" else count)
+    found = torch.empty(len(keys), count, device=keys.device, dtype=torch.float32)
+    in_parts = keys.device.type == "cpu" and type(keys) is Tensor  # else it is a fake one
+    size = max(1, _IN_CACHE // max(1, len(keys)) if in_parts else count)
     for first in range(0, count, size):
         part = found[:, first : first + size]
         # 23 bits: the largest value, 1 - 2**-24, still fits a float32 below 1.

@@ -31,14 +31,15 @@ def test_codes_of_patches_read_their_own_pixels_and_start_by_pasting_the_nearest
     assert torch.equal(after[:, :, :-1], before[:, :, :-1]) and not torch.equal(after[:, :, -1], before[:, :, -1])
 
 
-def test_edges_between_near_colours_get_as_many_codes_as_those_between_far_ones():
-    model = PatchDVAE(image_size=16, num_codes=64, patch=(2, 4), width=8, channels=8, depth=1)
+def test_evenness_gives_edges_between_near_colours_codes_of_those_between_far_ones():
     share = torch.rand(64, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     ground, near, far = torch.tensor([[0.9, 0.1, -0.7], [0.9, 0.7, -0.5], [-0.6, -0.3, 0.6]])[:, :, None, None]
-    images = [ground + share * (colour - ground) for colour in (near, far)]
-    model.start_codes(images, seed=0)
-    used = [len(model.encode(image).unique()) for image in images]
-    assert min(used) > 20, used
+    images, used = [ground + share * (colour - ground) for colour in (near, far)], []
+    for evenness in (0.0, 0.5, 1.0):
+        model = PatchDVAE(image_size=16, num_codes=64, patch=(2, 4), width=8, channels=8, depth=1, evenness=evenness)
+        model.start_codes(images, seed=0)
+        used.append(len(model.encode(images[0]).unique()))
+    assert used == sorted(used) and used[0] < 12 and used[2] > 18, used
 
 
 def test_a_patch_decoder_reads_one_hot_weights_and_codes_alike():
@@ -51,7 +52,16 @@ def test_a_patch_decoder_reads_one_hot_weights_and_codes_alike():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"patch": (3, 4)}, {"patch": (0, 4)}, {"patch": 4}, {"patch": [2.5, 4]}, {"channels": 5}, {"depth": 0}]
+    "wrong",
+    [
+        {"patch": (3, 4)},
+        {"patch": (0, 4)},
+        {"patch": 4},
+        {"patch": [2.5, 4]},
+        {"channels": 5},
+        {"depth": 0},
+        {"evenness": 2},
+    ],
 )
 def test_sizes_of_patches_that_do_not_fit_are_refused(wrong):
     with pytest.raises(ValueError, match="PatchDVAE needs"):

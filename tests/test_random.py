@@ -77,6 +77,7 @@ def test_draws_are_the_same_whatever_parts_they_are_made_in(draw, monkeypatch):
     whole = draw(**given)
     monkeypatch.setattr(random, "_IN_CACHE", 5 * 7)  # uneven parts
     assert torch.equal(draw(**given), whole) and whole.shape == (5, 3, 11)
+    assert torch.equal(random.gumbel(**given), -torch.log(-torch.log(random.uniform(**given))))
 
 
 def test_wrong_samples_and_seeds_are_refused():

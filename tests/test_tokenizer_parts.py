@@ -1,5 +1,6 @@
 """Every kind of tokenizer, and the discriminator, as a part: built from a recipe, exported, and loaded the same."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -101,6 +102,11 @@ def test_a_hostile_size_is_refused(wrong, tmp_path):
 def test_up_is_nearest_upsampling_and_a_convolution(sides):
     torch.manual_seed(0)
     up, image = Up(5).double(), torch.randn(2, 5, *sides, dtype=torch.float64)
+    with torch.no_grad():
+        sampled = up(image)
+    single = copy.deepcopy(up).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(single(image.float()).double(), sampled, rtol=0.05, atol=0.05)
     found = []
     for way in (up, lambda x: up.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))):
         x = image.clone().requires_grad_()
@@ -109,6 +115,7 @@ def test_up_is_nearest_upsampling_and_a_convolution(sides):
         found.append((y.detach(), x.grad, up.conv.weight.grad.clone(), up.conv.bias.grad.clone()))
         up.zero_grad()
     assert found[0][0].shape == (2, 5, 2 * sides[0], 2 * sides[1])
+    assert (sampled - found[1][0]).abs().max() <= 1e-10
     assert all((ours - theirs).abs().max() <= 1e-10 for ours, theirs in zip(*found, strict=True))
 
 
@@ -126,6 +133,8 @@ def test_group_norm_is_the_same_in_both_memory_formats(dtype, side):
         y.square().sum().backward()
         found.append((y.detach(), x.grad))
     expected = F.group_norm(plain, 8, norm.weight, norm.bias, norm.eps)
+    few = side == 8 and dtype == torch.bfloat16  # then they come out channel by channel
+    assert found[1][0].is_contiguous(memory_format=torch.contiguous_format if few else torch.channels_last)
     for y, gradient in found:
         torch.testing.assert_close(y, expected)
         if side == 8 or dtype == torch.float32:

@@ -160,7 +160,7 @@ class GumbelAutoencoder(nn.Module):
         """Parameters (B, 6, H, W) -> image float32 (B, 3, H, W): unmap_pixels(sigmoid(mu)), unclamped."""
         return unmap_pixels(torch.sigmoid(parameters[:, :3].float()))
 
-    def forward(self, image: Tensor, gumbel_noise: Tensor | None, temperature: float | Tensor) -> dict[str, Tensor]:
+    def forward(self, image: Tensor, gumbel_noise: Tensor | None, temperature: float) -> dict[str, Tensor]:
         """Relaxed pass: softmax((logits + noise) / temperature) over the codes, in float32, then the decoder.
 
         image: (B, 3, H, W) in [-1, 1]. gumbel_noise: standard Gumbel draws (B, K, h, w), or None: then the decoder
@@ -251,10 +251,10 @@ def code_scale(centres: Tensor, nats: float) -> Tensor:
 
 
 class _Relaxation(torch.autograd.Function):
-    """One array for the backward pass and one made there: as several operations it is bound by memory."""
+    """Keeps one array for the backward pass and makes one there; as separate operations it is bound by memory."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, noise: Tensor, temperature: float | Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
         # Over the last dim, where the codes of a position lie side by side: no copy to another layout, forth or back.
         weights = (logits + noise).div_(temperature).permute(0, 2, 3, 1).softmax(dim=-1)
         ctx.save_for_backward(weights)
@@ -269,7 +269,7 @@ class _Relaxation(torch.autograd.Function):
         return grad.div_(ctx.temperature).permute(0, 3, 1, 2), None, None
 
 
-def relax(logits: Tensor, gumbel_noise: Tensor, temperature: float | Tensor) -> Tensor:
+def relax(logits: Tensor, gumbel_noise: Tensor, temperature: float) -> Tensor:
     """Gumbel-softmax over dim 1: (B, K, h, w) -> float32 weights of the same shape, one-hot as temperature -> 0.
 
     Neither the noise nor the temperature get a gradient, and that of the logits cannot be differentiated again.

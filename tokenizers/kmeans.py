@@ -37,7 +37,12 @@ def kmeans(
     if len(points) < num_centres:
         raise ValueError(f"k-means needs at least as many points as centres, got {len(points)} for {num_centres}")
     points = points.float().cpu()
-    weight = torch.ones(len(points)) if weight is None else weight.float().cpu()
+    weighted = points  # times the weight
+    if weight is None:
+        weight = torch.ones(len(points), dtype=torch.float32)
+    else:
+        weight = weight.float().cpu()
+        weighted = points * weight[:, None]
     draws = random.uniform(seed, 0, torch.arange(num_centres), (1,), "k-means")[:, 0].double()
     centres = points[:1].expand(num_centres, -1).clone()
     distance = torch.full((len(points),), torch.inf)  # squared distance to the nearest centre so far
@@ -52,7 +57,7 @@ def kmeans(
     for _ in range(rounds):
         own = nearest(points, centres)
         counts = torch.bincount(own, minlength=num_centres)
-        shares = torch.zeros(num_centres).index_add_(0, own, weight)
-        sums = torch.zeros_like(centres).index_add_(0, own, points * weight[:, None])
+        shares = torch.zeros(num_centres, dtype=torch.float32).index_add_(0, own, weight)
+        sums = torch.zeros_like(centres).index_add_(0, own, weighted)
         centres = torch.where(counts[:, None] > 0, sums / shares[:, None], centres)
     return centres, counts

@@ -22,7 +22,7 @@ from .dvae import GumbelAutoencoder, code_scale, map_pixels
 from .kmeans import kmeans
 from .spec import CodesSpec
 
-_FLAT = 0.01  # variance of the mapped pixels of a patch, below which it counts as flat
+_FLAT = 0.01  # added to a patch's variance, summed over the colours, lest flat ones weigh without bound
 _KERNELS = (3, 3, 3, 1)  # the encoder's order, for these blocks read what patches show
 
 
@@ -79,7 +79,8 @@ class PatchDVAE(GumbelAutoencoder):
     """Images in [-1, 1] to a grid of codes and back; each code stands for a patch of (P, Q) pixels.
 
     image_size: H = W, a multiple of P and of Q. width, depth: of the decoder's blocks; a multiple of 4, and how many.
-    channels: of a code's patch in the decoder, at least 6. Raises ValueError for sizes that do not fit.
+    channels: of a code's patch in the decoder, at least 6. evenness: in [0, 1], see `start_codes`. Raises ValueError
+    for sizes that do not fit, and another evenness.
     """
 
     encoder: PatchEncoder
@@ -94,6 +95,7 @@ class PatchDVAE(GumbelAutoencoder):
         width: int = 64,
         channels: int = 16,
         depth: int = 2,
+        evenness: float = 0.0,
     ) -> None:
         if not isinstance(patch, list | tuple) or [type(side) for side in patch] != [int, int]:
             raise ValueError(f"PatchDVAE needs patch as two whole numbers, got {patch!r}; write e.g. patch: [4, 4]")
@@ -103,6 +105,10 @@ class PatchDVAE(GumbelAutoencoder):
                 "PatchDVAE needs every size to be at least 1 and channels at least 6, got image_size "
                 f"{image_size}, num_codes {num_codes}, patch {high, wide}, width {width}, channels {channels}, "
                 f"depth {depth}; correct the recipe"
+            )
+        if isinstance(evenness, bool) or not isinstance(evenness, int | float) or not 0 <= evenness <= 1:
+            raise ValueError(
+                f"PatchDVAE needs evenness as a number from 0 to 1, got {evenness!r:.40}; correct the recipe"
             )
         if image_size % high or image_size % wide:
             raise ValueError(
@@ -115,15 +121,16 @@ class PatchDVAE(GumbelAutoencoder):
             PatchEncoder(num_codes, (high, wide)),
             PatchDecoder(num_codes, (high, wide), width, channels, depth),
         )
+        self.evenness = evenness
 
     @torch.no_grad()
     def start_codes(self, images: Sequence[Tensor], seed: int) -> None:
         """Makes the codes k-means centres of different patches, in place, and the decoder paste those centres.
 
         The argmax of the logits is then the centre nearest to a patch. It counts each patch once, to 1 / 255 of the
-        mapped range: as they come, backgrounds would take most of the codes. And it counts the squared distance of a
-        patch in proportion to its own variance: else edges between far colours would take most of what is left, and
-        a yellow shape on orange be drawn with a seventh of the codes that it has on blue. images: batches of (B, 3,
+        mapped range: as they come, backgrounds would take most of the codes. It divides the squared distance of a patch
+        by the variance of its pixels to the power of `evenness`: at 0, edges between near colours, as yellow on orange,
+        have a sixth of the codes of other edges, at 1 half as many, at the expense of these. images: batches of (B, 3,
         H, W) in [-1, 1]. Raises ValueError when they hold fewer different patches than there are codes.
         """
         head, (high, wide) = self.encoder.head, self.decoder.patch
@@ -131,9 +138,8 @@ class PatchDVAE(GumbelAutoencoder):
             [F.unfold(map_pixels(image).cpu(), (high, wide), stride=(high, wide)).mT.flatten(0, 1) for image in images]
         )
         different = (found * 255).round().unique(dim=0) / 255
-        pixels = different.view(len(different), 3, high * wide)
-        variance = pixels.var(2, correction=0).sum(1)
-        weight = 1 / (variance + _FLAT)
+        variance = different.view(len(different), 3, high * wide).var(2, correction=0).sum(1)
+        weight = (variance + _FLAT).pow(-self.evenness)
         centres = kmeans(different, self.spec.vocabulary, seed, weight=weight)[0]  # (K, 3 * P * Q)
         scale = code_scale(centres, 50.0)
         bias = -scale / 2 * centres.square().sum(1)

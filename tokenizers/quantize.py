@@ -167,9 +167,7 @@ class GumbelQuantizer(nn.Module):
             weight, bias = full(self.proj.weight[:, :, 0, 0]), full(self.proj.bias)
             return F.linear(full(latents).permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
-    def forward(
-        self, latents: Tensor, noise: Tensor | None = None, temperature: float | Tensor = 1.0
-    ) -> dict[str, Tensor]:
+    def forward(self, latents: Tensor, noise: Tensor | None = None, temperature: float = 1.0) -> dict[str, Tensor]:
         """(B, C, h, w) -> `quantized`, `codes` (of the noisy logits) and `logits` (B, K, h, w).
 
         noise: standard Gumbel draws (B, K, h, w), or None for none. The decoder sees one codeword; the gradient is that

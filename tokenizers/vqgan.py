@@ -102,9 +102,7 @@ class VQGAN(nn.Module):
         """Image (B, 3, H, W) -> what is quantized, (B, D, h, w)."""
         return self.quant_conv(self.encoder(image))
 
-    def forward(
-        self, image: Tensor, noise: Tensor | None = None, temperature: float | Tensor = 1.0
-    ) -> dict[str, Tensor]:
+    def forward(self, image: Tensor, noise: Tensor | None = None, temperature: float = 1.0) -> dict[str, Tensor]:
         """Image (B, 3, H, W) -> `reconstruction` (B, 3, H, W) and what the quantizer says, see `quantize`.
 
         noise, temperature: of quantizer "gumbel" alone. Raises ValueError where another gets noise.

@@ -178,7 +178,8 @@ def newton_schulz(x: Tensor, rounds: int) -> Tensor:
 def by_gram(x: Tensor, rounds: int) -> Tensor:
     """The same, but each round is of (A, A): X X^T is followed, and X multiplied once, with the product of all rounds.
 
-    In float32, since in bfloat16 the small eigenvalues of X X^T would be rounded, below 0 too, from where they grow.
+    rounds: at least 1. In float32, since in bfloat16 the small eigenvalues of X X^T would be rounded, below 0 too, from
+    where they grow.
     """
     product = torch.addmm if x.ndim == 2 else torch.baddbmm
 
