@@ -60,8 +60,6 @@ def test_kl_equals_the_sum_over_outcomes():
     brute = sum(q[:, k] * torch.log(q[:, k] / (1 / 5)) for k in range(5))
     torch.testing.assert_close(uniform_kl(logits).double(), brute, atol=1e-5, rtol=1e-5)
     assert torch.allclose(uniform_kl(torch.zeros(1, 7, 2, 2)), torch.zeros(1, 2, 2), atol=1e-6)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(uniform_kl(logits), uniform_kl(logits.double()))
 
 
 def test_objective_weights_images_and_divides_by_the_values_of_an_image():

@@ -11,7 +11,6 @@ import math
 import torch
 from torch import Tensor
 
-from ...layers.precision import without_autocast
 from ...tokenizers.dvae import map_pixels
 from .weighting import weighted
 
@@ -29,9 +28,7 @@ def logit_laplace_nll(parameters: Tensor, mapped: Tensor) -> Tensor:
 def uniform_kl(logits: Tensor) -> Tensor:
     """KL(softmax(logits) || uniform) at each position, in nats: (B, K, h, w) -> float32 (B, h, w), in [0, ln K]."""
     log_q = torch.log_softmax(logits.float().permute(0, 2, 3, 1), dim=-1)  # (B, h, w, K), as the encoder lays it out
-    with without_autocast(log_q):
-        # As a product of matrices, which makes no array of the products.
-        return (log_q.exp()[..., None, :] @ log_q[..., None])[..., 0, 0] + math.log(logits.shape[1])
+    return (log_q.exp() * log_q).sum(dim=-1) + math.log(logits.shape[1])
 
 
 def codebook_counts(codes: Tensor, num_codes: int, weight: Tensor) -> Tensor:
