@@ -63,6 +63,8 @@ def measure(name: str, bf16: bool, device: torch.device, top: float) -> dict[str
     word = "bfloat16" if bf16 else "float32"
     peers = layouts(theirs, their_step, "denoising-diffusion-pytorch")
     facts = {"ours_weights": weights[0], "peer_weights": weights[1], "batch": batch, "size": name}
+    if device.type == "cpu" and not bf16:  # as the trainer lays it, see `training.parallel.prepare`
+        ours.to(memory_format=torch.channels_last)
     step = training_step(ours, our_loss, device, bf16)
     return compare(f"DDPM, training step, {name}, {word}", step, peers, device, top, SIZES["rounds"], **facts)
 

@@ -68,6 +68,7 @@ class UNet(nn.Module):
     """
 
     outer = ("conv_in", "conv_out", "embedding_in", "tokens_in")
+    layout_by_precision = True  # see `training.parallel.prepare`
 
     def __init__(
         self,

@@ -107,7 +107,10 @@ _TINY = {
         *_DISCRIMINATOR,
         "stages.tokenizer.optimizer.muon=0.0005",
     ),
-    "dvae": ("tokenizer", [_DVAE, "stages.tokenizer.objective.autoencoder=0.25", *_GENTLE_RATES]),
+    "dvae": (
+        "tokenizer",
+        [_DVAE, *(f"stages.tokenizer.objective.{knob}" for knob in ("autoencoder=0.25", "evenness=0")), *_GENTLE_RATES],
+    ),
     "patch_dvae": ("tokenizer", []),
     "dalle": ("prior", []),
     "unet": ("prior", [_UNET, *_DENOISED]),

@@ -36,8 +36,8 @@ def test_evenness_gives_edges_between_near_colours_codes_of_those_between_far_on
     ground, near, far = torch.tensor([[0.9, 0.1, -0.7], [0.9, 0.7, -0.5], [-0.6, -0.3, 0.6]])[:, :, None, None]
     images, used = [ground + share * (colour - ground) for colour in (near, far)], []
     for evenness in (0.0, 0.5, 1.0):
-        model = PatchDVAE(image_size=16, num_codes=64, patch=(2, 4), width=8, channels=8, depth=1, evenness=evenness)
-        model.start_codes(images, seed=0)
+        model = PatchDVAE(image_size=16, num_codes=64, patch=(2, 4), width=8, channels=8, depth=1)
+        model.start_codes(images, seed=0, evenness=evenness)
         used.append(len(model.encode(images[0]).unique()))
     assert used == sorted(used) and used[0] < 12 and used[2] > 18, used
 
@@ -60,7 +60,6 @@ def test_a_patch_decoder_reads_one_hot_weights_and_codes_alike():
         {"patch": [2.5, 4]},
         {"channels": 5},
         {"depth": 0},
-        {"evenness": 2},
     ],
 )
 def test_sizes_of_patches_that_do_not_fit_are_refused(wrong):

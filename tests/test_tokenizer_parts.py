@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kartina.layers.conv import Up, group_norm
+from kartina.layers.conv import ResBlock, Up, group_norm
 from kartina.pipeline import checkpoint
 from kartina.pipeline.recipe import Recipe, build
+from kartina.priors.unet import UNet
 from kartina.training import parallel
 
 BODY = {"image_size": 16, "width": 8, "channel_mult": [1, 2], "blocks_per_level": 1, "norm_groups": 4}
@@ -144,11 +145,13 @@ def test_group_norm_is_the_same_in_both_memory_formats(dtype, side):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_an_autoencoder_trains_in_bfloat16_with_contiguous_kernels(precision):
+def test_a_cpu_trains_with_channels_last_and_in_bfloat16_with_contiguous_kernels(precision):
     accelerator = SimpleNamespace(
         device=torch.device("cpu"), mixed_precision=precision, num_processes=1, prepare_model=lambda network: network
     )
-    prepared = parallel.prepare(build(system(PARTS["kl"]), "tokenizer"), accelerator, shard=False, recompute=False)
-    kernels = [prepared.encoder.mid[0].conv1.weight, prepared.decoder.up[0].block[0].conv1.weight]
-    last = [not kernel.is_contiguous() for kernel in kernels]
-    assert last == [precision == "no"] * 2
+    sizes = dict(in_channels=3, width=8, channel_mult=[1, 2], blocks_per_level=1, attn_levels=[1], norm_groups=4)
+    networks = build(system(PARTS["kl"]), "tokenizer"), UNet(**sizes, num_heads=2, context_dim=None)
+    coder, unet = (parallel.prepare(network, accelerator, shard=False, recompute=False) for network in networks)
+    kernels = [coder.encoder.mid[0].conv1.weight, coder.decoder.up[0].block[0].conv1.weight]
+    kernels += [block.conv2.weight for block in unet.modules() if isinstance(block, ResBlock)]
+    assert len(kernels) > 3 and all(kernel.is_contiguous() == (precision == "bf16") for kernel in kernels)

@@ -41,10 +41,12 @@ DVAE = """parts.tokenizer={kind: dvae, image_size: 32, num_codes: 32, width: 8, 
     blocks_per_group: 1, branch_gain: 1.0}"""
 
 
-def test_codes_of_patches_need_no_autoencoder(tmp_path, capsys):
+def test_codes_of_patches_need_no_autoencoder_and_others_have_no_evenness(tmp_path, capsys):
     command = ["shapes/dalle", *TINY, "stages.tokenizer.objective.autoencoder=0.25", "--run", str(tmp_path)]
     assert trainer.main(command) == 2
     assert "codes of patches start from k-means" in capsys.readouterr().err
+    assert trainer.main(["shapes/dalle", *TINY, DVAE, "--stage", "tokenizer", "--run", str(tmp_path)]) == 2
+    assert "evenness is of codes that are patches" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +128,7 @@ def test_stopped_and_resumed_equals_uninterrupted(kind, autoencoder, tmp_path, m
     command[1:1] = ["stages.tokenizer.optimizer.muon=0.02"]
     command[1:1] = [f"stages.tokenizer.objective.autoencoder={autoencoder}"]
     if kind == "dvae":
-        command[1:1] = [DVAE]
+        command[1:1] = [DVAE, "stages.tokenizer.objective.evenness=0"]
     with pytest.raises(KeyboardInterrupt):
         trainer.main([*command, str(tmp_path / "stopped")])
     monkeypatch.setattr(loop, "rate", real)

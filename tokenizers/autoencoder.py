@@ -119,7 +119,7 @@ class Encoder(nn.Module):
     """Images (B, 3, H, W) -> features (B, n_out, h, w)."""
 
     outer = ("conv_in", "conv_out")
-    trains_contiguous = True  # in bfloat16 on a CPU, see `training.parallel.prepare`
+    layout_by_precision = True  # see `training.parallel.prepare`
 
     def __init__(self, layout: Layout, n_out: int) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Decoder(nn.Module):
     """Features (B, n_in, h, w) -> (B, n_out, H, W), of which the first three channels are the image."""
 
     outer = ("conv_in", "conv_out")
-    trains_contiguous = True
+    layout_by_precision = True
 
     def __init__(self, layout: Layout, n_in: int, n_out: int = 3) -> None:
         super().__init__()

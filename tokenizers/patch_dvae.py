@@ -79,8 +79,7 @@ class PatchDVAE(GumbelAutoencoder):
     """Images in [-1, 1] to a grid of codes and back; each code stands for a patch of (P, Q) pixels.
 
     image_size: H = W, a multiple of P and of Q. width, depth: of the decoder's blocks; a multiple of 4, and how many.
-    channels: of a code's patch in the decoder, at least 6. evenness: in [0, 1], see `start_codes`. Raises ValueError
-    for sizes that do not fit, and another evenness.
+    channels: of a code's patch in the decoder, at least 6. Raises ValueError for sizes that do not fit.
     """
 
     encoder: PatchEncoder
@@ -95,7 +94,6 @@ class PatchDVAE(GumbelAutoencoder):
         width: int = 64,
         channels: int = 16,
         depth: int = 2,
-        evenness: float = 0.0,
     ) -> None:
         if not isinstance(patch, list | tuple) or [type(side) for side in patch] != [int, int]:
             raise ValueError(f"PatchDVAE needs patch as two whole numbers, got {patch!r}; write e.g. patch: [4, 4]")
@@ -105,10 +103,6 @@ class PatchDVAE(GumbelAutoencoder):
                 "PatchDVAE needs every size to be at least 1 and channels at least 6, got image_size "
                 f"{image_size}, num_codes {num_codes}, patch {high, wide}, width {width}, channels {channels}, "
                 f"depth {depth}; correct the recipe"
-            )
-        if isinstance(evenness, bool) or not isinstance(evenness, int | float) or not 0 <= evenness <= 1:
-            raise ValueError(
-                f"PatchDVAE needs evenness as a number from 0 to 1, got {evenness!r:.40}; correct the recipe"
             )
         if image_size % high or image_size % wide:
             raise ValueError(
@@ -121,17 +115,16 @@ class PatchDVAE(GumbelAutoencoder):
             PatchEncoder(num_codes, (high, wide)),
             PatchDecoder(num_codes, (high, wide), width, channels, depth),
         )
-        self.evenness = evenness
 
     @torch.no_grad()
-    def start_codes(self, images: Sequence[Tensor], seed: int) -> None:
+    def start_codes(self, images: Sequence[Tensor], seed: int, evenness: float = 0.0) -> None:
         """Makes the codes k-means centres of different patches, in place, and the decoder paste those centres.
 
         The argmax of the logits is then the centre nearest to a patch. It counts each patch once, to 1 / 255 of the
         mapped range: as they come, backgrounds would take most of the codes. It divides the squared distance of a patch
-        by the variance of its pixels to the power of `evenness`: at 0, edges between near colours, as yellow on orange,
-        have a sixth of the codes of other edges, at 1 half as many, at the expense of these. images: batches of (B, 3,
-        H, W) in [-1, 1]. Raises ValueError when they hold fewer different patches than there are codes.
+        by the variance of its pixels to the power of `evenness`, in [0, 1]: at 0, edges between near colours, as yellow
+        on orange, have a sixth of the codes of other edges, at 1 half as many, at the expense of these. images: batches
+        of (B, 3, H, W) in [-1, 1]. Raises ValueError when they hold fewer different patches than there are codes.
         """
         head, (high, wide) = self.encoder.head, self.decoder.patch
         found = torch.cat(
@@ -139,7 +132,7 @@ class PatchDVAE(GumbelAutoencoder):
         )
         different = (found * 255).round().unique(dim=0) / 255
         variance = different.view(len(different), 3, high * wide).var(2, correction=0).sum(1)
-        weight = (variance + _FLAT).pow(-self.evenness)
+        weight = (variance + _FLAT).pow(-evenness)
         centres = kmeans(different, self.spec.vocabulary, seed, weight=weight)[0]  # (K, 3 * P * Q)
         scale = code_scale(centres, 50.0)
         bias = -scale / 2 * centres.square().sum(1)

@@ -39,8 +39,9 @@ def prepare(
     """The form of a network through which it trains, with autocast as Accelerate has it.
 
     shard: divides it over the processes, in place, where it has blocks. recompute: the activations inside blocks are
-    computed again in the backward pass instead of being kept (Chen 2016, arXiv:1604.06174). Where a CPU trains in
-    bfloat16, parts with `trains_contiguous` get contiguous tensors, in place: channels last is slower there.
+    computed again in the backward pass instead of being kept (Chen 2016, arXiv:1604.06174). On a CPU, parts with
+    `layout_by_precision` that are not divided get tensors with channels last, in bfloat16 contiguous ones, in place:
+    the other layout is slower.
 
     compiler: of torch.compile, through which a network goes that is not divided. "cudagraphs": its passes are recorded
     and replayed at one stroke, for networks whose kernels take longer to launch than to compute. "inductor" writes
@@ -48,11 +49,13 @@ def prepare(
     """
     if recompute:
         recompute_blocks(network)
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+    divided = shard and blocks_of(network) and accelerator.num_processes > 1
+    if accelerator.device.type == "cpu" and not divided:
+        layout = torch.contiguous_format if accelerator.mixed_precision == "bf16" else torch.channels_last
         for module in network.modules():
-            if getattr(module, "trains_contiguous", False):
-                module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    if not (shard and blocks_of(network) and accelerator.num_processes > 1):
+            if getattr(module, "layout_by_precision", False):
+                module.to(memory_format=layout)  # type: ignore[call-overload]
+    if not divided:
         prepared = accelerator.prepare_model(network)
         return prepared if compiler == "none" else torch.compile(prepared, backend=compiler, dynamic=False)
     # Autocast alone: placing is left to fully_shard, so that no device ever holds the whole network.

@@ -32,6 +32,7 @@ class DVAEStage(CodesStage):
         "kl_weight": Knob(),
         "kl_share": Knob(high=1),
         "squared": Knob(),
+        "evenness": Knob(high=1),
     }
 
     def __init__(
@@ -44,6 +45,8 @@ class DVAEStage(CodesStage):
         at_once = self.network.codes_from_pixels
         if at_once and self.start:
             raise ValueError("codes of patches start from k-means; set stages.tokenizer.objective.autoencoder=0")
+        if config.number("evenness", 0) and not at_once:
+            raise ValueError("evenness is of codes that are patches; set stages.tokenizer.objective.evenness=0")
         self.restart_step = 0 if at_once else self.start or None
         names = {"temperature": "start", "temperature_end": "end"}
         self.temperature: dict[str, Any] = {names[knob]: value for knob, value in knobs.items() if knob in names}
@@ -55,7 +58,8 @@ class DVAEStage(CodesStage):
     def restart(self) -> None:
         """The codes become k-means centres, over the 2,048 images that were read last, or that come first."""
         positions = last_read(self.source, self.start * self.config.global_batch)
-        self.network.start_codes(read_images(self.source, positions, self.device), self.seed)
+        evenness = {"evenness": self.config.number("evenness", 0.0)} if self.network.codes_from_pixels else {}
+        self.network.start_codes(read_images(self.source, positions, self.device), self.seed, **evenness)
 
     def updates(self, batch: Batch, step: int) -> Updates:
         yield self.part, *self._loss(batch, step)
