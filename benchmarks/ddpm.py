@@ -29,6 +29,7 @@ from kartina.priors.schedules import new_schedule
 from kartina.priors.unet import UNet
 from kartina.training.objectives.diffusion import diffusion
 from kartina.training.optim import fast_bf16
+from kartina.training.parallel import lay_out
 
 SIZES = yaml.safe_load(Path(__file__).with_name("sizes.yaml").read_text(encoding="utf-8"))["ddpm"]
 
@@ -63,8 +64,7 @@ def measure(name: str, bf16: bool, device: torch.device, top: float) -> dict[str
     word = "bfloat16" if bf16 else "float32"
     peers = layouts(theirs, their_step, "denoising-diffusion-pytorch")
     facts = {"ours_weights": weights[0], "peer_weights": weights[1], "batch": batch, "size": name}
-    if device.type == "cpu" and not bf16:  # as the trainer lays it, see `training.parallel.prepare`
-        ours.to(memory_format=torch.channels_last)
+    lay_out(ours, device, bf16)  # as the trainer does
     step = training_step(ours, our_loss, device, bf16)
     return compare(f"DDPM, training step, {name}, {word}", step, peers, device, top, SIZES["rounds"], **facts)
 

@@ -68,7 +68,7 @@ class UNet(nn.Module):
     """
 
     outer = ("conv_in", "conv_out", "embedding_in", "tokens_in")
-    layout_by_precision = True  # see `training.parallel.prepare`
+    layout_by_precision = True  # see `training.parallel.lay_out`
 
     def __init__(
         self,

@@ -52,15 +52,7 @@ def test_a_patch_decoder_reads_one_hot_weights_and_codes_alike():
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        {"patch": (3, 4)},
-        {"patch": (0, 4)},
-        {"patch": 4},
-        {"patch": [2.5, 4]},
-        {"channels": 5},
-        {"depth": 0},
-    ],
+    "wrong", [{"patch": (3, 4)}, {"patch": (0, 4)}, {"patch": 4}, {"patch": [2.5, 4]}, {"channels": 5}, {"depth": 0}]
 )
 def test_sizes_of_patches_that_do_not_fit_are_refused(wrong):
     with pytest.raises(ValueError, match="PatchDVAE needs"):

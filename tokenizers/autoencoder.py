@@ -119,7 +119,7 @@ class Encoder(nn.Module):
     """Images (B, 3, H, W) -> features (B, n_out, h, w)."""
 
     outer = ("conv_in", "conv_out")
-    layout_by_precision = True  # see `training.parallel.prepare`
+    layout_by_precision = True  # see `training.parallel.lay_out`
 
     def __init__(self, layout: Layout, n_out: int) -> None:
         super().__init__()

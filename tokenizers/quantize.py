@@ -164,7 +164,7 @@ class GumbelQuantizer(nn.Module):
     def logits(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, K, h, w)."""
         with without_autocast(latents):
-            weight, bias = full(self.proj.weight[:, :, 0, 0]), full(self.proj.bias)
+            weight, bias = full(self.proj.weight).flatten(1), full(self.proj.bias)
             return F.linear(full(latents).permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
     def forward(self, latents: Tensor, noise: Tensor | None = None, temperature: float = 1.0) -> dict[str, Tensor]:

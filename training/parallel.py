@@ -39,9 +39,8 @@ def prepare(
     """The form of a network through which it trains, with autocast as Accelerate has it.
 
     shard: divides it over the processes, in place, where it has blocks. recompute: the activations inside blocks are
-    computed again in the backward pass instead of being kept (Chen 2016, arXiv:1604.06174). On a CPU, parts with
-    `layout_by_precision` that are not divided get tensors with channels last, in bfloat16 contiguous ones, in place:
-    the other layout is slower.
+    computed again in the backward pass instead of being kept (Chen 2016, arXiv:1604.06174). What is not divided is laid
+    out by `lay_out`.
 
     compiler: of torch.compile, through which a network goes that is not divided. "cudagraphs": its passes are recorded
     and replayed at one stroke, for networks whose kernels take longer to launch than to compute. "inductor" writes
@@ -50,12 +49,8 @@ def prepare(
     if recompute:
         recompute_blocks(network)
     divided = shard and blocks_of(network) and accelerator.num_processes > 1
-    if accelerator.device.type == "cpu" and not divided:
-        layout = torch.contiguous_format if accelerator.mixed_precision == "bf16" else torch.channels_last
-        for module in network.modules():
-            if getattr(module, "layout_by_precision", False):
-                module.to(memory_format=layout)  # type: ignore[call-overload]
     if not divided:
+        lay_out(network, accelerator.device, accelerator.mixed_precision == "bf16")
         prepared = accelerator.prepare_model(network)
         return prepared if compiler == "none" else torch.compile(prepared, backend=compiler, dynamic=False)
     # Autocast alone: placing is left to fully_shard, so that no device ever holds the whole network.
@@ -70,6 +65,16 @@ def prepare(
     for name in getattr(network, "sampling_methods", ()):
         register_fsdp_forward_method(network, name)
     return network
+
+
+def lay_out(network: nn.Module, device: torch.device, bf16: bool) -> None:
+    """On a CPU, parts with `layout_by_precision` get tensors with channels last, in bfloat16 contiguous ones, in place:
+    the other layout is slower to train.
+    """
+    layout = torch.contiguous_format if bf16 else torch.channels_last
+    for module in network.modules() if device.type == "cpu" else ():
+        if getattr(module, "layout_by_precision", False):
+            module.to(memory_format=layout)  # type: ignore[call-overload]
 
 
 def recompute_blocks(network: nn.Module) -> None:
