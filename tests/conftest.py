@@ -25,6 +25,7 @@ _TOKENIZER = ["parts.tokenizer.width=8", "parts.tokenizer.num_codes=32"]
 _PRIOR = [
     *[f"parts.prior.{key}" for key in ("num_codes=32", "text_vocab=300", "text_length=22", "width=32", "depth=2")],
     *["parts.prior.attention=full", "parts.prior.num_heads=2", "parts.prior.shift=[]"],
+    "stages.prior.objective.shared_width=8",
 ]
 _CLIP = [
     *[f"parts.clip.{key}" for key in ("text_vocab=302", "text_length=24", "embed_dim=16", "vision_width=32")],
@@ -113,6 +114,7 @@ _TINY = {
     ),
     "patch_dvae": ("tokenizer", []),
     "dalle": ("prior", []),
+    "dalle, plain": ("prior", ["stages.prior.objective.shared_width=0"]),
     "unet": ("prior", [_UNET, *_DENOISED]),
     "unet, captioned": ("prior", [_CAPTIONED, *_DENOISED]),
     "clip": ("clip", []),

@@ -19,7 +19,8 @@ def test_the_peak_of_an_update_against_the_allocator(share, profiled, monkeypatc
     """
     monkeypatch.setattr(optim, "_STACK", share)
     recipe, training = runs.load("shapes/dalle", [*PRIOR, *ONE])
-    network, config = passes.build_trained(recipe, "prior"), training.stages["prior"]
+    config = training.stages["prior"]
+    network = passes.prepare(recipe, "prior", config).network
     optimizers = build_optimizers(network, config.optimizer)
     for _ in range(2):  # the first one makes the state
         for parameter in network.parameters():

@@ -120,5 +120,7 @@ def check_knob(where: str, key: str, value: float | str, knob: Any, data: str) -
         raise RecipeError(f"{where}.{key} must be one of {', '.join(knob.choices)}, got {value}")
     if not knob.choices and (isinstance(value, str) or not knob.low <= value <= knob.high):
         raise RecipeError(f"{where}.{key} must lie between {knob.low:g} and {knob.high:g}, got {value}")
+    if knob.whole and value % 1:  # of infinity too
+        raise RecipeError(f"{where}.{key} must be a whole number, got {value}")
     if knob.grammar and value and data == "shards":
         raise RecipeError(f"{where}.{key} needs captions of a known grammar, which shards have not; set {where}={{}}")

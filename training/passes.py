@@ -24,6 +24,7 @@ from .objectives import clip as clip_objective
 from .objectives import dalle as dalle_objective
 from .run import Stage
 from .stages import STAGES
+from .stages.dalle import learn_together
 from .stream import Batch
 
 
@@ -108,7 +109,12 @@ def prepare(
             setting = _stage_alone(recipe, part, config, world, torch.device(device))
         else:
             frozen = {other: build(recipe, other).requires_grad_(False) for other in frozen_parts(recipe, part)}
-            setting = Setting(recipe, part, config, world, {part: build_trained(recipe, part)}, frozen)
+            network = build(recipe, part)
+            if trained_along(recipe, part):
+                network = Captioned(network, build(recipe, "text"))
+            if kind in _ADDED:
+                _ADDED[kind](network, frozen["tokenizer"], config)
+            setting = Setting(recipe, part, config, world, {part: network}, frozen)
     for network in setting.networks.values():
         _wrap(network, bf16)
     return setting
@@ -213,6 +219,8 @@ PASSES: dict[str, tuple[tuple[str, ...], Callable[[Setting, int], Tensor] | None
     "vq_latents": ((), None),
     "autoencoder_kl": ((), None),
 }
+# By kind: what the stage adds to its network while it trains, from its tokenizer and configuration.
+_ADDED: dict[str, Callable[[Any, Any, Stage], None]] = {"dalle": learn_together}
 # By kind: the frozen parts that the stage reads too, where the recipe has them.
 _IF_THERE: dict[str, tuple[str, ...]] = {"unet": ("tokenizer", "text")}
 
@@ -228,9 +236,3 @@ def trained_along(recipe: Recipe, part: str) -> tuple[str, ...]:
     """The parts that the stage of a part trains with it, as one network: the text encoder of a diffusion prior."""
     takes = recipe.parts[part]["kind"] == "unet" and "text" in recipe.parts and not is_frozen(recipe, "text")
     return ("text",) if takes else ()
-
-
-def build_trained(recipe: Recipe, part: str) -> Any:
-    """What the stage of a part trains: the part, with what is trained along."""
-    network = build(recipe, part)
-    return Captioned(network, build(recipe, "text")) if trained_along(recipe, part) else network

@@ -57,7 +57,7 @@ class CLIPStage(TrainingStage):
     steady = True
     depends: tuple[str, ...] = ("captions",)
     knobs: ClassVar = {
-        "wrong_captions": Knob(grammar=True),
+        "wrong_captions": Knob(whole=True, grammar=True),
         **ONE_WORDING,
         "contrast": Knob(low=1, high=64, grammar=True),
         **SPLIT_WORDS,

@@ -72,7 +72,7 @@ class Codebook:
         "commitment_weight": Knob(),
         "codebook_weight": Knob(),
         "kmeans": Knob(high=1, anew=True),
-        "restart_every": Knob(),
+        "restart_every": Knob(whole=True),
     }
 
     def __init__(self, quantizer: VectorQuantizer, config: Stage, seed: int) -> None:

@@ -35,12 +35,13 @@ Updates = Iterator[Update]
 class Knob:
     """A key of a stage's objective: a number in [low, high], or, where there are choices, one of these words.
 
-    grammar: it needs captions of a known grammar. anew: a share of the steps, after which codes begin anew. of: the key
-    without which it says nothing.
+    whole: without a fraction. grammar: it needs captions of a known grammar. anew: a share of the steps, after which
+    codes begin anew. of: the key without which it says nothing.
     """
 
     low: float = 0.0
     high: float = math.inf
+    whole: bool = False
     grammar: bool = False
     anew: bool = False
     of: str = ""
