@@ -33,25 +33,31 @@ def flops(work: Work) -> int:
     return counter.get_total_flops()
 
 
-def limit(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a product of square matrices, the best of five."""
+def product(device: torch.device, dtype: torch.dtype) -> Work:
+    """Of large square matrices: what it reaches is called the limit of the machine."""
     size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
+    return lambda: a @ b
+
+
+def limit(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of `product`, the best of five."""
+    work = product(device, dtype)
+    return flops(work) / min(seconds(work, device) for _ in range(5))
 
 
 def compare(
-    name: str, ours: Work, peers: dict[str, Work], device: torch.device, top: float, rounds: int, **facts: Any
+    name: str, ours: Work, peers: dict[str, Work], device: torch.device, dtype: torch.dtype, rounds: int, **facts: Any
 ) -> dict[str, Any]:
-    """The best of rounds that take turns; of the peer, in the setting that is best for it. top: see `limit`."""
-    works = {"ours": ours, **peers}
+    """The best of rounds in which both take turns, and with them `product`; of the peer, in its best setting."""
+    works = {"ours": ours, **peers, "limit": product(device, dtype)}
     counted = {side: flops(work) for side, work in works.items()}  # and warms up
     times: dict[str, list[float]] = {side: [] for side in works}
     for _ in range(rounds):
         for side, work in works.items():
             times[side].append(seconds(work, device))
     best = {side: min(each) for side, each in times.items()}
-    setting = min(peers, key=best.__getitem__)
+    setting, speed = min(peers, key=best.__getitem__), {side: counted[side] / best[side] for side in works}
     return {
         "what": name,
         "ratio": round(best[setting] / best["ours"], 2),
@@ -60,8 +66,9 @@ def compare(
         "peer": setting,
         "ours_gflop": round(counted["ours"] / 1e9, 2),
         "peer_gflop": round(counted[setting] / 1e9, 2),
-        "ours_limit": round(counted["ours"] / best["ours"] / top, 3),
-        "peer_limit": round(counted[setting] / best[setting] / top, 3),
+        "limit_gflops": round(speed["limit"] / 1e9, 1),
+        "ours_limit": round(speed["ours"] / speed["limit"], 3),
+        "peer_limit": round(speed[setting] / speed["limit"], 3),
         **facts,
     }
 
@@ -70,7 +77,7 @@ def told(row: dict[str, Any]) -> str:
     """A row of `compare` in words."""
     return (
         "{what}: {ratio} times as fast as {peer}: {ours_ms} ms and {peer_ms} ms; {ours_gflop} and {peer_gflop} GFLOP, "
-        "{ours_limit:.0%} and {peer_limit:.0%} of the limit".format(**row)
+        "{ours_limit:.0%} and {peer_limit:.0%} of the limit, {limit_gflops} GFLOP/s".format(**row)
     )
 
 

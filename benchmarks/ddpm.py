@@ -21,12 +21,13 @@ import torch
 import yaml
 from torch import Tensor
 
-from kartina.benchmarks._timing import Work, compare, layouts, limit, told, training_step
+from kartina.benchmarks._timing import Work, compare, layouts, told, training_step
 from kartina.layers import random
 from kartina.priors.condition import Condition
 from kartina.priors.denoiser import Denoiser
 from kartina.priors.schedules import new_schedule
 from kartina.priors.unet import UNet
+from kartina.training.__main__ import keep_memory
 from kartina.training.objectives.diffusion import diffusion
 from kartina.training.optim import fast_bf16
 from kartina.training.parallel import lay_out
@@ -34,7 +35,7 @@ from kartina.training.parallel import lay_out
 SIZES = yaml.safe_load(Path(__file__).with_name("sizes.yaml").read_text(encoding="utf-8"))["ddpm"]
 
 
-def measure(name: str, bf16: bool, device: torch.device, top: float) -> dict[str, Any]:
+def measure(name: str, bf16: bool, device: torch.device) -> dict[str, Any]:
     """One row: ours beside theirs."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
@@ -61,12 +62,13 @@ def measure(name: str, bf16: bool, device: torch.device, top: float) -> dict[str
         laid = image.contiguous(memory_format=layout)
         return training_step(network, lambda: loss(laid), device, bf16)
 
-    word = "bfloat16" if bf16 else "float32"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    word = str(dtype).removeprefix("torch.")
     peers = layouts(theirs, their_step, "denoising-diffusion-pytorch")
     facts = {"ours_weights": weights[0], "peer_weights": weights[1], "batch": batch, "size": name}
     lay_out(ours, device, bf16)  # as the trainer does
     step = training_step(ours, our_loss, device, bf16)
-    return compare(f"DDPM, training step, {name}, {word}", step, peers, device, top, SIZES["rounds"], **facts)
+    return compare(f"DDPM, training step, {name}, {word}", step, peers, device, dtype, SIZES["rounds"], **facts)
 
 
 def main() -> None:
@@ -81,14 +83,11 @@ def main() -> None:
         raise SystemExit(f"denoising-diffusion-pytorch is not installed; see the first lines of {__file__}")
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
+    keep_memory()  # as the trainer does, for both sides
     device, rows = torch.device(options.device), []
     for bf16 in (False, True) if fast_bf16(device) else (False,):
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        top = limit(device, dtype)
-        if not options.json:
-            print(f"a large product in {dtype}: {top / 1e9:.1f} GFLOP/s, {options.threads} threads, {device}")
         for name in options.sizes:
-            rows.append(measure(name, bf16, device, top))
+            rows.append(measure(name, bf16, device))
             if not options.json:
                 print(told(rows[-1]), flush=True)
     if options.json:

@@ -27,12 +27,13 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from kartina.benchmarks._timing import Work, compare, layouts, limit, told, training_step
+from kartina.benchmarks._timing import Work, compare, layouts, told, training_step
 from kartina.layers import random
 from kartina.pipeline.convert import to_diffusers
 from kartina.tokenizers.autoencoder_kl import AutoencoderKL
 from kartina.tokenizers.dvae import DiscreteVAE
 from kartina.tokenizers.quantize import VectorQuantizer
+from kartina.training.__main__ import keep_memory
 from kartina.training.objectives.dvae import dvae as dvae_objective
 from kartina.training.objectives.vqvae import quantization
 from kartina.training.optim import fast_bf16
@@ -40,7 +41,7 @@ from kartina.training.optim import fast_bf16
 SIZES = yaml.safe_load((Path(__file__).parent / "sizes.yaml").read_text())["tokenizers"]
 
 
-def discrete_vae(device: torch.device, top: float) -> dict:
+def discrete_vae(device: torch.device) -> dict:
     """Training steps in float32."""
     sizes = SIZES["dvae"]
     count, side = sizes["batch"], sizes["ours"]["image_size"]
@@ -66,7 +67,7 @@ def discrete_vae(device: torch.device, top: float) -> dict:
     facts = {"ours_weights": weights[0], "peer_weights": weights[1]}
     peers = layouts(peer, theirs, "dalle-pytorch")
     ours = training_step(network, our_loss, device)
-    return compare("dVAE, training step, float32", ours, peers, device, top, SIZES["rounds"], **facts)
+    return compare("dVAE, training step, float32", ours, peers, device, torch.float32, SIZES["rounds"], **facts)
 
 
 def peer_vae() -> type[nn.Module]:
@@ -82,7 +83,7 @@ def peer_vae() -> type[nn.Module]:
     return Peer
 
 
-def quantizer(device: torch.device, top: float) -> dict:
+def quantizer(device: torch.device) -> dict:
     """Training steps in float32."""
     from vector_quantize_pytorch import VectorQuantize
 
@@ -116,11 +117,11 @@ def quantizer(device: torch.device, top: float) -> dict:
         (quantized.square().mean() + loss.sum()).backward()
 
     peers = {"vector-quantize-pytorch": peer_step}
-    return compare("quantizer, training step, float32", our_step, peers, device, top, SIZES["rounds"])
+    return compare("quantizer, training step, float32", our_step, peers, device, torch.float32, SIZES["rounds"])
 
 
 @torch.inference_mode()
-def autoencoder(device: torch.device, dtype: torch.dtype, top: float) -> list[dict]:
+def autoencoder(device: torch.device, dtype: torch.dtype) -> list[dict]:
     """Encoding and decoding."""
     from diffusers import AutoencoderKL as Peer
 
@@ -149,7 +150,7 @@ def autoencoder(device: torch.device, dtype: torch.dtype, top: float) -> list[di
         ways = layouts(
             peer, lambda net, layout, x=x, f=other: lambda: f(net, x.contiguous(memory_format=layout)), "diffusers"
         )
-        rows.append(compare(f"{name}, {word}", lambda f=own, x=x: f(x), ways, device, top, SIZES["rounds"]))
+        rows.append(compare(f"{name}, {word}", lambda f=own, x=x: f(x), ways, device, dtype, SIZES["rounds"]))
     return rows
 
 
@@ -167,16 +168,12 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device(options.device)
     dtypes = [torch.float32, *([torch.bfloat16] if fast_bf16(device) else [])]
-    tops = {dtype: limit(device, dtype) for dtype in dtypes}
-    full = tops[torch.float32]
-    rows = [discrete_vae(device, full), quantizer(device, full)]
-    rows += [row for dtype, top in tops.items() for row in autoencoder(device, dtype, top)]
+    rows = [row for dtype in dtypes for row in autoencoder(device, dtype)]
+    keep_memory()  # as the trainer does, for both sides
+    rows += [discrete_vae(device), quantizer(device)]
     if options.json:
-        limits = {str(dtype): round(top / 1e9, 1) for dtype, top in tops.items()}
-        print(json.dumps({"device": str(device), "threads": options.threads, "gflops": limits, "rows": rows}))
+        print(json.dumps({"device": str(device), "threads": options.threads, "rows": rows}))
         return
-    for dtype, top in tops.items():
-        print(f"a large product in {dtype}: {top / 1e9:.1f} GFLOP/s, {options.threads} threads, {device}")
     for row in rows:
         print(told(row))
 

@@ -10,6 +10,7 @@ import torch
 
 from kartina.tokenizers.dvae import DiscreteVAE, map_pixels, openai_state_dict, relax, unmap_pixels
 from kartina.tokenizers.spec import CodesSpec
+from kartina.training.objectives import dvae as objective
 from kartina.training.objectives.dvae import codebook_use, dvae, kl_weight, logit_laplace_nll, temperature, uniform_kl
 
 HERE = Path(__file__).parent
@@ -74,7 +75,7 @@ def test_objective_weights_images_and_divides_by_the_values_of_an_image():
     torch.testing.assert_close(total, each[0] + 2 * each[2])
     assert count == 3
     torch.testing.assert_close(scalars["nll"], (nll[0] + 2 * nll[2]) / 3 / 192)
-    torch.testing.assert_close(scalars["kl"], (uniform_kl(logits).mean(dim=(1, 2)) * weight).sum() / 3)
+    torch.testing.assert_close(scalars["kl"](), (uniform_kl(logits).mean(dim=(1, 2)) * weight).sum() / 3)
 
 
 def test_codes_are_counted_by_the_weight_of_their_image():
@@ -82,9 +83,22 @@ def test_codes_are_counted_by_the_weight_of_their_image():
     logits = torch.nn.functional.one_hot(codes, 8).permute(0, 3, 1, 2).float()
     image, parameters = torch.zeros(2, 3, 4, 4), torch.zeros(2, 6, 4, 4)
     _, scalars = dvae(parameters, logits, image, 0.0, torch.tensor([1.0, 0.0]))
-    assert scalars["codes"].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
-    used = codebook_use(scalars["codes"])
+    assert scalars["codes"]().tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    used = codebook_use(scalars["codes"]())
     assert (used["perplexity"].item(), used["usage"].item()) == pytest.approx((4.0, 0.5))
+
+
+def test_a_kl_without_weight_is_told_like_one_with_and_computed_when_asked(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    image, weight = torch.zeros(2, 3, 4, 4), torch.tensor([1.0, 3.0])
+    parameters, logits = torch.zeros(2, 6, 4, 4), torch.randn(2, 7, 2, 2, generator=generator)
+    asked = []
+    monkeypatch.setattr(objective, "uniform_kl", lambda x: asked.append(1) or uniform_kl(x))
+    (without, _), plain = dvae(parameters, logits.requires_grad_(), image, 0.0, weight)
+    assert not asked and not without.requires_grad
+    (with_kl, _), weighed = dvae(parameters, logits, image, 6.6, weight)
+    assert len(asked) == 1 and with_kl.requires_grad
+    assert torch.equal(plain["kl"](), weighed["kl"]()) and len(asked) == 2
 
 
 def test_schedules():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from kartina.training.exchange import mean_scalars
+from kartina.training.exchange import advance, mean_scalars
 
 
 def test_scalars_are_averaged_by_samples_and_codes_are_added_up():
@@ -24,6 +24,23 @@ def test_scalars_are_averaged_by_samples_and_codes_are_added_up():
     found = mean_scalars(parts, Accelerator(cpu=True))
     expected = {"total": 5 / 4, "error": (1 + 3 * 5) / 4, "usage": 1.0, "perplexity": 4.0}
     assert found == pytest.approx({f"tokenizer/{name}": value for name, value in expected.items()})
+
+
+@pytest.mark.parametrize("due", [True, False])
+def test_a_scalar_that_is_a_function_is_called_before_the_backward_pass_where_a_line_is_due(due):
+    weight = torch.ones((), requires_grad=True)
+    seen = []
+
+    def late():
+        seen.append(weight.grad)
+        return torch.tensor(7.0)
+
+    def updates():
+        yield "tokenizer", (3 * weight, torch.tensor(1.0)), {"error": torch.tensor(5.0), "late": late}
+
+    (update,) = advance([updates()], [], Accelerator(cpu=True), due)
+    assert weight.grad == 3 and seen == ([None] if due else [])
+    assert update[2] == ({"error": 5.0, "late": 7.0} if due else {})
 
 
 def codes(counts):

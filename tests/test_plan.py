@@ -13,6 +13,7 @@ from planned_tokenizers import BATCH, JUDGED, LAYOUT, OBJECTIVES, PLAIN, RECONST
 from typer.testing import CliRunner
 
 from kartina import cli
+from kartina.layers import random
 from kartina.pipeline.recipe import PARTS, RecipeError, build
 from kartina.priors.transformers_text import PACKAGES
 from kartina.training import passes, plan
@@ -136,7 +137,8 @@ def test_flops_of_the_dvae_against_the_profiler(overrides, counted, real, profil
 
 
 @PRECISIONS
-def test_activations_and_peak_against_the_allocator(overrides, part, bf16, counted, real, profiled):
+def test_activations_and_peak_against_the_allocator(overrides, part, bf16, counted, real, profiled, monkeypatch):
+    monkeypatch.setattr(random, "_IN_CACHE", 2**62)  # a CPU draws whole tensors too, as the devices that are planned
     found, setting = counted(overrides, part, bf16), real(overrides, part, bf16)
     _, alive, loss = profiled(lambda: loss_of(setting))
     assert found[part].saved == pytest.approx(alive[-1], rel=0.02)  # what the loss holds on to, and the loss

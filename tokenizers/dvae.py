@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers.conv import BottleneckBlock, SameConv2d
+from ..layers.linear import wide_linear
 from ..layers.precision import without_autocast
 from .kmeans import kmeans
 from .spec import CodesSpec, check_image
@@ -39,7 +40,7 @@ def _full_precision(conv: nn.Conv2d, x: Tensor) -> Tensor:
     Written as a linear map over channels: on CPU the float32 convolution's backward pass is many times slower.
     """
     with without_autocast(x):
-        y = F.linear(x.float().permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias)  # (B, h, w, C)
+        y = wide_linear(x.float().permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias)  # (B, h, w, C)
     return y.permute(0, 3, 1, 2)
 
 

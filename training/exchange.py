@@ -19,7 +19,7 @@ from torch import Tensor
 from . import parallel
 from .objectives.dvae import codebook_use
 from .optim import EMA
-from .stages import TrainingStage, Update
+from .stages import TrainingStage, Update, told
 from .stream import Batch, Source
 
 CHUNK = 64  # samples that validation reads at once
@@ -29,9 +29,14 @@ class TrainingError(ValueError):
     """A run that must not go on; the message says why and what to do."""
 
 
-def advance(generators: list[Iterator[Update]], networks: Collection[Any], accelerator: Accelerator) -> list[Update]:
-    """Every generator to its next yield, with its backward pass; gradients are exchanged on the last one."""
-    updates = []
+def advance(
+    generators: list[Iterator[Update]], networks: Collection[Any], accelerator: Accelerator, due: bool
+) -> list[Update]:
+    """Every generator to its next yield, with its backward pass; gradients are exchanged on the last one.
+
+    due: whether a line is; else scalars are left out, and nothing that they are made of outlives the backward pass.
+    """
+    updates: list[Update] = []
     for k, generator in enumerate(generators):
         with contextlib.ExitStack() as stack:
             if k < len(generators) - 1:
@@ -39,8 +44,11 @@ def advance(generators: list[Iterator[Update]], networks: Collection[Any], accel
                     stack.enter_context(parallel.no_sync(network, accelerator))
             update = next(generator, None)
             if update is not None:
-                accelerator.backward(update[1][0])
-                updates.append(update)
+                name, sums, scalars = update
+                scalars = told(scalars) if due else {}
+                del update
+                accelerator.backward(sums[0])
+                updates.append((name, sums, scalars))
     if len({update[0] for update in updates}) > 1 or len(updates) not in (0, len(generators)):
         raise TrainingError(f"micro-batches of one step disagree on what they train: {[u[0] for u in updates]}")
     return updates

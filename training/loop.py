@@ -207,7 +207,7 @@ class _Run:
         due = due or self.state.step + 1 in (1, self.config.steps)
         generators = [iter(self.stage.updates(batch, run.step)) for batch in batches]
         scalars: dict[str, float] = {}
-        while updates := exchange.advance(generators, self.stage.forward.values(), self.accelerator):
+        while updates := exchange.advance(generators, self.stage.forward.values(), self.accelerator, due):
             name = updates[0][0]
             network, clip = run.networks[name], self.config.optimizer_of(name).clip
             total = exchange.divide(network, updates, self.accelerator)

@@ -7,6 +7,7 @@ It does not know the model: it takes the decoder's parameters and the encoder's 
 """
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def dvae(
     beta: float | Tensor,
     weight: Tensor,
     squared_weight: float = 0.0,
-) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+) -> tuple[tuple[Tensor, Tensor], Mapping[str, Tensor | Callable[[], Tensor]]]:
     """Negative ELBO over D, per image: (sum of the NLL + beta * sum of the KL over positions) / D.
 
     parameters: (B, 6, H, W). logits: (B, K, h, w). image: (B, 3, H, W) in [-1, 1]. beta: KL weight, 6.6 in the paper
@@ -71,8 +72,10 @@ def dvae(
     learned b lets the likelihood call small objects uncertain, long before it draws them.
 
     Returns ((weighted loss sum, weight sum), scalars); scalars are detached weighted means: `nll` nats per value,
-    `squared` error of mapped pixels, `kl` nats per position; and `codes`, the counts (K,) of the argmax codes. The KL
-    is of the plain categorical at any temperature. Raises ValueError when the shapes do not fit.
+    `squared` error of mapped pixels, and as functions, to be called where they are told, `kl` nats per position and
+    `codes`, the counts (K,) of the argmax codes. The KL is of the plain categorical at any temperature.
+
+    Raises ValueError when the shapes do not fit.
     """
     if parameters.shape != (image.shape[0], 6, *image.shape[2:]) or weight.shape != image.shape[:1]:
         raise ValueError(
@@ -82,10 +85,20 @@ def dvae(
     mapped = map_pixels(image.float())
     nll = logit_laplace_nll(parameters, mapped).mean(dim=(1, 2, 3))  # (B,)
     squared = (torch.sigmoid(parameters[:, :3].float()) - mapped).square().mean(dim=(1, 2, 3))  # (B,)
-    kl = uniform_kl(logits if beta != 0 else logits.detach())  # (B, h, w)
-    loss = nll + beta * kl.sum(dim=(1, 2)) / image[0].numel() + squared_weight * squared
-    total, scalars = weighted(loss, weight, {"nll": nll, "squared": squared, "kl": kl.mean(dim=(1, 2))})
-    return total, scalars | {"codes": codebook_counts(logits.argmax(dim=1), logits.shape[1], weight)}
+    loss, known, kl = nll, logits.detach(), None
+    if beta != 0:
+        each = uniform_kl(logits).sum(dim=(1, 2))  # (B,)
+        loss, kl = loss + beta * each / image[0].numel(), each.detach()
+    total, scalars = weighted(loss + squared_weight * squared, weight, {"nll": nll, "squared": squared})
+
+    def mean_kl() -> Tensor:
+        found = (uniform_kl(known).sum(dim=(1, 2)) if kl is None else kl) / known[0, 0].numel()
+        return weighted(found, weight, {"kl": found})[1]["kl"]
+
+    def counts() -> Tensor:
+        return codebook_counts(known.argmax(dim=1), known.shape[1], weight)
+
+    return total, {**scalars, "kl": mean_kl, "codes": counts}
 
 
 def anneal(step: int, start: float, end: float, steps: int, shape: str = "cosine") -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from .autoencoder import AutoencoderStage
 from .autoencoder_kl import AutoencoderKLStage
 from .clip import CLIPStage
-from .contract import Knob, TrainingStage, Update
+from .contract import Knob, TrainingStage, Update, told
 from .dalle import DALLEStage
 from .diffusion import DiffusionStage
 from .dvae import DVAEStage
@@ -30,4 +30,4 @@ STAGES: dict[str, Any] = {
     "clip": CLIPStage,
 }
 
-__all__ = ["STAGES", "Knob", "TrainingStage", "Update"]
+__all__ = ["STAGES", "Knob", "TrainingStage", "Update", "told"]

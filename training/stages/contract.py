@@ -5,7 +5,7 @@ It does not know any stage.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +26,15 @@ from ..stream import NO_CAPTION, Batch, Source
 
 IMAGES = 2048  # of which a stage takes its first codes, or the scale of its latents
 
-Loss = tuple[tuple[Tensor, Tensor], dict[str, Tensor]]  # (loss_sum, count), scalars
-Update = tuple[str, tuple[Tensor, Tensor], dict[str, Tensor]]
+Scalars = Mapping[str, Tensor | Callable[[], Tensor]]
+Loss = tuple[tuple[Tensor, Tensor], Scalars]  # (loss_sum, count), scalars
+Update = tuple[str, tuple[Tensor, Tensor], Scalars]
 Updates = Iterator[Update]
+
+
+def told(scalars: Scalars) -> dict[str, Tensor]:
+    """As a line has them: functions are called."""
+    return {name: x() if callable(x) else x for name, x in scalars.items()}
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,8 @@ class TrainingStage(ABC):
         """Yields (network, (loss_sum, count), scalars); the loop steps that network's optimizer and resumes.
 
         Scalars are means over the samples of a batch; one of the name `codes` holds counts (K,) of codes instead, which
-        add up. The names are a function of `step` alone. Where a step is skipped, for a number that is not finite, the
+        add up. One that takes time may be a function: it is called before the backward pass of a step that writes a
+        line. The names are a function of `step` alone. Where a step is skipped, for a number that is not finite, the
         loop does not resume. What is alive across a yield is kept for every micro-batch of a step.
         """
 
