@@ -6,9 +6,10 @@
 Draws of timesteps and noise, forward, the error of eps, backward and Adam. The networks differ: theirs as its README
 builds it, ours with as many weights (no fewer, and at most 5 % more) and attention at the smaller sizes, where theirs
 has linear attention at every size but the smallest; FLOPs of both are told. In float32 and, where the device is fast in
-it, under bfloat16 autocast. Both sides take turns, the peer in both layouts, of which the faster counts; of each side
-the best round. `limit` is the share of what a large matrix product of the same dtype reaches. Without other work on the
-machine only. Sizes: sizes.yaml.
+it, under bfloat16 autocast. Both sides take turns, the peer in both layouts, of which the faster counts, and with them
+a large matrix product of the same dtype; of each the best round. `limit` is the share of what the product reaches. Both
+are measured with the memory that the trainer keeps (`keep_memory`). Without other work on the machine only. Sizes:
+sizes.yaml.
 """
 
 import argparse

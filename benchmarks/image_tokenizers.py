@@ -3,17 +3,19 @@
     pip install --no-deps --target build/bench/image_tokenizers -r benchmarks/image_tokenizers.txt    (in `make bench`)
     PYTHONPATH=build/bench/image_tokenizers python benchmarks/image_tokenizers.py [--device cuda] [--threads N] [--json]
 
-- dvae: forward, backward and Adam of `DiscreteVAE` and dalle-pytorch's, noise included. The networks differ, so that
-  weights and FLOPs of both are told.
-- quantizer: latents that require gradients to nearest codes, straight through, commitment, backward, and the moving
-  averages; vector-quantize-pytorch without its rotation of gradients, which is another method.
 - encode, decode: `AutoencoderKL` and diffusers' with the same weights; outputs must be equal. In float32, and in
   bfloat16 where the device is fast in it.
+- dvae: forward, backward and Adam of `DiscreteVAE` and dalle-pytorch's, noise included, as in a step that writes no
+  line and whose KL has no weight: theirs computes the KL all the same. The networks differ, so that weights and FLOPs
+  of both are told.
+- quantizer: latents that require gradients to nearest codes, straight through, commitment, backward, and the moving
+  averages; vector-quantize-pytorch without its rotation of gradients, which is another method.
 
-Sizes: sizes.yaml. Both sides take turns, the peer in both layouts, of which the faster counts; of each side the best
-round. `limit` is the share of what a large matrix product of the same dtype reaches, by FLOPs of products and
-convolutions that the framework counts. Without other work on the machine only. It does not know trained weights: they
-do not change the time.
+Sizes: sizes.yaml. Both sides take turns, the peer in both layouts, of which the faster counts, and with them a large
+matrix product of the same dtype; of each the best round. `limit` is the share of what the product reaches, by FLOPs of
+products and convolutions that the framework counts. Steps of training are measured with the memory that the trainer
+keeps (`keep_memory`), on both sides. Without other work on the machine only. It does not know trained weights: they do
+not change the time.
 """
 
 import argparse
