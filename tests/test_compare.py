@@ -8,8 +8,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from kartina import cli
+from kartina.pipeline.recipe import read
 from kartina.training import __main__ as trainer
-from kartina.training import charts, compare
+from kartina.training import charts, compare, history
+from kartina.training.run import RECIPES, find
 
 SMALL = [
     "captions.vocab_size=300",
@@ -39,6 +41,7 @@ def runs(tmp_path_factory):
                 shutil.copytree(folder / "first", folder / "start")
             command = ["shapes/dalle", *SMALL, *overrides, "--stage", "prior", "--run", str(folder / name)]
             assert trainer.main(command) == 0
+        shutil.copy(folder / "first" / "recipe.yaml", folder / "shapes-dalle.yaml")
         yield folder
 
 
@@ -47,12 +50,14 @@ def test_a_run_at_40_times_the_rate_is_not_normal_and_one_of_another_seed_is(run
     plain = CliRunner().invoke(cli.app, ["compare", str(folders[0]), "--out", str(tmp_path / "one.png")])
     assert plain.exit_code == 0 and "no verdict" in plain.output
     path = compare.save_reference(folders[0])
-    assert path == runs / "shapes-dalle.curves.json" and path.stat().st_size < 6000
+    assert path == runs / "shapes-dalle.curves.json" and path.stat().st_size < 8000
+    with pytest.raises(ValueError, match=r"changes its recipe \(stages.prior.optimizer.lr: 0.01 -> 0.4\)"):
+        compare.save_reference(folders[2])
     of_another = json.loads(path.read_text())
-    of_another["stages"]["clip"] = {"curves": {}}
+    of_another["stages"]["clip"] = of_another["stages"]["tokenizer"]
     path.write_text(json.dumps(of_another))
-    compare.save_reference(folders[0])
-    assert json.loads(path.read_text()) == of_another  # a stage that this run has not stays
+    compare.save_reference(folders[0], "prior")
+    assert json.loads(path.read_text()) == of_another  # stages that this run has not, or that were not asked for, stay
     assert set(json.loads(path.read_text())["stages"]["prior"]["curves"]) == {
         "valid/nats_per_code", "valid/caption_gain", "prior/total"
     }  # fmt: skip
@@ -65,6 +70,46 @@ def test_a_run_at_40_times_the_rate_is_not_normal_and_one_of_another_seed_is(run
     result = CliRunner().invoke(cli.app, command)
     assert result.exit_code == 1 and "the reference was there at step" in " ".join(result.output.split())
     assert Image.open(tmp_path / "0000.png").size[0] == 400
+
+
+def test_a_reference_of_another_version_of_the_recipe_or_of_other_data_judges_nothing(runs, tmp_path, monkeypatch):
+    shutil.copytree(runs / "first", tmp_path / "first")
+    shutil.copy(runs / "shapes-dalle.yaml", tmp_path)
+    monkeypatch.setattr(compare, "find", lambda name: tmp_path / "shapes-dalle.yaml")
+    compare.save_reference(tmp_path / "first")
+    assert compare.compare([tmp_path / "first"]).verdicts[str(tmp_path / "first")]
+
+    def answer():
+        result = CliRunner().invoke(cli.app, ["compare", str(tmp_path / "first"), "--out", str(tmp_path / "one.png")])
+        return result.exit_code, " ".join(result.output.split())
+
+    recipe = (tmp_path / "shapes-dalle.yaml").read_text()
+    (tmp_path / "shapes-dalle.yaml").write_text(recipe.replace("steps: 150", "steps: 300"))
+    code, text = answer()
+    assert code == 0 and "no verdict on prior: the reference is of this recipe before it was changed" in text
+    assert "stages.prior.steps: 150 -> 300" in text and "no verdict on tokenizer" not in text
+    (tmp_path / "shapes-dalle.yaml").write_text(recipe.replace("num_codes: 64", "num_codes: 128"))
+    code, text = answer()
+    assert code == 0 and all(f"no verdict on {stage}: the reference is of" in text for stage in ("tokenizer", "prior"))
+    (tmp_path / "shapes-dalle.yaml").write_text(recipe)
+    log = tmp_path / "first" / "log.jsonl"
+    log.write_text(log.read_text().replace('"data": "shapes', '"data": "other shapes'))
+    code, text = answer()
+    assert code == 0 and "no verdict on prior: the reference read other data" in text
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.curves.json")), ids=lambda path: path.parent.name + path.name)
+def test_every_shipped_reference_is_of_its_recipe_as_it_stands(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "find", find)  # where `runs` has replaced it
+    recipe = path.with_name(path.name.replace(".curves.json", ".yaml"))
+    shutil.copy(recipe, tmp_path / "recipe.yaml")
+    fit, unfit = compare.reference_of(tmp_path, {})
+    assert fit and not unfit
+    for name, one in fit.items():
+        stage = read(recipe).training["stages"][name]
+        assert (one["steps"], one["global_batch"]) == (stage["steps"], stage["global_batch"])
+        run = history.History(name, {"data": "of the user's own"})
+        assert compare.reference_of(tmp_path, {name: run})[1] == {name: "the reference read other data"}
 
 
 def test_all_shared_curves_are_drawn_from_the_log_alone(runs, tmp_path):

@@ -1,6 +1,7 @@
 """Runs side by side, from their logs alone: every curve that they share, and "am I normal?" against the reference.
 
 A shipped recipe carries the reference beside it: `dalle.yaml`, `dalle.curves.json`, made of a log by `save_reference`.
+It says nothing of runs of a recipe that was changed since, or on other data: they get no verdict, and are told why.
 What is normal at a step s is what the reference was between 3/4 s and 4/3 s, and on either side three times its own
 scatter more, 2 % of the value at least. A band in time rather than in value needs no constant for each metric, and
 another seed or device shifts a curve mostly in time.
@@ -13,7 +14,7 @@ import io
 import json
 import shutil
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,15 @@ from rich.table import Table
 from ..pipeline import gallery
 from ..pipeline.checkpoint import write_text
 from ..pipeline.images import save_png
-from ..pipeline.recipe import RecipeError, nearest
+from ..pipeline.recipe import Recipe, RecipeError, nearest
 from ..pipeline.recipe import read as read_recipe
 from ..pipeline.terminal import printable
 from . import charts
 from .charts import Panel, Points
 from .history import History, read
-from .run import find
+from .run import CADENCE, differences, find
 
-_FORMAT = 1
+_FORMAT = 2
 _LEFT_OUT = {"samples", "seconds", "bad"}  # they tell nothing that steps do not
 _LOSSES = ("loss", "total", "nll", "squared", "norm", "nats_per_code", "perplexity")
 _APART = 4 / 3  # in steps
@@ -58,11 +59,16 @@ class Verdict:
 
 @dataclass
 class Comparison:
-    """The curves of some runs. runs: label -> stage -> history. keys: (stage, curve), those of one stage together."""
+    """The curves of some runs. runs: label -> stage -> history. keys: (stage, curve), those of one stage together.
+
+    references: of each run, the stages that it can be judged by. unfit: of each run, stage -> why its reference says
+    nothing of it.
+    """
 
     runs: dict[str, dict[str, History]]
     keys: list[tuple[str, str]]
-    references: dict[str, Reference]  # of each run
+    references: dict[str, Reference]
+    unfit: dict[str, dict[str, str]]
 
     @property
     def verdicts(self) -> dict[str, list[Verdict]]:
@@ -94,32 +100,50 @@ def compare(folders: Sequence[Path], stage: str | None = None, keys: Sequence[st
             raise ValueError(f"the runs share no stage {stage!r}; {nearest(stage, [*first])}")
         wanted = ", ".join(keys)
         raise ValueError(f"the runs share no curve {wanted!r}; {nearest(wanted, [key for _, key in found])}")
-    return Comparison(runs, chosen, {str(folder): reference_of(folder) for folder in folders})
+    known = {str(folder): reference_of(folder, runs[str(folder)]) for folder in folders}
+    references, unfit = ({label: pair[i] for label, pair in known.items()} for i in range(2))
+    return Comparison(runs, chosen, references, unfit)
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------
 
 
-def _recipe_name(folder: Path) -> str | None:
-    """The recipe that a run was started with."""
-    for path in (folder / "recipe.yaml", folder / "model" / "recipe.yaml"):
+def _recipe_of(folder: Path) -> Recipe | None:
+    """What a run was trained by."""
+    for path in (folder / "model" / "recipe.yaml", folder / "recipe.yaml"):  # the former as of the last stage
         if path.is_file():
-            return read_recipe(path).name
+            return read_recipe(path)
     return None
 
 
-def _reference_path(folder: Path) -> Path | None:
-    name = _recipe_name(folder)
+def _shipped(recipe: Recipe | None) -> Path | None:
+    """The recipe of this name as it stands now."""
     try:
-        return None if name is None else find(name).with_suffix(".curves.json")
+        return None if recipe is None else find(recipe.name)
     except RecipeError:
-        return None  # a recipe of the user's own
+        return None  # one of the user's own
 
 
-def reference_of(folder: Path) -> Reference:
-    """The reference of a run's recipe by stage, empty where it carries none. Raises ValueError for a spoilt file."""
-    path = _reference_path(folder)
-    if path is None or not path.is_file():
+def reference_of(folder: Path, run: dict[str, History]) -> tuple[Reference, dict[str, str]]:
+    """By stage, what a run's recipe carries and the run can be judged by; and why not, where it cannot.
+
+    Both are empty where the recipe carries none. Raises ValueError for a spoilt file.
+    """
+    path = _shipped(_recipe_of(folder))
+    stages = {} if path is None else _stored(path.with_suffix(".curves.json"))
+    unfit = {}
+    for name, one in stages.items():
+        changed = differences(one["recipe"], _deciding(read_recipe(path), name, one["depends"])) if path else ""
+        data = run[name].facts.get("data", one["data"]) if name in run else one["data"]
+        if changed:
+            unfit[name] = f"the reference is of this recipe before it was changed ({changed})"
+        elif data != one["data"]:
+            unfit[name] = "the reference read other data"
+    return {name: one for name, one in stages.items() if name not in unfit}, unfit
+
+
+def _stored(path: Path) -> Reference:
+    if not path.is_file():
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))
     if content.get("format") != _FORMAT:
@@ -127,28 +151,56 @@ def reference_of(folder: Path) -> Reference:
     return content["stages"]
 
 
-def save_reference(folder: Path) -> Path:
+def _deciding(recipe: Recipe, stage: str, depends: Iterable[str]) -> dict[str, Any]:
+    """What decides a stage's curves, as the recipe has it written. depends: parts, and `captions`, that it reads."""
+    names, training = (stage, *depends), recipe.training
+    found: dict[str, Any] = {"image_size": recipe.image_size, "frozen": [*recipe.frozen]}
+    found |= {key: training.get(key) for key in ("seed", "precision", "data")}
+    found |= {"captions": recipe.captions.model_dump()} if "captions" in names else {}
+    found |= {"diffusion": recipe.diffusion.model_dump()} if recipe.parts[stage]["kind"] == "unet" else {}
+    found["parts"] = {name: recipe.parts[name] for name in names if name in recipe.parts}
+    found["stages"] = {
+        name: {key: value for key, value in training["stages"][name].items() if key not in CADENCE}
+        for name in names
+        if name in training["stages"]
+    }
+    return found
+
+
+def save_reference(folder: Path, stage: str | None = None) -> Path:
     """Writes a run's metrics and losses beside its recipe, as what is normal from now on. Returns the path.
 
-    Stages that the run has not stay as they were.
+    stage: of this one alone. Stages that the run has not stay as they were.
 
-    Raises ValueError where the run is of no shipped recipe, or a stage has not reached its last step.
+    Raises ValueError where the run is of no shipped recipe, or of one that it changed, or a stage has not reached its
+    last step.
     """
-    path = _reference_path(folder)
-    if path is None:
+    recipe = _recipe_of(folder)
+    path = _shipped(recipe)
+    if recipe is None or path is None:
         raise ValueError(f"{folder} names no shipped recipe; expected recipe.yaml in it, as `kartina train` writes it")
-    stages = dict(reference_of(folder))
+    from .checks import stage_of  # and torch with it
+
+    written = path.with_suffix(".curves.json")
+    stages = dict(_stored(written))
     for name, history in read(folder).items():
+        if stage not in (None, name):
+            continue
+        kind = stage_of(recipe, name)
+        depends = [*kind.needs(recipe), *(part for part in kind.beside if part in recipe.parts)]
+        decides = _deciding(recipe, name, depends)
+        if changed := differences(_deciding(read_recipe(path), name, depends), decides):
+            raise ValueError(f"{folder} changes its recipe ({changed}); a reference is a run of the recipe as it is")
         if history.step < history.steps or history.headline is None:
             raise ValueError(f"{name} is at step {history.step} of {history.steps}; a reference is a whole run")
         names = [*_metrics(history), *(f"{network}/total" for network in history.facts["networks"])]
         curves = {key: _thin(history.curve(key)) for key in names if key in history.curves}
-        facts = {key: history.facts[key] for key in ("steps", "global_batch", "higher_is_better")}
-        stages[name] = {**facts, "curves": curves}
-    lines = [f"{json.dumps(name)}: {json.dumps(stage)}" for name, stage in stages.items()]  # a line for each stage
-    recipe = json.dumps(_recipe_name(folder))
-    write_text(path, f'{{"format": {_FORMAT}, "recipe": {recipe}, "stages": {{\n' + ",\n".join(lines) + "\n}}\n")
-    return path
+        facts = {key: history.facts.get(key) for key in ("steps", "global_batch", "higher_is_better", "data")}
+        stages[name] = {**facts, "depends": depends, "recipe": decides, "curves": curves}
+    lines = [f"{json.dumps(name)}: {json.dumps(one)}" for name, one in stages.items()]  # a line for each stage
+    text = f'{{"format": {_FORMAT}, "recipe": {json.dumps(recipe.name)}, "stages": {{\n' + ",\n".join(lines) + "\n}}\n"
+    write_text(written, text)
+    return written
 
 
 def _metrics(history: History) -> list[str]:
@@ -246,7 +298,15 @@ def report(comparison: Comparison) -> str:
     text = io.StringIO()
     console = Console(file=text, width=shutil.get_terminal_size((140, 24)).columns, markup=False, highlight=False)
     console.print(table)
-    console.print(verdicts if verdicts.rows else "no verdict: the recipe carries no reference (--save-reference)")
+    if verdicts.rows:
+        console.print(verdicts)
+    elif not any(comparison.unfit.values()):
+        console.print("no verdict: the recipe carries no reference (--save-reference)")
+    shown = {name for name, _ in comparison.keys}
+    for label, unfit in comparison.unfit.items():
+        for name, why in unfit.items():
+            if name in shown:
+                console.print(f"{printable(label)}: no verdict on {name}: {why}")
     return text.getvalue()
 
 
@@ -262,7 +322,7 @@ def main(
     if as_reference:
         if len(folders) != 1:
             raise ValueError(f"--save-reference takes one run, got {len(folders)}")
-        tell(str(save_reference(folders[0])))
+        tell(str(save_reference(folders[0], stage)))
         return False
     comparison = compare(folders, stage, keys)
     path = gallery.targets(out, 1)[0]

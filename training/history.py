@@ -69,8 +69,8 @@ class History:
         return [key for key in sorted(self.curves) if key.rpartition("/")[2] == name]
 
 
-def facts_of(stage: "TrainingStage", config: "Stage") -> dict[str, Any]:
-    """What a log says of a stage when it starts."""
+def facts_of(stage: "TrainingStage", config: "Stage", data: str) -> dict[str, Any]:
+    """What a log says of a stage when it starts. data: the fingerprint of what it reads."""
     return {
         "steps": config.steps,
         "global_batch": config.global_batch,
@@ -80,6 +80,7 @@ def facts_of(stage: "TrainingStage", config: "Stage") -> dict[str, Any]:
         "clip": config.optimizer.clip,
         "ema": config.ema,
         "restart_step": stage.restart_step,
+        "data": data,
     }
 
 

@@ -95,7 +95,8 @@ class _Run:
         settings = training.model_dump(mode="json")
         self.log = Log(self.folder, name, accelerator.is_main_process, self.state.at, training.trackers, settings)
         message = f"{self.config.steps} steps of {self.config.global_batch} samples"
-        self.log.event(self.state.step, "started", message, **history.facts_of(stage, self.config))
+        facts = history.facts_of(stage, self.config, self.identity["data"])
+        self.log.event(self.state.step, "started", message, **facts)
         self.stream = prefetch(self.source, self._positions(micro), workers=training.data.workers)
         self.streak = 0
         self.problems: dict[str, str] = {}  # met since the last line

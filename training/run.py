@@ -12,10 +12,12 @@ from pydantic import Field
 from ..pipeline.recipe import Recipe, RecipeError, Section, nearest, read, validate
 
 RECIPES = Path(__file__).parent / "recipes"
-_CADENCE = (
+CADENCE = (
     "log_every", "preview_every", "validate_every", "validate_samples", "save_minutes", "save_every", "keep",
     "patience", "micro_batch", "recompute", "compile",
 )  # fmt: skip
+"""What of a stage may change without changing what it learns."""
+
 _ABSENT, _SHOWN = "(absent)", 8  # in errors
 
 
@@ -190,7 +192,7 @@ def identity(
     parts that are trained along. begun: hashes of trained weights that it begins with, if any. How often a run logs,
     previews and saves, and how a batch is split over devices and computed, are left out: they may change at resume.
     """
-    left_out = {*_CADENCE, "levels", "jitter"}  # the fingerprint tells of them
+    left_out = {*CADENCE, "levels", "jitter"}  # the fingerprint tells of them
     config = training.stages[name].model_dump(mode="json", exclude=left_out)
     shared = {"image_size": recipe.image_size, "seed": training.seed}
     run = {"precision": training.precision, "data": data, "against": dict(against), "from": begun}
