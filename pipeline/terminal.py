@@ -51,9 +51,14 @@ def progress_bar(label: str, transient: bool = False) -> Iterator[Callable[[int,
             bar.stop()
 
 
+def speaks() -> bool:
+    """Whether this process tells what all processes of a job find alike: the first of several, and no worker."""
+    return os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None
+
+
 def followed(items: Sequence[T], label: str) -> Iterator[T]:
     """The items, one after the other, with a bar that goes away at the end; of several processes the first shows it."""
-    if os.environ.get("RANK", "0") != "0" or multiprocessing.parent_process() is not None:
+    if not speaks():
         yield from items
         return
     with progress_bar(label, transient=True) as report:

@@ -35,6 +35,25 @@ def test_accelerate_reads_every_launch_file():
         assert f"--config_file training/launch/{name}.yaml" in text and "-m kartina.training RECIPE" in text
 
 
+def test_processes_on_a_cpu_share_its_cores(monkeypatch):
+    asked = {}
+
+    def start(command, env, **_):
+        asked.update(env)
+        raise RuntimeError("not started")
+
+    monkeypatch.setattr(launcher.subprocess, "Popen", start)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 16)
+    for given, threads in ((None, "8"), ("3", "3")):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if given is not None:
+            monkeypatch.setenv("OMP_NUM_THREADS", given)
+        with pytest.raises(RuntimeError, match="not started"):
+            launcher.launch(["kartina.training"], 2)
+        assert asked["OMP_NUM_THREADS"] == threads and asked["ACCELERATE_USE_CPU"] == "1"
+
+
 @pytest.fixture
 def cluster(tmp_path) -> dict[str, str]:
     """A PATH whose srun runs one rank and whose trainer saves when it is told to stop."""

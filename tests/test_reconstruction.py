@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from kartina.training.data.shapes import ShapesSource
 from kartina.training.evaluation import reconstruction
 from kartina.training.evaluation.shapes_checker import check
 from kartina.training.shards import ShardWriter
+from kartina.training.stream import ShardSource
 
 KL = "parts: {tokenizer: {kind: autoencoder_kl, image_size: SIDE, width: 4, channel_mult: [1, 2], norm_groups: 2}}\n"
 
@@ -162,6 +164,32 @@ def test_shards_of_pictures_need_no_facts(kl, tmp_path):
     assert "facts" not in row and row["psnr"] > 0
     with pytest.raises(ValueError, match="--data FOLDER"):
         reconstruction.evaluate([model])
+
+
+def test_of_shards_that_training_read_only_what_it_held_out_is_judged(kl, tmp_path):
+    with ShardWriter(tmp_path / "shards") as writer:
+        for k, picture in enumerate(to_pil(ShapesSource(32).read(range(24)).image)):
+            file = io.BytesIO()
+            picture.save(file, "PNG")
+            writer.write({"png": file.getvalue(), "txt": b"a picture"}, name=str(k))
+
+    def trained(share):
+        model = kl(data=f"{{kind: shards, shards: elsewhere, validation_share: {share}}}")
+        path, part = Path(model) / "card.json", {"part": "train", "share": share} if share else {}
+        card = json.loads(path.read_text())
+        source = ShardSource(tmp_path / "shards", 32, 0, **part)
+        card["parts"]["tokenizer"]["identity"] = {"data": source.fingerprint, "steps": 1, "global_batch": 1}
+        path.write_text(json.dumps(card))
+        return model
+
+    half, all_of_it = trained(0.5), trained(0)
+    held = ShardSource(tmp_path / "shards", 32, 0, part="validation", share=0.5)
+    found = reconstruction.evaluate([half], data=tmp_path / "shards")
+    assert 4 < found["n"] == held.size < 20 and found["pictures"].endswith("held out of training")
+    with pytest.raises(ValueError, match="trained on the pictures of"):
+        reconstruction.evaluate([all_of_it], data=tmp_path / "shards")
+    with pytest.raises(ValueError, match="different parts"):
+        reconstruction.evaluate([half, trained(0.25)], data=tmp_path / "shards")
 
 
 def test_digits_are_those_that_training_held_out(kl):

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from kartina.training import run as runs
 from kartina.training import samples, shards, stream
 from kartina.training.stages.clip import CLIPStage
 from kartina.training.stages.contract import captions_of
+from kartina.training.stream import ShardSource
 
 
 def picture(kind: str = "PNG", size: tuple[int, int] = (8, 8), mode: str = "RGB", color=(200, 10, 30), **save) -> bytes:
@@ -134,6 +136,39 @@ def test_torn_empty_compressed_and_changed_shards(tmp_path):
     with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
         tar.add(path, "x.png")
     assert "uncompressed" in shards.check_shards(tmp_path / "packed.tar").shards["packed.tar"]
+
+
+def test_training_refuses_data_that_is_not_whole(tmp_path):
+    with shards.ShardWriter(tmp_path / "out", 2) as writer:
+        for k in range(6):
+            writer.write({"txt": b"caption", "png": picture(color=(k, 0, 0)) + bytes(4000)})
+    first, second, third = sorted((tmp_path / "out").glob("*.tar"))
+    source = ShardSource(tmp_path / "out", 8, 0)
+    assert source.size == 6 and ShardSource(tmp_path / "out", 8, 0).indexes[0] is source.indexes[0]
+    second.unlink()
+    third.write_bytes(third.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"not whole: .*000002.tar: torn.*000001.tar: missing, though the manifest"):
+        ShardSource(tmp_path / "out", 8, 0)
+    assert ShardSource(first, 8, 0).size == 2  # named alone, it promises nothing else
+    third.unlink()
+    (tmp_path / "out" / "manifest.json").unlink()
+    assert ShardSource(tmp_path / "out", 8, 0).size == 2
+
+
+def test_packing_follows_a_link_and_refuses_a_mount(tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "big").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "big")
+    name = os.fsencode(tmp_path / "pictures") + b"/caf\xe9"  # not UTF-8
+    for extension, content in ((b".png", picture()), (b".txt", b"coffee")):
+        Path(os.fsdecode(name + extension)).write_bytes(content)
+    shards.pack_folder(tmp_path / "pictures", tmp_path / "out")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "big" / "shard-000000.tar").is_file()
+    source = ShardSource(tmp_path / "out", 8, 0)
+    assert source.read([0]).captions == ["coffee"] and not source.read([0]).problems
+    monkeypatch.setattr(Path, "is_mount", lambda path: True)
+    with pytest.raises(ValueError, match="name a folder inside it"):
+        shards.pack_folder(tmp_path / "pictures", tmp_path / "other")
 
 
 def test_a_stale_or_spoilt_index_is_built_again(tmp_path):

@@ -1,7 +1,9 @@
 """The spine, tiny and whole: three stages train, resume bit for bit, export, and paint."""
 
+import gc
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -305,7 +307,7 @@ def test_more_steps_go_on_where_the_run_ended_and_other_changes_do_not(tmp_path,
 def test_the_best_checkpoint_is_kept_and_may_be_what_is_exported(tmp_path, monkeypatch):
     """The headline metric of step 2 is made the best; rotation spares it, and `export: best` takes its weights."""
     real, measured = loop.exchange.validate, iter([10.0, 30.0, 20.0, 25.0])
-    monkeypatch.setattr(loop.exchange, "validate", lambda *rest: real(*rest) | {"psnr": next(measured)})
+    monkeypatch.setattr(loop.exchange, "validate", lambda *rest: (real(*rest)[0] | {"psnr": next(measured)}, {}))
     often = [f"stages.tokenizer.{key}=1" for key in ("validate_every", "save_every", "keep")]
     assert trainer.main([*SHORT, *often, "stages.tokenizer.export=best", "--run", str(tmp_path)]) == 0
     folder = tmp_path / "state" / "tokenizer"
@@ -315,6 +317,20 @@ def test_the_best_checkpoint_is_kept_and_may_be_what_is_exported(tmp_path, monke
     assert all(torch.equal(best[f"average.{name}"].to(value.dtype), value) for name, value in exported.items())
     assert not all(torch.equal(last[f"average.{name}"].to(value.dtype), value) for name, value in exported.items())
     assert state.load(state.newest(folder))["best"] == (30.0, 2, 2)
+
+
+def test_what_a_stage_trained_is_not_kept_for_the_next_one(tmp_path, monkeypatch):
+    real, seen, alive = loop.train_stage, [], []
+
+    def train_stage(identity, stage, *rest):
+        gc.collect()
+        alive.extend(one() is not None for one in seen)
+        seen.extend(weakref.ref(parameter) for parameter in stage.network.parameters())
+        return real(identity, stage, *rest)
+
+    monkeypatch.setattr(loop, "train_stage", train_stage)
+    assert trainer.main(["shapes/dalle", *TINY, "--run", str(tmp_path)]) == 0
+    assert len(alive) > 10 and not any(alive)
 
 
 def test_tensorboard_has_the_scalars_and_a_missing_tracker_is_refused_at_once(tmp_path, capsys):

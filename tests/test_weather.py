@@ -90,7 +90,7 @@ def stormy(tiny, shards, tmp_path_factory, work):
         "thread": (shards, []),
         "workers": (shards, ["training.data.workers=3"]),
         "few": (shards, [f"training.data.validation={single}"]),
-        "one": (middle, ["training.data.workers=2"]),
+        "one": (middle, ["training.data.workers=2", f"training.data.validation={shards}"]),
     }
     for name, (folder, words) in of.items():
         jobs.append({"name": name, "argv": of_shards(tiny, folder, *words, "--run", str(home / name))})
@@ -179,6 +179,12 @@ def test_one_shard_for_four_readers(stormy):
     assert sum(counts) == 160 and len(counts) == 3 and counts[-1] - counts[0] <= 1
 
 
+def test_samples_to_validate_on_that_cannot_be_read_are_named_once(stormy):
+    (event,) = events(stormy[0] / "one", "unreadable")
+    assert event["step"] == 10 and set(event["problems"]) == {"part0-000000/000000004", "part2-000000/000000004"}
+    assert not newest(stormy[0] / "one")["problems"]  # they do not count against training's limit
+
+
 def test_another_world_size_goes_on_with_the_next_sample(stormy, tiny, work):
     home, results = stormy
     words = tiny["patch_dvae"][1]
@@ -226,7 +232,7 @@ def test_a_best_that_could_not_be_saved_is_not_the_best(tiny, tmp_path, monkeypa
     """Nor does it keep a later one from being it, and the run can be finished."""
     argv = [*tiny["patch_dvae"][1], "stages.tokenizer.validate_every=5", "stages.tokenizer.export=best"]
     measured, real = iter([30.0, 20.0, 10.0, 15.0]), loop.exchange.validate
-    monkeypatch.setattr(loop.exchange, "validate", lambda *rest: real(*rest) | {"psnr": next(measured)})
+    monkeypatch.setattr(loop.exchange, "validate", lambda *rest: (real(*rest)[0] | {"psnr": next(measured)}, {}))
     usage = namedtuple("usage", "total used free")
     room = iter([10**12, 1000, *[10**12] * 9])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, next(room)))

@@ -15,6 +15,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,19 +28,17 @@ from . import cache, notices, warm_start
 from . import run as runs
 from .sources import source_of, validation_of
 
+# Others wait for so long while one writes a checkpoint or paints; one that fails is noticed at once by the launcher.
+_PATIENCE = timedelta(hours=1)
+
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="kartina.training", description=__doc__)
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", help="key.sub=value, as in stages.tokenizer.steps=24")
     parser.add_argument("--stage", help="train this stage only")
-    parser.add_argument(
-        "--extend",
-        action="append",
-        default=[],
-        metavar="STAGE=STEPS",
-        help="go on to more steps than the run began with",
-    )
+    extend = "go on to more steps than the run began with"
+    parser.add_argument("--extend", action="append", default=[], metavar="STAGE=STEPS", help=extend)
     parser.add_argument("--from", dest="origin", metavar="MODEL", help="begin with the weights of a model")
     parser.add_argument("--run", type=Path, help="the run folder; runs/<recipe> if absent")
     parser.add_argument("--processes", type=int, default=_asked(), help="the number of processes asked for")
@@ -98,8 +97,10 @@ def _locked(folder: Path) -> Iterator[None]:
     with open(folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise RecipeError(f"{folder} is in use by another trainer; wait for it, or name another --run") from None
+        except OSError as error:  # some network file systems
+            print(f"kartina: {folder} cannot be locked ({error}); start no other trainer in it", file=sys.stderr)
         yield
 
 
@@ -178,7 +179,7 @@ def _train(
     torch.backends.cudnn.allow_tf32 = False
     keep_memory()
     # The flag that Accelerator reads itself: without it several CPU processes would each stand alone.
-    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE).device
     precision = training.precision if fast_bf16(device) else "fp32"
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     if precision != training.precision:
@@ -191,6 +192,13 @@ def _train(
         )
     sources, model = _sources(recipe, training, names), folder / "model"
     validation = validation_of(recipe, training.data)
+    if validation is None:
+        if best := [name for name in names if training.stages[name].export == "best"]:
+            raise RecipeError(
+                f"stages.{best[0]}.export: best needs a metric, and nothing is held out to measure it on; set "
+                "training.data.validation=FOLDER, or a larger training.data.validation_share"
+            )
+        accelerator.print("nothing is held out to measure on: there will be no valid/... in the log")
     _check_frozen(recipe, model)
     if accelerator.is_main_process:
         reads = any("captions" in stage_of(recipe, name).needs(recipe) for name in names)
@@ -202,7 +210,9 @@ def _train(
         if not (folder / "recipe.yaml").exists():
             checkpoint.write_text(folder / "recipe.yaml", dump(recipe))
     accelerator.wait_for_everyone()
-    for name in names:
+
+    def one(name: str) -> None:
+        """Trains a stage and writes what it exports. Nothing of it stays in memory for the next one."""
         kind, config = stage_of(recipe, name), training.stages[name]
         against = _against(recipe, model, kind.needs(recipe))
         source = sources[training.data_of(name)]
@@ -210,14 +220,14 @@ def _train(
         identity = runs.identity(recipe, training, name, source.fingerprint, against, kind.beside, trained)
         if _finished(model, name, identity, name in extended):
             accelerator.print(f"{name}: already trained in {model}")
-            continue
+            return
         set_seed(training.seed)
         stage = kind(recipe, config, source, model, training.seed, accelerator.device)
         source = cache.source_for(stage, source, training.data, against, model)
         if begun is not None:
             warm_start.begin(stage, recipe, begun, list(trained or ()))  # which a checkpoint replaces
-        run = (identity, stage, training, source, validation, folder, accelerator, stop, name in extended)
-        ema = train_stage(*run)
+        extend = name in extended
+        ema = train_stage(identity, stage, training, source, validation, folder, accelerator, stop, extend)
         ema.copy_to_network()
         for network in stage.exported().values():
             checkpoint.round_weights(network)
@@ -234,8 +244,10 @@ def _train(
                 facts = {"trained_against": dict(against), "identity": own, "computed_in": precision}
                 against[part] = checkpoint.save_part(model, recipe, part, weights, **facts)
         accelerator.wait_for_everyone()
-        del stage, run, ema  # and what Accelerate keeps of them, before the next one is built
-        accelerator.free_memory()
+
+    for name in names:
+        one(name)
+        accelerator.free_memory()  # of what Accelerate keeps of it
 
 
 def _finished(model: Path, part: str, identity: dict[str, Any], extended: bool) -> bool:
@@ -319,7 +331,10 @@ def main(argv: list[str] | None = None) -> int:
 
         return 0 if is_torchelastic_launched() else 128 + stopped.signum
     except (ValueError, OSError) as error:
-        if given.processes > 1 and not isinstance(error, RecipeError | checkpoint.ModelError):
+        agreed = getattr(error, "agreed", False)
+        if agreed and rank != "0":
+            return 2  # the first one says it
+        if given.processes > 1 and not agreed and not isinstance(error, RecipeError | checkpoint.ModelError):
             traceback.print_exc()  # it may be this rank's alone
         print(f"kartina: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
         return 2

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from ..pipeline.recipe import RecipeError
+from ..pipeline.terminal import speaks
 from .run import Data
 from .samples import BadSample, Index, load_index, read_encoded
 from .stream import Batch, ShardSource, Source
@@ -154,7 +155,7 @@ def source_for(stage: Any, source: Source, data: Data, against: dict[str, str], 
     if keys or lacking:
         found = f"differs in {keys}" if keys else f"has no {', '.join(lacking)}, but {', '.join(manifest['arrays'])}"
         raise RecipeError(f"training.data.cache: {folder} does not fit the stage {stage.part}: it {found}; {anew}")
-    if made:
+    if made and speaks():
         warnings.warn(
             f"training.data.cache: {folder} has no {', '.join(made)}, which the stage {stage.part} then makes of the "
             f"captions at each step; where samples have one caption each, {anew}",

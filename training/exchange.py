@@ -8,15 +8,16 @@ import math
 import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import should_reduce_batch_size as is_out_of_memory
 from torch import Tensor
 
-from . import parallel
+from . import parallel, state
 from .objectives.dvae import codebook_use
 from .optim import EMA
 from .stages import TrainingStage, Update, told
@@ -26,7 +27,9 @@ CHUNK = 64  # samples that validation reads at once
 
 
 class TrainingError(ValueError):
-    """A run that must not go on; the message says why and what to do."""
+    """A run that must not go on, as all of its processes find alike; the message says why and what to do."""
+
+    agreed = True
 
 
 def advance(
@@ -50,7 +53,7 @@ def advance(
                 accelerator.backward(sums[0])
                 updates.append((name, sums, scalars))
     if len({update[0] for update in updates}) > 1 or len(updates) not in (0, len(generators)):
-        raise TrainingError(f"micro-batches of one step disagree on what they train: {[u[0] for u in updates]}")
+        raise RuntimeError(f"micro-batches of one step disagree on what they train: {[u[0] for u in updates]}")
     return updates
 
 
@@ -99,10 +102,32 @@ def of_all_ranks(found: dict[str, str], accelerator: Accelerator) -> dict[str, s
     return dict(gather_object(list(found.items()))) if anything else {}
 
 
+def named(problems: dict[str, str]) -> str:
+    """Samples that cannot be read, and why, as a log says it."""
+    some = "; ".join(f"{key}: {reason}" for key, reason in list(problems.items())[:5])
+    return f"{len(problems)} samples cannot be read: {some}"
+
+
+def newest_checkpoint(folder: Path, accelerator: Accelerator) -> Path | None:
+    """The newest whole one, chosen by the first rank for all. Raises TrainingError where there are only spoilt ones."""
+    found: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = state.newest(folder)
+        except ValueError as error:
+            found[1] = str(error)
+    path, problem = broadcast_object_list(found)
+    if problem:
+        raise TrainingError(problem)
+    return path
+
+
 def validate(
     stage: TrainingStage, ema: EMA, source: Source, samples: int, accelerator: Accelerator
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, str]]:
     """The stage's metrics on the first samples of another source, each scored once, with the averaged weights.
+
+    Returns them, and why samples could not be read, by key: these are not measured on.
 
     samples: at most so many. They lie in the same chunks on any number of ranks, since some metrics compare those of a
     chunk. `ema_gain` is by how much the headline is better with averaged weights than with the live ones, over the
@@ -111,9 +136,12 @@ def validate(
     total, world = samples if source.size is None else min(samples, source.size), accelerator.num_processes
     chunks = [range(start, min(total, start + CHUNK)) for start in range(0, total, CHUNK)]
 
+    problems: dict[str, str] = {}
+
     def read(turn: int) -> Batch:
         at = turn + accelerator.process_index
         batch = to_device(source.read(chunks[at if at < len(chunks) else 0]), accelerator.device)
+        problems.update(batch.problems)
         batch.weight *= at < len(chunks)  # a rank without a chunk still takes part
         return batch
 
@@ -136,7 +164,28 @@ def validate(
         weight = first.weight * accelerator.is_main_process  # the first chunk is there, on any number of ranks
         n, mean, square = _moments(gain, weight, accelerator)
         found |= {"ema_gain": mean, "ema_gain_error": math.sqrt(max(0.0, square - mean**2) / n)}
-    return {name: float(found[name]) for name in (*stage.metrics, *sorted(set(found) - set(stage.metrics)))}
+    names = (*stage.metrics, *sorted(set(found) - set(stage.metrics)))
+    return {name: float(found[name]) for name in names}, of_all_ranks(problems, accelerator)
+
+
+def save_preview(
+    stage: TrainingStage, ema: EMA, shown: Batch, path: Path, accelerator: Accelerator, together: Any
+) -> str:
+    """Writes the stage's picture of these samples, with the averaged weights. Returns why it could not, or "".
+
+    together: whether the networks are divided, so that all processes have to call this.
+    """
+    try:
+        with ema.applied():
+            picture = stage.preview(to_device(shown, accelerator.device))
+        if picture is not None and accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+    except (OSError, ValueError, RuntimeError) as error:  # a picture is not worth a run
+        if isinstance(error, RuntimeError) and (together or not is_out_of_memory(error)):
+            raise
+        return str(error) or type(error).__name__
+    return ""
 
 
 def measure(stage: TrainingStage, batch: Batch) -> dict[str, Tensor]:

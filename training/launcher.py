@@ -32,6 +32,8 @@ def launch(trainer: Sequence[str], processes: int) -> int:
         starter += [f"--num_processes={processes}"]
     else:
         environment["ACCELERATE_USE_CPU"] = "1"
+        # Else torchrun says 1, and several processes would be slower than one wherever there are more cores than they.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
         starter = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, "-m", *starter, "-m", *trainer]
     agent = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent())

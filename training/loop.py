@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from accelerate.utils import broadcast, gather_object
 
 from ..layers.attention import short_in_float32
 from . import doctor, exchange, history, parallel, state
@@ -97,9 +97,11 @@ class _Run:
         message = f"{self.config.steps} steps of {self.config.global_batch} samples"
         facts = history.facts_of(stage, self.config, self.identity["data"])
         self.log.event(self.state.step, "started", message, **facts)
+        self._measure_alike()
         self.stream = prefetch(self.source, self._positions(micro), workers=training.data.workers)
         self.streak = 0
         self.problems: dict[str, str] = {}  # met since the last line
+        self.unmeasured: dict[str, str] = {}  # of the validation data
         self.shown = (self.validation or self.source).read(range(16))  # previews always show the same samples
         self.saved = time.monotonic()
         self.earlier = self.state.seconds - time.monotonic()  # so that now + earlier are the seconds trained
@@ -117,7 +119,7 @@ class _Run:
         return optimizers, EMA(networks[self.stage.part], self.config.ema)
 
     def _resume(self) -> None:
-        path = self._newest()
+        path = exchange.newest_checkpoint(self.checkpoints, self.accelerator)
         if path is None:
             return
         keys = differences(state.identity_of(path), self.identity, self.extend)
@@ -134,18 +136,15 @@ class _Run:
                 f"at step {self.state.step}; name fewer steps with --extend, or start another run with --run FOLDER"
             )
 
-    def _newest(self) -> Path | None:
-        """The newest whole checkpoint, chosen by the first rank for all."""
-        found: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                found[0] = state.newest(self.checkpoints)
-            except ValueError as error:
-                found[1] = str(error)
-        path, problem = broadcast_object_list(found)
-        if problem:
-            raise TrainingError(problem)
-        return path
+    def _measure_alike(self) -> None:
+        """Forgets the best metric where it was not measured on what metrics are measured on now."""
+        run, measured = self.state, self.validation
+        ruler = "" if measured is None else f"{self.config.validate_samples} of {measured.fingerprint}"
+        if run.best is not None and run.ruler != ruler:
+            message = f"the best metric, of step {run.best[1]}, was measured on other data: a new one from here on"
+            self.log.event(run.step, "other ruler", message)
+            run.best = None
+        run.ruler = ruler
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -169,7 +168,9 @@ class _Run:
                 self._look()
             if self.streak == 0 or run.step == steps:
                 self._save_if_due()
-        if self.config.export == "best" and run.best is not None:
+        if self.config.export == "best" and run.best is None:
+            self.log.event(run.step, "no best", "the headline metric was never finite: the last weights are exported")
+        elif self.config.export == "best":
             run.restore(state.require_whole(state.path_of(self.checkpoints, run.best[2])), data_too=False)
         self.accelerator.wait_for_everyone()
         return run.ema
@@ -248,7 +249,7 @@ class _Run:
                 "Lower the learning rate, or look at these samples, and start again"
             )
         reached = run.step
-        path = self._newest()
+        path = exchange.newest_checkpoint(self.checkpoints, self.accelerator)
         assert path is not None  # one was written before the first step
         run.restore(path, data_too=False)
         run.bad.append(span)
@@ -261,11 +262,12 @@ class _Run:
 
     def _report(self, scalars: dict[str, float]) -> None:
         now, run = time.monotonic(), self.state
-        bad = self.accelerator.reduce(torch.tensor(self.bad, device=self.accelerator.device), reduction="sum")
+        wait = self.waited / max(1e-9, now - self.lap)
+        each = self.accelerator.gather(torch.tensor([[self.bad, wait]], device=self.accelerator.device))
         facts = {
             "lr": run.optimizers[self.stage.part][0].param_groups[0]["lr"],
-            "wait": self.waited / max(1e-9, now - self.lap),  # share of the time since the last line
-            "bad": float(bad),  # samples that could not be read since then
+            "wait": float(each[:, 1].max()),  # share of the time since the last line, where it was most
+            "bad": float(each[:, 0].sum()),  # samples that could not be read since then
             "samples": float(run.at * self.config.global_batch),
             "seconds": self.earlier + time.monotonic(),
         }
@@ -280,20 +282,23 @@ class _Run:
         self.problems = {}
         new = {key: reason for key, reason in run.problems.items() if key not in known}
         if new:
-            named = "; ".join(f"{key}: {reason}" for key, reason in list(new.items())[:5])
-            self.log.event(run.step, "unreadable", f"{len(new)} samples cannot be read: {named}", problems=new)
+            self.log.event(run.step, "unreadable", exchange.named(new), problems=new)
         if len(run.problems) > self.allowed:
             raise TrainingError(
-                f"at most {self.allowed:.0f} samples may be unreadable, got {len(run.problems)} by step {run.step}; "
-                "log.jsonl names each. Run `kartina data check` and pack again, or raise training.data.bad_limit"
+                f"at most {math.floor(self.allowed)} samples may be unreadable, got {len(run.problems)}; log.jsonl "
+                "names each. Run `kartina data check` and pack again, or raise training.data.bad_limit"
             )
 
     def _look(self) -> None:
         """Validation and a preview, where they are due."""
         run, config, last = self.state, self.config, self.state.step == self.config.steps
         if self.validation is not None and (run.step % config.validate_every == 0 or last):
-            found = exchange.validate(self.stage, run.ema, self.validation, config.validate_samples, self.accelerator)
+            where = self.validation, config.validate_samples, self.accelerator
+            found, problems = exchange.validate(self.stage, run.ema, *where)
             self.log.write(run.step, config.steps, {f"valid/{name}": value for name, value in found.items()})
+            if new := {key: reason for key, reason in problems.items() if key not in self.unmeasured}:
+                self.log.event(run.step, "unreadable", f"of validation, {exchange.named(new)}", problems=new)
+            self.unmeasured |= problems
             value, before = found[self.stage.metrics[0]], run.best
             sign = 1 if self.stage.higher_is_better else -1
             if math.isfinite(value) and (before is None or sign * value > sign * before[0]):
@@ -306,20 +311,11 @@ class _Run:
             self._preview()
 
     def _preview(self) -> None:
-        run, first = self.state, self.accelerator.is_main_process
-        path = self.folder / "previews" / f"{self.identity['stage']}-{run.step:06d}.png"
-        if not first and not self.together:
-            return
-        try:
-            with run.ema.applied():
-                picture = self.stage.preview(exchange.to_device(self.shown, self.accelerator.device))
-            if picture is not None and first:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                picture.save(path)
-        except (OSError, ValueError, RuntimeError) as error:  # a picture is not worth a run
-            if isinstance(error, RuntimeError) and (self.together or not exchange.is_out_of_memory(error)):
-                raise
-            self.log.say(f"{path} is not saved ({error})")
+        path = self.folder / "previews" / f"{self.identity['stage']}-{self.state.step:06d}.png"
+        if self.accelerator.is_main_process or self.together:
+            how = self.accelerator, self.together
+            if problem := exchange.save_preview(self.stage, self.state.ema, self.shown, path, *how):
+                self.log.say(f"{path} is not saved ({problem})")
 
     def _save_if_due(self) -> None:
         """By steps, by the first rank's clock, at the end, and where any rank was asked to stop."""

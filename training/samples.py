@@ -15,6 +15,7 @@ import json
 import os
 import tarfile
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,10 @@ from PIL import Image, UnidentifiedImageError
 
 from ..pipeline.checkpoint import file_hash, write_text
 from ..pipeline.images import PHOTOS, upright
+from ..pipeline.terminal import speaks
 
 _FORMAT = 3  # of the index
+EMPTY = "the shard holds no samples"
 PICTURES = ("jpg", "jpeg", "png", "webp")
 ARRAYS = (
     "codes",
@@ -155,7 +158,7 @@ def _scan(shard: Path, size: int) -> tuple[list[Entry], str | None]:
             ].problem = (
                 f"dotted name {name!r}: WebDataset ends the key at the first dot; pack the files again with pack_folder"
             )
-    return list(entries.values()), None if entries else "the shard holds no samples"
+    return list(entries.values()), None if entries else EMPTY
 
 
 def _origin(file: BinaryIO, entry: Entry) -> str:
@@ -197,20 +200,36 @@ def build_index(shard: Path | str) -> Index:
         write_text(index_path(shard), json.dumps(content))
     except OSError:
         index_path(shard).with_name(f".{index_path(shard).name}.{os.getpid()}").unlink(missing_ok=True)
-        warnings.warn(
-            f"{shard.parent} cannot be written to, so that its shards are read whole at each start; where it holds "
-            "their indexes, copy both with their times (cp -p, rsync -t)",
-            stacklevel=2,
-        )
+        if speaks():
+            warnings.warn(
+                f"{shard.parent} cannot be written to, so that its shards are read whole at each start; where it holds "
+                "their indexes, copy both with their times (cp -p, rsync -t)",
+                stacklevel=2,
+            )
     return index
+
+
+_loaded: weakref.WeakValueDictionary[tuple[Path, int, int], Index] = weakref.WeakValueDictionary()
 
 
 def load_index(shard: Path | str) -> Index:
     """The index of a shard; built where it is missing, of another format, or of a shard of another size or time.
 
     An index that is younger than its shard says nothing: `cp -p` brings back an older shard, and tar pads to one size.
+    Sources of one process share it while the shard stays the same: where it cannot be written, it is built once.
     """
     shard = Path(shard)
+    if not shard.is_file():
+        return build_index(shard)  # which says so
+    stat = shard.stat()
+    key = (shard.absolute(), stat.st_size, stat.st_mtime_ns)
+    index = _loaded.get(key)
+    if index is None:
+        index = _loaded[key] = _load_index(shard)
+    return index
+
+
+def _load_index(shard: Path) -> Index:
     try:
         here = shard.stat()
         content = json.loads(index_path(shard).read_text(encoding="utf-8"))

@@ -21,7 +21,19 @@ from typing import Any
 
 from ..pipeline.checkpoint import write_text
 from ..pipeline.terminal import progress_bar
-from .samples import DECODERS, MEMBER_LIMIT, PICTURES, BadSample, decode, find_shards, lines, read_encoded, read_sample
+from .samples import (
+    DECODERS,
+    EMPTY,
+    MEMBER_LIMIT,
+    PICTURES,
+    BadSample,
+    Index,
+    decode,
+    find_shards,
+    lines,
+    read_encoded,
+    read_sample,
+)
 from .samples import build_index as build_index
 
 _FORMAT = 1  # of the manifest
@@ -35,6 +47,16 @@ def _shown(items: Sequence[Any], label: str) -> Iterator[Any]:
             yield item
 
 
+def free_folder(out: Path | str) -> Path:
+    """Where a folder is to appear whole, links followed. Raises ValueError where something is there, or a mount."""
+    out = Path(out).resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} already has content; choose a new or empty folder")
+    if out.is_mount():
+        raise ValueError(f"{out} is where a file system is mounted, and cannot be replaced; name a folder inside it")
+    return out
+
+
 class ShardWriter:
     """Writes samples into a new folder of shards, which appears whole at the end or not at all.
 
@@ -43,11 +65,10 @@ class ShardWriter:
     """
 
     def __init__(self, out: Path | str, samples_per_shard: int = 1000, prefix: str = "shard"):
-        self.out, self.prefix, self.per_shard = Path(out), prefix, samples_per_shard
+        self.prefix, self.per_shard = prefix, samples_per_shard
         if samples_per_shard < 1 or "." in prefix or "/" in prefix:
             raise ValueError(f"samples_per_shard >= 1 and a prefix without . or /, got {samples_per_shard}, {prefix!r}")
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise ValueError(f"{self.out} already has content; choose a new or empty folder for the shards")
+        self.out = free_folder(out)
         self._folder = self.out.with_name(f".{self.out.name}.writing")
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
@@ -63,7 +84,8 @@ class ShardWriter:
         members = dict(fields)
         if name is not None or facts:
             known = json.loads(members.get("json", b"{}"))
-            members["json"] = json.dumps({**known, "name": name, **facts}, ensure_ascii=False).encode()
+            text = json.dumps({**known, "name": name, **facts}, ensure_ascii=False)
+            members["json"] = text.encode(errors="surrogatepass")  # of file names that are not UTF-8
         if self._in_shard == self.per_shard:
             self._finish_shard()
         if self._tar is None:
@@ -204,6 +226,20 @@ def _promised(folder: Path) -> tuple[dict[str, str], list[str]]:
         return {str(row["name"]): row["sha256"] for row in manifest["shards"]}, [*manifest.get("arrays", [])]
     except (OSError, ValueError, KeyError, TypeError):
         return {}, []
+
+
+def check_whole(where: Path | str | Sequence[Path | str], indexes: Sequence[Index]) -> None:
+    """Raises ValueError for shards that were cut off, and for those of a folder's manifest that are gone."""
+    found = {index.path.name: index.problem for index in indexes if index.problem not in (None, EMPTY)}
+    for folder in map(Path, [where] if isinstance(where, (str, Path)) else where):
+        lost = [name for name in _promised(folder)[0] if not (folder / name).is_file()]
+        found |= dict.fromkeys(lost, "missing, though the manifest lists it")
+    if found:
+        raise ValueError(
+            f"the data is not whole: {'; '.join(f'{name}: {why}' for name, why in [*found.items()][:5])}"
+            f"{f'; and {len(found) - 5} more' if len(found) > 5 else ''}. Copy or pack it again; to do without these, "
+            "remove them and manifest.json"
+        )
 
 
 def check_shards(paths: Path | str | Iterable[Path | str]) -> CheckReport:

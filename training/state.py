@@ -26,7 +26,7 @@ from . import sharded
 from .optim import EMA
 from .parallel import any_rank, is_sharded
 
-_OF_THE_DATA = ("at", "bad", "problems", "best", "seconds")
+_OF_THE_DATA = ("at", "bad", "problems", "best", "ruler", "seconds")
 
 
 @dataclass
@@ -36,7 +36,7 @@ class RunState:
     identity: see `training.run.identity`. step: optimizer steps of the weights. at: steps of data that were read; it
     only grows, and is ahead of `step` by what was given up after bad weather. bad: spans [first, last] of `at` whose
     steps were not finite, k in a row. problems: why samples could not be read, by key. best: the best headline metric
-    that a checkpoint was kept of, its step, and its `at`. seconds: trained.
+    that a checkpoint was kept of, its step, and its `at`. ruler: what that was measured on. seconds: trained.
     """
 
     identity: dict[str, Any]
@@ -48,6 +48,7 @@ class RunState:
     bad: list[list[int]] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
     best: tuple[float, int, int] | None = None
+    ruler: str = ""
     seconds: float = 0.0
 
     def collect(self) -> dict[str, Any]:
@@ -79,7 +80,7 @@ class RunState:
         self.step = saved["step"]
         if data_too:
             for name in _OF_THE_DATA:
-                setattr(self, name, saved[name])
+                setattr(self, name, saved.get(name, "") if name == "ruler" else saved[name])  # of old ones: unknown
 
 
 def _lay_like_parameters(optimizer: torch.optim.Optimizer) -> None:

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from ..layers import random
 from ..pipeline.images import fit as fit
-from ..pipeline.terminal import followed
+from ..pipeline.terminal import followed, speaks
 from .samples import BadSample, Index, find_shards, load_index, read_captions, read_sample
+from .shards import check_whole
 
 _log = logging.getLogger(__name__)
 _SHARDS, _MEMBERS = 0, 1  # the two uses of Philox, kept apart by its counter
@@ -129,8 +130,9 @@ class ShardSource:
         self._total = int(self._counts.sum())
         self._last_pass = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
         self._windows: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        check_whole(shards, self.indexes)
         for index in self.indexes:
-            if index.problem:
+            if index.problem and speaks():
                 _log.warning("shard %s: %s", index.path.name, index.problem)
         if not self._total and part != "validation":
             raise ValueError(f"no samples in {len(self.indexes)} shards; check_shards names what is wrong with each")

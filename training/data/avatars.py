@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ...pipeline.terminal import followed
-from ..shards import ShardWriter
+from ..shards import ShardWriter, free_folder
 from .avatars_captions import FIELDS, LANGUAGES, STYLE, UNNAMED, caption
 from .emoji import MAX_SIZE, compose, rasterise
 
@@ -133,11 +133,9 @@ def prepare(
     size: side in pixels, 16 to 512; the style is drawn on a grid of 16. Equal arguments give equal shards. Raises
     ValueError for these, where `out` has content, or where a package is missing.
     """
-    out = Path(out)
     if not 16 <= size <= MAX_SIZE or count < 1 or held_out < 1:
         raise ValueError(f"size 16..{MAX_SIZE}, count and held_out >= 1; got {size}, {count}, {held_out}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} already has content; choose a new or empty folder")
+    out = free_folder(out)
     style, meta = _style()
     drawn = {name: dict.fromkeys(values, 0) for name, values in FIELDS.items()}
     staging = out.with_name(f".{out.name}.preparing")

@@ -32,7 +32,7 @@ from PIL import Image
 
 from ...pipeline.terminal import followed
 from ..samples import Entry, decode, find_shards, load_index, read_member
-from ..shards import ShardWriter
+from ..shards import ShardWriter, free_folder
 from .emoji_captions import BACKGROUNDS, LANGUAGES, PLAIN, captions
 from .emoji_packages import LICENCES, PACKAGES, STYLES, Emoji, join, pack, package_file, read_package, write_notices
 
@@ -204,13 +204,11 @@ def prepare(
     packed: a folder with the three .tgz files of `npm pack`; without it npm is run in a temporary folder. size: side in
     pixels, 16 to 512. per_concept: records of each concept. Raises ValueError for these, or where `out` has content.
     """
-    out = Path(out)
     if not 16 <= size <= MAX_SIZE or per_concept < 1 or not languages or not set(languages) <= set(LANGUAGES):
         raise ValueError(
             f"size 16..{MAX_SIZE}, per_concept >= 1, languages of {LANGUAGES}; got {size}, {per_concept}, {languages}"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} already has content; choose a new or empty folder")
+    out = free_folder(out)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if packed is None else Path(packed)
         if packed is None:

@@ -12,6 +12,7 @@ It does not know the models that it judges. No paper.
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -77,7 +78,10 @@ def reader_of(data: Path | str, size: int) -> AttributeReader:
     half = len(held_out.pixels) // 2
     pixels = torch.cat([shown.pixels, held_out.pixels[:half]])
     reader = train_reader(Labelled(shown.fields, pixels, torch.cat([shown.labels, held_out.labels[:half]])))
-    save_tensors(path, reader.state_dict(), {"manifest": digest, "fields": json.dumps(reader.fields)})
+    try:
+        save_tensors(path, reader.state_dict(), {"manifest": digest, "fields": json.dumps(reader.fields)})
+    except OSError as error:
+        warnings.warn(f"the reader of attributes is trained anew at each start: {error}", stacklevel=2)
     return reader
 
 

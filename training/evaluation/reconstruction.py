@@ -35,7 +35,7 @@ from ..data.shapes_scenes import Facts
 from ..features import RULER, EfficientNetLite, ruler
 from ..objectives.dvae import codebook_use
 from ..run import training_of
-from ..sources import validation_of
+from ..sources import source_of, validation_of
 from ..stream import ShardSource
 from .reports import Result, decibels, percent, psnr
 from .shapes_checker import check
@@ -190,9 +190,9 @@ def _pictures(tokenizers: list[_Tokenizer], data: Path | None, count: int, seed:
         )
     size = sizes.pop()
     if data is not None or kinds == {"digits"}:
-        source = _held_out_digits(tokenizers) if data is None else ShardSource(data, size, seed)
+        source, what = _held_out_digits(tokenizers) if data is None else _of_shards(tokenizers, data, size, seed)
         total = min(count, source.size)
-        return total, "digits that are held out" if data is None else str(data), _of_source(source, total)
+        return total, what, _of_source(source, total)
     tests = [ShapesSource(size, seed, split=test, jitter=jitters.copy().pop()) for test in _TESTS]
     each = min(count // len(tests), min(test.size or 0 for test in tests))
     return each * len(tests), "shapes " + ", ".join(_TESTS), _of_shapes(tests, each)
@@ -202,7 +202,30 @@ def _chunks(count: int) -> list[range]:
     return [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
 
 
-def _held_out_digits(tokenizers: list[_Tokenizer]) -> Any:
+def _of_shards(tokenizers: list[_Tokenizer], data: Path, size: int, seed: int) -> tuple[Any, str]:
+    """All pictures of a folder; where tokenizers were trained on it, those that they held out.
+
+    Raises ValueError where they were trained on all of it, or held out other shares.
+    """
+    found, names = [], []
+    for tokenizer in tokenizers:
+        if not tokenizer.recipe.training or tokenizer.data.get("kind") != "shards":
+            continue
+        config = training_of(tokenizer.recipe).data.model_copy(update={"shards": str(data)})
+        if source_of(tokenizer.recipe, config).fingerprint == tokenizer.entry.get("identity", {}).get("data"):
+            found.append(None if config.validation is not None else validation_of(tokenizer.recipe, config))
+            names.append(tokenizer.name)
+    if not found:
+        return ShardSource(data, size, seed), str(data)
+    if found[0] is None or len({None if each is None else each.fingerprint for each in found}) > 1:
+        raise ValueError(
+            f"{', '.join(names)}: trained on the pictures of {data}, or on different parts of them; name shards that "
+            "were held out, or judge those that differ alone"
+        )
+    return found[0], f"{data}, held out of training"
+
+
+def _held_out_digits(tokenizers: list[_Tokenizer]) -> tuple[Any, str]:
     """What none of them was trained on. Raises ValueError where they hold out other shares, or none."""
     data = [training_of(tokenizer.recipe).data for tokenizer in tokenizers]
     shares = sorted({each.validation_share for each in data})
@@ -212,7 +235,7 @@ def _held_out_digits(tokenizers: list[_Tokenizer]) -> Any:
             f"tokenizers of digits are judged on what all of them held out, got validation_share {shares}; judge those "
             "that differ alone, or name shards of pictures with --data FOLDER"
         )
-    return found
+    return found, "digits that are held out"
 
 
 def _of_source(source: Any, count: int) -> Pictures:
@@ -239,8 +262,8 @@ def evaluate(
 ) -> Result:
     """Judges the tokenizers of model folders on the same pictures; a model needs no prior.
 
-    models: shipped names or folders. data: a folder of shards that none was trained on; None for the tests of shapes,
-    or the digits that training held out.
+    models: shipped names or folders. data: a folder of shards, of which one that was trained on gives what it held out;
+    None for the tests of shapes, or the digits that training held out.
     count: of pictures, at most. progress: called with the pictures read and in all. Returns {"pictures", "n", "seed",
     "features", "tokenizers": [see the module's legend, and parameters, latent, trained_on: pictures seen]}; what a
     tokenizer does not have (facts, codes) is left out, psnr is None where nothing differs. Raises ValueError for

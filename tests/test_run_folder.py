@@ -1,0 +1,43 @@
+"""What a run folder holds on to: one ruler for the best, and a lock where there are locks."""
+
+import errno
+
+from PIL import Image
+
+from kartina.training import __main__ as trainer
+from kartina.training import shards, state
+
+
+def test_the_best_is_of_one_ruler(tiny, tmp_path, capsys):
+    """A metric that was measured on other pictures does not stand in the way of those to come."""
+    command = [*tiny["patch_dvae"][1], "--run", str(tmp_path)]
+    assert trainer.main([*command, "stages.tokenizer.validate_samples=64"]) == 0
+    capsys.readouterr()
+    more = ["--extend", "tokenizer=30"]
+    assert trainer.main([*command, *more, "stages.tokenizer.validate_samples=64"]) == 0
+    assert "was measured on other data" not in capsys.readouterr().out
+    assert trainer.main([*command, "--extend", "tokenizer=40", "stages.tokenizer.validate_samples=32"]) == 0
+    assert "was measured on other data" in capsys.readouterr().out
+    saved = state.load(state.newest(tmp_path / "state" / "tokenizer"))
+    assert saved["ruler"].startswith("32 of shapes S2none") and saved["best"][1] > 30
+
+
+def test_without_anything_held_out_there_is_no_best(tiny, tmp_path, capsys):
+    for k in range(3):
+        Image.effect_noise((32, 32), 50 + k).save(tmp_path / f"{k}.png")
+    shards.pack_folder(tmp_path, tmp_path / "shards", captionless=True)
+    data = f"training.data={{kind: shards, shards: {tmp_path / 'shards'}, validation_share: 0.0}}"
+    command = [*tiny["patch_dvae"][1], data, "stages.tokenizer.steps=1", "--run", str(tmp_path / "run")]
+    assert trainer.main([*command, "stages.tokenizer.export=best"]) == 2
+    assert "stages.tokenizer.export: best needs a metric, and nothing is held out" in capsys.readouterr().err
+    assert trainer.main(command) == 0
+    assert "nothing is held out to measure on" in capsys.readouterr().out
+
+
+def test_a_file_system_without_locks_is_said(tiny, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert trainer.main([*tiny["patch_dvae"][1], "stages.tokenizer.steps=1", "--run", str(tmp_path)]) == 0
+    assert f"{tmp_path} cannot be locked" in capsys.readouterr().err
