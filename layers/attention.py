@@ -103,7 +103,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x: (B, L, D), the tokens at positions start .. start + L - 1. Returns (B, L, D).
 
-        mask: bool (L, start + L), True where a query may look; None is causal.
+        mask: bool, of a shape that broadcasts to (B, H, L, start + L), True where a query may look; None is causal.
         rotation: of these L tokens' queries and keys, see `embeddings.rotation`; the cache keeps keys already turned.
         cache: filled up to `start` by earlier calls; this call writes its keys and values behind them, in place.
         Without a cache `start` must be 0.

@@ -37,6 +37,13 @@ def save(model: Path, out: Path) -> None:
         )
     scheduler = scheduler_config(recipe)  # before anything is written: not every recipe has one
     sizes = {part: {key: value for key, value in recipe.parts[part].items() if key != "kind"} for part in kinds}
+    drawn = unet_config(sizes["prior"])["out_channels"]
+    latent = (defaults("tokenizer", "autoencoder_kl") | sizes["tokenizer"])["latent_channels"]
+    if drawn != latent:
+        raise RecipeError(
+            f"diffusers' StableDiffusionPipeline has no learned variances: its U-Net gives {latent} channels, those of "
+            f"the latents, {recipe.name} gives {drawn}; export another model"
+        )
     weights = {part: checkpoint.load_weights(model, part) for part in kinds}
     text = checkpoint.outline(recipe, "text", len(weights["text"]))
     prior = unet_config(sizes["prior"]) | {"sample_size": recipe.image_size >> (len(_mult(recipe)) - 1)}
@@ -46,7 +53,7 @@ def save(model: Path, out: Path) -> None:
     captions = CaptionTokenizer.load(model / "captions.json")
     reader = caption_files.write(out / "tokenizer", captions, text.text_vocab, text.pad)
     _json(out / "scheduler" / "scheduler_config.json", scheduler)
-    fills = prior["in_channels"] > 2 * prior["out_channels"]  # a mask and a picture stand beside the latents
+    fills = prior["in_channels"] > 2 * latent  # a mask and a picture stand beside the latents
     index = {
         "_class_name": "StableDiffusionInpaintPipeline" if fills else "StableDiffusionPipeline",
         "vae": ["diffusers", "AutoencoderKL"],

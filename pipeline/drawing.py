@@ -25,16 +25,8 @@ from ..priors.diffusers_schedulers import find_sampler
 from ..priors.diffusion_samplers import Walk
 from ..tokenizers.captions import CaptionTokenizer
 from .denoising import denoiser_of
+from .memory import Progress
 from .recipe import Recipe, RecipeError
-
-Progress = Callable[[int, int], None]
-
-
-def share_of(progress: Progress | None, number: int, batches: int) -> Progress | None:
-    """The progress of one batch as a share of all of them."""
-    if progress is None:
-        return None
-    return lambda done, steps: progress(number * steps + done, batches * steps)
 
 
 class Drawing(Protocol):

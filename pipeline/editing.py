@@ -26,8 +26,10 @@ from PIL.Image import Image, Resampling
 from torch import Tensor
 
 from ..priors.diffusion_samplers import Keep, Walk, ddim_invert
-from .drawing import DiffusionDrawing, Progress
+from .drawing import DiffusionDrawing
 from .images import fit as centre
+from .images import upright
+from .memory import Progress
 
 if TYPE_CHECKING:
     from .text_to_image import Painting, TextToImage
@@ -153,11 +155,12 @@ def square(picture: Image, size: int, how: str | None = None) -> Tensor:
 
 
 def mask_of(mask: Image, picture_size: tuple[int, int], size: int, how: str | None = None) -> Tensor:
-    """A mask as (1, S, S), 1 where it is white and 0 where it is black; grey is decided at the middle.
+    """A mask as (1, S, S), 1 where it is white and 0 where it is black or transparent; grey is decided at the middle.
 
     Raises ValueError for another size than the picture's, for more grey than soft edges have, and where nothing is
     white.
     """
+    mask = upright(mask, under="black")
     if mask.size != picture_size:
         given, wanted = (f"{side[0]} x {side[1]}" for side in (mask.size, picture_size))
         raise ValueError(f"a mask must have the picture's size, {wanted}, got {given}; resize it")

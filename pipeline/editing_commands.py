@@ -51,7 +51,7 @@ def edit(
     kept = candidates if keep is None else keep
     check_keep(kept, candidates)
     picture = read_picture(image, PHOTOS)
-    marked = None if mask is None else read_picture(mask, PHOTOS)
+    marked = None if mask is None else read_picture(mask, PHOTOS, under="black")
     paths = gallery.targets(out, kept)
     system = load(model, device, dtype)
     knobs = given(num_steps=steps, sampler=sampler, eta=eta, guidance_scale=guidance, negative=negative)

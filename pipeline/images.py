@@ -157,24 +157,24 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def read_picture(path: str | Path, formats: tuple[str, ...] = ("PNG",)) -> Image.Image:
+def read_picture(path: str | Path, formats: tuple[str, ...] = ("PNG",), under: str = "white") -> Image.Image:
     """The picture of a file, see `upright`. Raises OSError for an unreadable or cut file, ValueError for one of another
     format.
     """
     with _opened(path, formats) as image:
-        return upright(image)
+        return upright(image, under)
 
 
-def upright(picture: Image.Image) -> Image.Image:
-    """A picture in RGB, as training reads it and users give it: turned as its EXIF says, transparency laid over white,
-    16-bit grey scaled to 8 bits. Raises what Pillow does where it cannot be decoded.
+def upright(picture: Image.Image, under: str = "white") -> Image.Image:
+    """A picture in RGB, as training reads it and users give it: turned as its EXIF says, transparency laid over a
+    colour, 16-bit grey scaled to 8 bits. Raises what Pillow does where it cannot be decoded.
     """
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):
         picture = Image.fromarray((np.asarray(picture).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, under), picture)
     return picture.convert("RGB")
 
 

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from ..layers.random import normal
 from ..priors.condition import Condition
 from ..priors.diffusion_samplers import Walk
-from .drawing import DiffusionDrawing, Progress, share_of
+from .drawing import DiffusionDrawing
 from .images import to_pil
+from .memory import Progress, in_batches
 from .recipe import sampling_knobs
 
 if TYPE_CHECKING:
@@ -88,13 +89,14 @@ def interpolate(
     numbers = torch.tensor([seed, end], device=device)
     begin, target = normal(0, 0, numbers, draw.shape, "sampler start").split(1)  # as a sampler would draw it
     one, other = (draw.condition([caption]) for caption in (first, second))
-    pictures: list[Image] = []
-    for some in torch.linspace(0, 1, frames, device=device).split(micro_batch):
-        report = share_of(progress, len(pictures) // micro_batch, -(-frames // micro_batch))
-        walk = Walk(noise=slerp(begin, target, some), progress=report)
-        z = draw.sample(between(one, other, some), [seed] * len(some), used, **walk)
-        pictures += to_pil(system.decode(z).float())
-    return pictures
+    shares = torch.linspace(0, 1, frames, device=device)
+
+    def paint(some: slice, report: Progress | None) -> list[Image]:
+        walk = Walk(noise=slerp(begin, target, shares[some]), progress=report)
+        z = draw.sample(between(one, other, shares[some]), [seed] * len(shares[some]), used, **walk)
+        return to_pil(system.decode(z).float())
+
+    return in_batches(paint, frames, micro_batch, system.parts, progress)
 
 
 def _wide(shares: Tensor, like: Tensor) -> Tensor:

@@ -1,15 +1,65 @@
-"""What can be done where memory does not suffice for one picture: attention in slices, then decoding in tiles.
+"""Pictures in micro-batches, and what can be done where memory does not suffice: smaller ones, then attention in
+slices, then decoding in tiles.
 
-It does not know how pictures are put into batches.
+It does not know how a picture is made.
 """
 
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
 
 from ..priors.unet import UNet
 from ..tokenizers.autoencoder_kl import AutoencoderKL
 
 _QUERIES = 1024
+
+Progress = Callable[[int, int], None]
+T = TypeVar("T")
+
+
+def in_batches(
+    paint: Callable[[slice, Progress | None], list[T]],
+    total: int,
+    micro_batch: int,
+    parts: dict[str, Any],
+    progress: Progress | None,
+) -> list[T]:
+    """All that `paint` makes of so many items, of a slice of them at a time; a warning tells what was spared.
+
+    progress: of all; `paint` is given that of its slice.
+    """
+    done: list[T] = []
+    while len(done) < total:
+        some = slice(len(done), min(total, len(done) + micro_batch))
+        report = _share_of(progress, len(done) // micro_batch, -(-total // micro_batch))
+        if (found := _try(paint, some, report, parts)) is not None:
+            done += found
+        elif (count := some.stop - some.start) > 1:
+            micro_batch = count // 2
+            warnings.warn(f"out of memory with {count} pictures: going on with {micro_batch}", stacklevel=3)
+    return done
+
+
+def _try(paint: Callable[..., list[T]], some: slice, report: Progress | None, parts: dict[str, Any]) -> list[T] | None:
+    """What it makes, or None where memory does not suffice and can be spared."""
+    try:
+        return paint(some, report)
+    except RuntimeError as error:
+        from accelerate.utils.memory import should_reduce_batch_size  # slow to import
+
+        if not should_reduce_batch_size(error) or (some.stop - some.start == 1 and not spare(parts)):
+            raise
+    torch.cuda.empty_cache()  # outside of the handler, which held on to what had been allocated
+    return None
+
+
+def _share_of(progress: Progress | None, number: int, batches: int) -> Progress | None:
+    """The progress of one batch as a share of all of them."""
+    if progress is None:
+        return None
+    return lambda done, steps: progress(number * steps + done, batches * steps)
 
 
 def spare(parts: dict[str, Any]) -> bool:
@@ -21,7 +71,7 @@ def spare(parts: dict[str, Any]) -> bool:
     """
     prior, tokenizer = parts.get("prior"), parts.get("tokenizer")
     if isinstance(prior, UNet) and not prior.sliced:
-        prior.slice_attention(_QUERIES)
+        slice_attention(parts, True)
         warnings.warn(
             f"out of memory with one picture: attention takes {_QUERIES} queries at a time, guidance two passes",
             stacklevel=2,
@@ -32,3 +82,9 @@ def spare(parts: dict[str, Any]) -> bool:
         warnings.warn("out of memory with one picture: decoding in tiles, which changes it slightly", stacklevel=2)
         return True
     return False
+
+
+def slice_attention(parts: dict[str, Any], sliced: bool) -> None:
+    """Lets a diffusion prior take so many queries at a time, or all again."""
+    if isinstance(prior := parts.get("prior"), UNet) and prior.sliced != sliced:
+        prior.slice_attention(_QUERIES if sliced else None)

@@ -204,10 +204,18 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
 def sampling_knobs(recipe: Recipe, given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """All knobs that the recipe's prior is sampled with: as given, as the recipe says, or by default.
 
+    What the recipe says for its own sampler or its guidance is not said for another sampler, or for none.
+
     Raises RecipeError for an unknown name or a value against its rule, and for any knob where there is no prior.
     """
     section: type[Section] = SAMPLING.get(recipe.parts.get("prior", {}).get("kind", ""), Section)
-    return validate(section, {**recipe.sampling, **given}, where).model_dump()
+    said = dict(recipe.sampling)
+    if given.get("sampler", said.get("sampler")) != said.get("sampler"):
+        said = {name: value for name, value in said.items() if name not in ("eta", "spacing")}
+    if given.get("guidance_scale") == 1:
+        own = ("negative", "guidance_rescale", "guidance_low", "guidance_high")
+        said = {name: value for name, value in said.items() if name not in own}
+    return validate(section, {**said, **given}, where).model_dump()
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:

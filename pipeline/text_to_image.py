@@ -12,7 +12,6 @@ It does not know how any part was trained.
 """
 
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import index
@@ -27,10 +26,10 @@ from torch import Tensor
 from ..tokenizers.captions import CaptionTokenizer
 from . import checkpoint, editing, interpolation, stable_diffusion
 from .built import check_built
-from .drawing import DRAWINGS, DiffusionDrawing, Progress, share_of
+from .drawing import DRAWINGS, DiffusionDrawing
 from .images import to_pil
 from .known_models import find_model, model_hash
-from .memory import spare
+from .memory import Progress, in_batches, slice_attention
 from .recipe import Recipe, reads_captions, sampling_knobs
 from .rerank import clip_scores, rank
 
@@ -163,14 +162,11 @@ class TextToImage:
         self._check(prompts, seeds, candidates, keep, micro_batch)
         knobs = sampling_knobs(self.recipe, knobs, "knobs of painting")
         rows = [(p, first + k, k) for p, first in zip(prompts, seeds, strict=True) for k in range(candidates)]
-        painted: list[Painting] = []
-        while len(painted) < len(rows):
-            chunk = rows[len(painted) : len(painted) + micro_batch]
-            report = share_of(progress, len(painted) // micro_batch, -(-len(rows) // micro_batch))
-            if (found := self._try_painting(chunk, knobs, report)) is None and len(chunk) > 1:
-                micro_batch = len(chunk) // 2
-                warnings.warn(f"out of memory with {len(chunk)} pictures: going on with {micro_batch}", stacklevel=2)
-            painted += found or []
+
+        def paint(some: slice, report: Progress | None) -> list[Painting]:
+            return self._paint(rows[some], knobs, report)
+
+        painted = in_batches(paint, len(rows), micro_batch, self.parts, progress)
         groups = [painted[start : start + candidates] for start in range(0, len(rows), candidates)]
         return [group[k] for group in groups for k in self._order(group, keep)]
 
@@ -198,18 +194,6 @@ class TextToImage:
         if not all(_is_seed(s) and _is_seed(s + candidates - 1) for s in seeds):
             raise ValueError(f"seeds are integers of 64 bits, got {seeds[0]} and so on; give smaller ones")
 
-    def _try_painting(self, rows: list[tuple[str, int, int]], knobs: dict, progress: Any) -> list[Painting] | None:
-        """The paintings of a micro-batch, or None where memory does not suffice and can be spared."""
-        try:
-            return self._paint(rows, knobs, progress)
-        except RuntimeError as error:
-            from accelerate.utils.memory import should_reduce_batch_size  # slow to import
-
-            if not should_reduce_batch_size(error) or (len(rows) == 1 and not spare(self.parts)):
-                raise
-        torch.cuda.empty_cache()  # outside of the handler, which held on to what had been allocated
-        return None
-
     @torch.inference_mode()
     def _paint(self, rows: list[tuple[str, int, int]], knobs: dict, progress: Progress | None) -> list[Painting]:
         """One micro-batch: a painting for each row (prompt, seed, candidate)."""
@@ -227,6 +211,7 @@ class TextToImage:
             "knobs": knobs,
             "micro_batch": len(rows),
             **({"compiled": True} if self.compiled else {}),
+            **({"sliced": True} if getattr(self.parts["prior"], "sliced", False) else {}),
             **({"tile": tile} if (tile := getattr(self.parts.get("tokenizer"), "tile", None)) else {}),
         }
         return [
@@ -265,6 +250,7 @@ def repaint(system: TextToImage, facts: Any) -> Painting:
         raise ValueError(f"the picture was painted by the model {hashes}; load that one (`find_by_hash`)")
     if wanted["compiled"] and not system.compiled:
         system.compile()
+    slice_attention(system.parts, wanted["sliced"])
     tokenizer = system.parts.get("tokenizer")
     if tokenizer is not None and hasattr(tokenizer, "tile"):
         tokenizer.tile = wanted["tile"]
@@ -277,8 +263,8 @@ def check_facts(facts: Any) -> dict[str, Any]:
     """What `repaint` needs out of a painting's `metadata`, checked: a PNG is untrusted, so nothing in it is believed.
 
     -> prompt, seed, candidate, model_hash, device, dtype (a key of DTYPES), micro_batch, row, knobs (a table, which the
-    model checks), tile (None where the picture was decoded whole), compiled (whether its prior was). Raises ValueError
-    for what is missing, of another type or out of range.
+    model checks), tile (None where the picture was decoded whole), compiled (whether its prior was), sliced (whether
+    its attention was). Raises ValueError for what is missing, of another type or out of range.
     """
     if not isinstance(facts, dict) or not _FACTS.keys() <= facts.keys():
         names = ", ".join(_FACTS)
@@ -297,10 +283,11 @@ def check_facts(facts: Any) -> dict[str, Any]:
         raise ValueError(
             f"a painting's tile must be a side from 1 to {_MAX_TILE}, got {tile!r:.60}; the facts were altered"
         )
-    compiled = facts.get("compiled", False)
-    if not isinstance(compiled, bool):
-        raise ValueError(f"a painting's compiled must be true or false, got {compiled!r:.60}; the facts were altered")
-    return {name: facts[name] for name in _FACTS} | {"tile": tile, "compiled": compiled}
+    flags = {name: facts.get(name, False) for name in ("compiled", "sliced")}
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"a painting's {name} must be true or false, got {flag!r:.60}; the facts were altered")
+    return {name: facts[name] for name in _FACTS} | {"tile": tile} | flags
 
 
 def _is_text(value: Any) -> bool:

@@ -48,14 +48,15 @@ def sample_codes(
     text: int64 (B, T); seeds: B ints, one for each sample. temperature: >= 0, where 0 takes the likeliest code.
     top_k, top_p: keep only the likeliest codes, see `truncate`. guidance_scale s: null + s * (conditional - null);
     1 is none and does not run the null caption. use_cache: False computes every step anew, to the same codes.
-    progress: called with (codes drawn so far, N). Raises ValueError for knobs out of range.
+    progress: called with (codes drawn so far, N). Raises ValueError for knobs out of range, and for logits that are
+    not numbers: their argmax would be codes like any others.
     """
     _check(len(text), seeds, temperature, top_k, top_p, guidance_scale)
     batch, total = len(text), prior.grid[0] * prior.grid[1]
     guided = guidance_scale != 1.0
     stream = torch.cat([text, prior.null_text(batch).to(text.device)]) if guided else text
     numbers = torch.tensor([int(s) for s in seeds], dtype=torch.int64, device=text.device)
-    codes = text.new_zeros(batch, total)
+    codes, sound = text.new_zeros(batch, total), torch.ones((), dtype=torch.bool, device=text.device)
     cache = None
     for i in range(total):
         if not use_cache:
@@ -68,10 +69,14 @@ def sample_codes(
         if guided:
             conditional, null = logits.chunk(2)
             logits = null + guidance_scale * (conditional - null)
+        sound &= ~logits.isnan().any()
         noise = gumbel(0, i, numbers, (prior.num_codes,), "gumbel")
         codes[:, i] = draw(logits, noise, temperature, top_k, top_p)
         if progress is not None:
             progress(i + 1, total)
+    if not sound:  # asked once, for a GPU would wait for each answer
+        dtype = str(next(prior.parameters()).dtype).removeprefix("torch.")
+        raise ValueError(f"a prior over codes must give numbers, got NaN in {dtype}; take float32 or less guidance")
     return codes.view(batch, *prior.grid)
 
 

@@ -54,6 +54,8 @@ def _fits(scheduler: Any, mixin: Any) -> bool:
     whole = inspect.isclass(scheduler) and issubclass(scheduler, mixin) and "Inverse" not in scheduler.__name__
     if not whole or not {"trained_betas", "prediction_type"} <= _accepts(scheduler):
         return False
+    if "noise_sampler_seed" in _accepts(scheduler):  # its noise is of one seed for a whole batch
+        return False
     return list(inspect.signature(scheduler.step).parameters)[1:4] == _STEP
 
 
@@ -87,7 +89,7 @@ def _walk(
             f"choose one of {', '.join(SAMPLERS)}"
         )
     scheduler = _build(scheduler_class, denoise.schedule.betas, config)
-    scheduler.set_timesteps(num_steps)
+    scheduler.set_timesteps(num_steps, device=seeds.device)  # some compare a timestep with their own
     accepted = _accepts(scheduler.step)
     own = {"generator": [torch.Generator().manual_seed(int(seed)) for seed in seeds]} if "generator" in accepted else {}
     eps = full(noise) if noise is not None else normal(0, 0, seeds, shape, "sampler start")

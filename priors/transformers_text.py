@@ -163,14 +163,15 @@ def find(source: str) -> Path:
 
 def digest(source: str) -> str:
     """sha256 of what an encoder is made of, as hexadecimal: the names and bytes of its configuration, its weights and
-    its tokenizer. Raises ValueError as `find`.
+    its tokenizer, whose own configuration decides what words become too. Raises ValueError as `find`.
     """
     folder, whole = find(source), hashlib.sha256()
     weights = sorted(folder.glob("model.safetensors")) or sorted(folder.glob("model-*.safetensors"))
     words = sorted(folder.glob("tokenizer.json")) or sorted(
         path for pattern in ("vocab.*", "merges.txt", "*.model") for path in folder.glob(pattern)
     )
-    for path in (folder / "config.json", *weights, *words):
+    more = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")]
+    for path in (folder / "config.json", *weights, *words, *(path for path in more if path.is_file())):
         with open(path, "rb") as file:
             whole.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return whole.hexdigest()

@@ -248,3 +248,11 @@ def test_it_overfits_eight_samples() -> None:
 def test_an_unknown_or_short_pattern_of_masks_is_refused(attention) -> None:
     with pytest.raises(ValueError, match="for each of the 6 layers"):
         _prior(attention)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_logits_that_are_not_numbers_are_no_codes(guidance_scale: float) -> None:
+    prior, (text, _) = _prior(), _batch(2)
+    prior.image_head.bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match="must give numbers, got NaN in float32; take float32 or less guidance"):
+        sample_codes(prior, text, [1, 2], guidance_scale=guidance_scale)

@@ -156,6 +156,13 @@ def test_diffusers_has_no_other_kinds(tmp_path):
         with pytest.raises(ValueError, match=message):
             run("export", folder, tmp_path / "there")
         assert not (tmp_path / "there").exists()
+    latents = {"kind": "autoencoder_kl", "latent_channels": 4}
+    read = {"kind": "unet", "in_channels": 9, "out_channels": 8, "context_dim": 8}
+    parts = {"tokenizer": latents, "text": {"kind": "clip_text", "width": 8}, "prior": read}
+    (folder / "recipe.yaml").write_text(dump(recipe.model_copy(update={"parts": parts})))
+    with pytest.raises(ValueError, match="its U-Net gives 4 channels, those of the latents, tests/own gives 8"):
+        run("export", folder, tmp_path / "there")
+    assert not (tmp_path / "there").exists()
     for sampling, message in (
         ({"spacing": "leading"}, "has no timestep_spacing 'leading'"),
         ({"sampler": "ddim", "spacing": "linspace"}, "has no timestep_spacing 'linspace' that takes the steps of ddim"),

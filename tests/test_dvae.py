@@ -1,5 +1,6 @@
 """The discrete VAE and its objective: likelihood, KL, relaxation, sizes, and equality with the published model."""
 
+import copy
 import importlib.util
 import math
 from pathlib import Path
@@ -182,6 +183,11 @@ def test_codes_stay_in_float32_under_autocast_and_shapes_can_be_probed_on_meta(s
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = small(image, noise, 1.0)
     assert (out["logits"].dtype, out["parameters"].dtype) == (torch.float32, torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float64):
+        half = copy.deepcopy(small).to(dtype)
+        codes = half.encode(image)
+        soft = torch.nn.functional.one_hot(codes, 32).movedim(3, 1).to(dtype)
+        assert half.decoder(soft).dtype == half.decoder.from_codes(codes).dtype == dtype
     probe = small.to("meta")(image.to("meta"), noise.to("meta"), 1.0)
     assert probe["parameters"].shape == (1, 6, 32, 32)
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from kartina.pipeline import images as module
+from kartina.pipeline.editing import mask_of
 from kartina.pipeline.images import PHOTOS, grid, read_metadata, read_picture, save_png, to_pil, to_uint8
 from kartina.training.samples import decode_picture
 
@@ -175,3 +176,12 @@ def test_users_pictures_are_read_as_training_reads_them(tmp_path):
         found = read_picture(path, PHOTOS)
         assert (found.mode, found.size, found.getpixel((3, 2))) == ("RGB", (8, 4), color), name
         assert found.tobytes() == decode_picture(path.read_bytes()).tobytes()
+
+
+def test_a_mask_is_white_where_it_is_painted_and_transparent_is_not(tmp_path):
+    mask = Image.new("RGBA", (16, 16), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (0, 0, 8, 16))
+    mask.save(tmp_path / "mask.png")
+    read = read_picture(tmp_path / "mask.png", PHOTOS, under="black")
+    for found in (mask_of(mask, (16, 16), 16), mask_of(read, (16, 16), 16)):
+        assert found[:, :, :8].all() and not found[:, :, 8:].any()

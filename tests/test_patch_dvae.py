@@ -73,5 +73,10 @@ def test_codes_stay_in_float32_under_autocast_and_shapes_can_be_probed_on_meta()
         logits = model.logits(image)
     assert torch.equal(out["logits"], logits) and logits.dtype == torch.float32
     assert torch.equal(logits, model.logits(image))
+    for dtype in (torch.bfloat16, torch.float64):
+        half = PatchDVAE(image_size=8, num_codes=5, patch=(2, 4), width=8, channels=7, depth=2).to(dtype)
+        codes = half.encode(image.to(dtype))
+        soft = torch.nn.functional.one_hot(codes, 5).movedim(3, 1).to(dtype)
+        torch.testing.assert_close(half.decoder(soft), half.decoder.from_codes(codes))
     probe = model.to("meta")(image.to("meta"), noise.to("meta"), 1.0)
     assert probe["parameters"].shape == (1, 6, 8, 8)

@@ -135,3 +135,15 @@ def test_a_stage_reads_its_own_levels_and_jitter():
     assert (own.jitter, own.levels) == (0.1, ("S2",))
     assert (other.jitter, other.levels) == (training.data.jitter, training.data.levels)
     assert own != training.data and other.contrast == 1
+
+
+def test_knobs_of_the_recipe_s_own_sampler_and_guidance_are_not_those_of_another():
+    recipe = runs.load("shapes/stable-diffusion", [])[0]
+    said = {"sampler": "ddim", "eta": 1.0, "spacing": "leading", "guidance_rescale": 0.5, "negative": "a ring"}
+    recipe = recipe.model_copy(update={"sampling": recipes.sampling_knobs(recipe, said, "tests")})
+    same = recipes.sampling_knobs(recipe, {"sampler": "ddim", "guidance_scale": 2.0}, "tests")
+    assert {name: same[name] for name in said} == said
+    other = recipes.sampling_knobs(recipe, {"sampler": "unipc"}, "tests")
+    assert (other["eta"], other["spacing"], other["negative"]) == (None, None, "a ring")
+    alone = recipes.sampling_knobs(recipe, {"guidance_scale": 1.0}, "tests")
+    assert (alone["eta"], alone["guidance_rescale"], alone["negative"]) == (1.0, 0.0, "")

@@ -170,9 +170,11 @@ def test_where_memory_ends_attention_is_sliced_and_then_the_picture_decoded_in_t
     monkeypatch.setattr(system, "_paint", paint)
     painting = system(PROMPT, seed=SEED, num_steps=4, guidance_scale=3.0)[0]
     again = repaint(TextToImage.load(folder), metadata(painting))
-    assert metadata(painting)["tile"] == 2 and np.abs(np.asarray(again.image) - tiled).max() <= 1  # slices round
+    assert (metadata(painting)["tile"], metadata(painting)["sliced"]) == (2, True) and not np.any(again.image - tiled)
     with pytest.raises(ValueError, match="tile must be a side"):
         check_facts(metadata(painting) | {"tile": 10**9})
+    with pytest.raises(ValueError, match="sliced must be true or false"):
+        check_facts(metadata(painting) | {"sliced": 3})
     monkeypatch.setattr(system, "_paint", fail_at_first)
     fails[:] = [True]
     with pytest.raises(torch.OutOfMemoryError):

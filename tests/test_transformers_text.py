@@ -153,8 +153,12 @@ def test_the_digest_is_of_what_the_encoder_is_made_of(encoders, tmp_path, monkey
     shutil.copytree(encoders[0] / "tiny" / "bert", copy)
     (copy / "README.md").write_text("of no matter")
     assert digest("tiny/bert") == before
+    words = copy / "tokenizer_config.json"
+    words.write_text(json.dumps({**(json.loads(words.read_text()) if words.exists() else {}), "do_lower_case": False}))
+    cased = digest("tiny/bert")
+    assert cased != before
     (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + " ")
-    assert digest("tiny/bert") != before
+    assert digest("tiny/bert") not in (before, cased)
 
 
 def test_the_recipe_is_counted_without_its_package():

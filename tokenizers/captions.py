@@ -194,7 +194,10 @@ class CaptionTokenizer:
         return tokens, lengths
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """Tokens int64 (B, T) -> B captions, lower-cased and NFC; padding is left out."""
+        """Tokens int64 (B, T) -> B captions, lower-cased and NFC; padding is left out where a token means only that.
+
+        Of a published vocabulary whose token 0 is a word, give rows without padding.
+        """
         if tokens.dim() != 2:
             raise ValueError(f"CaptionTokenizer.decode needs tokens of shape (B, T), got {tuple(tokens.shape)}")
         rows = [[token for token in row if token != PAD or not self.padded] for row in tokens.tolist()]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..layers.conv import BottleneckBlock, SameConv2d
 from ..layers.linear import wide_linear
-from ..layers.precision import without_autocast
+from ..layers.precision import full, without_autocast
 from .kmeans import kmeans
 from .spec import CodesSpec, check_image
 
@@ -40,7 +40,8 @@ def _full_precision(conv: nn.Conv2d, x: Tensor) -> Tensor:
     Written as a linear map over channels: on CPU the float32 convolution's backward pass is many times slower.
     """
     with without_autocast(x):
-        y = wide_linear(x.float().permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias)  # (B, h, w, C)
+        bias = None if conv.bias is None else full(conv.bias)
+        y = wide_linear(full(x).permute(0, 2, 3, 1), full(conv.weight).flatten(1), bias)  # (B, h, w, C)
     return y.permute(0, 3, 1, 2)
 
 
@@ -75,7 +76,7 @@ class Encoder(nn.Module):
         self.head = SameConv2d(widths[-1], num_codes, 1)
 
     def forward(self, mapped: Tensor) -> Tensor:
-        x = self.stem(mapped)
+        x = self.stem(mapped.to(self.stem.weight.dtype))
         for i, group in enumerate(self.groups):
             x = group(F.max_pool2d(x, 2) if i else x)
         return _full_precision(self.head, F.relu(x))
@@ -106,7 +107,7 @@ class Decoder(nn.Module):
         self.head = SameConv2d(width, 6, 1)
 
     def forward(self, soft: Tensor) -> Tensor:
-        return self._from_embedding(_full_precision(self.stem, soft))
+        return self._from_embedding(_full_precision(self.stem, soft).to(self.stem.weight.dtype))
 
     def from_codes(self, codes: Tensor) -> Tensor:
         """The same for one-hot weights, given as codes (B, h, w): a table look-up in place of the 1x1 convolution."""

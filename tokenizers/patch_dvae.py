@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers.conv import BottleneckBlock, SameConv2d
-from ..layers.precision import without_autocast
+from ..layers.precision import full, without_autocast
 from .dvae import GumbelAutoencoder, code_scale, map_pixels
 from .kmeans import kmeans
 from .spec import CodesSpec
@@ -37,7 +37,7 @@ class PatchEncoder(nn.Module):
 
     def forward(self, mapped: Tensor) -> Tensor:
         with without_autocast(mapped):
-            return self.head(mapped.float())
+            return F.conv2d(full(mapped), full(self.head.weight), full(self.head.bias), self.head.stride)
 
 
 class PatchDecoder(nn.Module):
@@ -60,8 +60,8 @@ class PatchDecoder(nn.Module):
 
     def forward(self, soft: Tensor) -> Tensor:
         with without_autocast(soft):
-            flat = soft.float().permute(0, 2, 3, 1) @ self.patch_embedding  # (B, h, w, C * P * Q)
-        return self._refine(flat)
+            flat = full(soft).permute(0, 2, 3, 1) @ full(self.patch_embedding)  # (B, h, w, C * P * Q)
+        return self._refine(flat.to(self.patch_embedding.dtype))
 
     def from_codes(self, codes: Tensor) -> Tensor:
         """The same for one-hot weights, given as codes (B, h, w)."""

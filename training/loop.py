@@ -168,10 +168,10 @@ class _Run:
                 self._look()
             if self.streak == 0 or run.step == steps:
                 self._save_if_due()
-        if self.config.export == "best" and run.best is None:
-            self.log.event(run.step, "no best", "the headline metric was never finite: the last weights are exported")
-        elif self.config.export == "best":
+        if self.config.export == "best" and run.best is not None:
             run.restore(state.require_whole(state.path_of(self.checkpoints, run.best[2])), data_too=False)
+        elif self.config.export == "best":
+            self.log.event(run.step, "no best", "the headline metric was never finite: the last weights are exported")
         self.accelerator.wait_for_everyone()
         return run.ema
 

@@ -1,0 +1,58 @@
+"""Micro-batches are halved where memory ends, then one picture takes less, and what cannot be helped is raised."""
+
+import pytest
+import torch
+from PIL import ImageChops
+from test_drawing import LATENT, write_model
+
+from kartina.pipeline.memory import in_batches
+from kartina.pipeline.text_to_image import TextToImage
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+
+def test_halved_until_it_fits_every_item_is_made_once_in_order():
+    seen, told = [], []
+
+    def paint(some, report):
+        seen.append((some.start, some.stop))
+        if some.stop - some.start > 2:
+            raise OUT_OF_MEMORY
+        report(1, 2)
+        return [*range(some.start, some.stop)]
+
+    with pytest.warns(UserWarning) as warned:
+        made = in_batches(paint, 11, 8, {}, lambda *done: told.append(done))
+    assert made == [*range(11)]
+    assert [str(one.message) for one in warned] == [
+        "out of memory with 8 pictures: going on with 4", "out of memory with 4 pictures: going on with 2"
+    ]  # fmt: skip
+    assert seen == [(0, 8), (0, 4), (0, 2), (2, 4), (4, 6), (6, 8), (8, 10), (10, 11)]
+    assert all(done <= total for done, total in told) and told == sorted(told)
+
+
+def test_what_cannot_be_spared_or_is_another_error_is_raised():
+    def paint(some, report):
+        raise OUT_OF_MEMORY
+
+    with pytest.raises(torch.OutOfMemoryError):
+        in_batches(paint, 1, 8, {}, None)
+    with pytest.raises(RuntimeError, match="of another kind"):
+        in_batches(lambda *_: (_ for _ in ()).throw(RuntimeError("of another kind")), 4, 4, {}, None)
+
+
+def test_the_way_between_two_captions_takes_what_memory_there_is(tmp_path, monkeypatch):
+    system = TextToImage.load(write_model(tmp_path / "model", LATENT))
+    whole, draw = system.interpolate("a red ring", "a blue ring", frames=4), system.draw.sample
+
+    def sample(condition, seeds, *rest, **walk):
+        if len(seeds) > 1:
+            raise OUT_OF_MEMORY
+        return draw(condition, seeds, *rest, **walk)
+
+    monkeypatch.setattr(system.draw, "sample", sample)
+    with pytest.warns(UserWarning, match="out of memory with 4 pictures"):
+        spared = system.interpolate("a red ring", "a blue ring", frames=4)
+    assert len(spared) == 4
+    for one, other in zip(whole, spared, strict=True):
+        assert max(high for _, high in ImageChops.difference(one, other).getextrema()) <= 1
