@@ -65,7 +65,7 @@ def sample_codes(
             cache, logits = prior.prefill(stream)
         else:
             logits = prior.step(cache, _twice(codes[:, i - 1], guided), i - 1)
-        logits = logits.float()
+        given, logits = str(logits.dtype).removeprefix("torch."), logits.float()
         if guided:
             conditional, null = logits.chunk(2)
             logits = null + guidance_scale * (conditional - null)
@@ -75,8 +75,7 @@ def sample_codes(
         if progress is not None:
             progress(i + 1, total)
     if not sound:  # asked once, for a GPU would wait for each answer
-        dtype = str(next(prior.parameters()).dtype).removeprefix("torch.")
-        raise ValueError(f"a prior over codes must give numbers, got NaN in {dtype}; take float32 or less guidance")
+        raise ValueError(f"a prior over codes must give numbers, got NaN in {given}; take float32 or less guidance")
     return codes.view(batch, *prior.grid)
 
 

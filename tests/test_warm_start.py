@@ -68,10 +68,23 @@ def test_a_run_goes_on_only_with_the_model_that_it_began_with(tiny, trained_toke
 def test_the_stages_that_a_model_lacks_are_trained_after_it(tiny, trained_tokenizer, tmp_path, capsys):
     run = tmp_path / "run"
     assert short("tokenizer", tiny["patch_dvae"][1], run, "--from", str(trained_tokenizer)) == 0
-    assert short("prior", tiny["dalle"][1], run, "--from", str(trained_tokenizer)) == 2
-    assert "has no prior to begin with, it has tokenizer" in capsys.readouterr().err
+    assert short("clip", tiny["clip"][1], run, "--from", str(trained_tokenizer)) == 2
+    assert "has no clip to begin with, nor anything that it reads, it has tokenizer" in capsys.readouterr().err
     assert short("prior", tiny["dalle"][1], run) == 0
     assert card(run)["prior"]["identity"]["from"] is None
+
+
+def test_a_prior_begins_anew_over_the_tokenizer_of_a_model(tiny, trained_tokenizer, tmp_path):
+    """One that was converted, without captions, too; the same command goes on."""
+    alone = tmp_path / "alone"
+    shutil.copytree(trained_tokenizer / "model", alone)
+    (alone / "captions.json").unlink(missing_ok=True)
+    for _ in range(2):
+        assert short("prior", tiny["dalle"][1], tmp_path / "run", "--from", str(alone)) == 0
+    parts = card(tmp_path / "run")
+    assert parts["tokenizer"] == card(trained_tokenizer)["tokenizer"] and parts["prior"]["identity"]["from"] == {}
+    assert parts["prior"]["trained_against"]["tokenizer"] == parts["tokenizer"]["hash"]
+    assert (tmp_path / "run" / "model" / "captions.json").is_file()
 
 
 @pytest.fixture

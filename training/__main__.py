@@ -202,8 +202,9 @@ def _train(
     _check_frozen(recipe, model)
     if accelerator.is_main_process:
         reads = any("captions" in stage_of(recipe, name).needs(recipe) for name in names)
-        if reads or (begun is not None and reads_captions(recipe) and (begun / "captions.json").is_file()):
-            _prepare_captions(recipe, sources[training.data], model, begun)
+        theirs = begun if begun is not None and (begun / "captions.json").is_file() else None
+        if reads or (theirs is not None and reads_captions(recipe)):
+            _prepare_captions(recipe, sources[training.data], model, theirs)
         if begun is not None:
             warm_start.take_over(recipe, begun, model, names)
         _carry_notices(training.data, model)
@@ -226,8 +227,7 @@ def _train(
         source = cache.source_for(stage, source, training.data, against, model)
         if begun is not None:
             warm_start.begin(stage, recipe, begun, list(trained or ()))  # which a checkpoint replaces
-        extend = name in extended
-        ema = train_stage(identity, stage, training, source, validation, folder, accelerator, stop, extend)
+        ema = train_stage(identity, stage, training, source, validation, folder, accelerator, stop, name in extended)
         ema.copy_to_network()
         for network in stage.exported().values():
             checkpoint.round_weights(network)

@@ -19,7 +19,8 @@ _KEPT = ("trained_against", "identity", "computed_in")  # of a part's entry in a
 def check(recipe: Recipe, stages: dict[str, tuple[Any, Stage]], origin: Path, model: Path) -> None:
     """Raises ValueError unless these stages, by name (class, configuration), can begin with the model of a folder.
 
-    model: the model folder of the run, in which there may be parts already.
+    One whose part the model lacks begins anew, over the parts of it that it reads. model: the model folder of the run,
+    in which there may be parts already.
     """
     if origin.resolve() == model.resolve():
         raise RecipeError(f"{origin} is what this run writes; begin another run with it, by --run FOLDER")
@@ -27,10 +28,12 @@ def check(recipe: Recipe, stages: dict[str, tuple[Any, Stage]], origin: Path, mo
     check_built(origin, card, theirs)
     for name, (kind, config) in stages.items():
         if name not in card["parts"]:
-            raise RecipeError(
-                f"{origin} has no {name} to begin with, it has {', '.join(card['parts'])}; train only these by "
-                "--stage, and then the others without --from"
-            )
+            if card["parts"].keys().isdisjoint(kind.needs(recipe)):
+                raise RecipeError(
+                    f"{origin} has no {name} to begin with, nor anything that it reads, it has "
+                    f"{', '.join(card['parts'])}; train only these by --stage, and then the others without --from"
+                )
+            continue
         for knob in config.objective:
             if knob in kind.knobs and kind.knobs[knob].anew and round(config.number(knob, 0) * config.steps):
                 raise RecipeError(
