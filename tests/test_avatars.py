@@ -14,7 +14,7 @@ from kartina.training.shards import check_shards
 from kartina.training.stream import ShardSource
 
 if not all(map(importlib.util.find_spec, ("dicebear", "dicebear_styles", "resvg_py"))):
-    pytest.skip('DiceBear is not here: pip install "kartina[data]"', allow_module_level=True)
+    pytest.skip("DiceBear is not here, the extra data", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")

