@@ -329,7 +329,11 @@ def test_the_loop_warns_once_and_the_command_says_it_again(healthy, tmp_path):
     (event,) = [event for event in history.read(tmp_path)["prior"].events if event["event"] == "finding"]
     assert event["finding"] == "latent scale off" and event["step"] == 40
     result = CliRunner().invoke(cli.app, ["doctor", str(tmp_path)])
-    assert result.exit_code == 1 and "latent scale off" in result.output and "\n  do     train the tokenizer" in result.output
+    assert (
+        result.exit_code == 1
+        and "latent scale off" in result.output
+        and "\n  do     train the tokenizer" in result.output
+    )
     result = CliRunner().invoke(cli.app, ["doctor", str(tmp_path), "--json"])
     assert result.exit_code == 1 and json.loads(result.output)["name"] == "latent scale off"
     result = CliRunner().invoke(cli.app, ["doctor", str(healthy[0])])

@@ -1,12 +1,15 @@
 """Recipes: strict keys with the nearest valid one, overrides, closed tables, and counts on the meta device."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from kartina.pipeline import recipe as recipes
 from kartina.training import run as runs
+from kartina.training.stages import STAGES
 
 ALL = sorted(str(p.relative_to(runs.RECIPES).with_suffix("")) for p in runs.RECIPES.rglob("*.yaml"))
 
@@ -147,3 +150,27 @@ def test_knobs_of_the_recipe_s_own_sampler_and_guidance_are_not_those_of_another
     assert (other["eta"], other["spacing"], other["negative"]) == (None, None, "a ring")
     alone = recipes.sampling_knobs(recipe, {"guidance_scale": 1.0}, "tests")
     assert (alone["eta"], alone["guidance_rescale"], alone["negative"]) == (1.0, 0.0, "")
+
+
+def test_the_page_on_recipes_names_every_recipe_key_kind_and_knob_and_no_other():
+    """Between backticks, or in a list behind the folder of recipes."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    said = set(re.findall(r"`([\w./-]+)`", page))
+    sections = (
+        recipes.Recipe,
+        runs.Training,
+        runs.Data,
+        runs.Stage,
+        runs.Optimizer,
+        recipes.Diffusion,
+        recipes.Captions,
+    )
+    known = {key for section in sections for key in section.model_fields}
+    known |= {kind for kinds in recipes.PARTS.values() for kind in kinds} | recipes.PARTS.keys()
+    known |= {knob for stage in STAGES.values() for knob in stage.knobs}
+    names = {line.split("`")[1]: re.split(r"[ ,|]+", line.split("`")[2]) for line in page.splitlines() if "/` " in line}
+    assert {folder + name for folder, words in names.items() for name in words if folder + name in ALL} == {*ALL}
+    assert not known - said, "not on the page"
+    words = {"stages.", "training.stages.", "training.data", "training", "training/recipes/", ".yaml", "shapes/dalle"}
+    words |= {"shapes", "digits", "shards"}  # kinds of data
+    assert not said - known - words - {*names}, "not in the code"
