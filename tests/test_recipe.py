@@ -156,15 +156,8 @@ def test_the_page_on_recipes_names_every_recipe_key_kind_and_knob_and_no_other()
     """Between backticks, or in a list behind the folder of recipes."""
     page = (Path(__file__).resolve().parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
     said = set(re.findall(r"`([\w./-]+)`", page))
-    sections = (
-        recipes.Recipe,
-        runs.Training,
-        runs.Data,
-        runs.Stage,
-        runs.Optimizer,
-        recipes.Diffusion,
-        recipes.Captions,
-    )
+    sections = [runs.Training, runs.Data, runs.Stage, runs.Optimizer, *recipes.SAMPLING.values()]
+    sections += [recipes.Recipe, recipes.Captions, recipes.Diffusion]
     known = {key for section in sections for key in section.model_fields}
     known |= {kind for kinds in recipes.PARTS.values() for kind in kinds} | recipes.PARTS.keys()
     known |= {knob for stage in STAGES.values() for knob in stage.knobs}
