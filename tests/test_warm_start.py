@@ -74,7 +74,7 @@ def test_the_stages_that_a_model_lacks_are_trained_after_it(tiny, trained_tokeni
     assert card(run)["prior"]["identity"]["from"] is None
 
 
-def test_a_prior_begins_anew_over_the_tokenizer_of_a_model(tiny, trained_tokenizer, tmp_path):
+def test_a_prior_begins_anew_over_the_tokenizer_of_a_model(tiny, trained_tokenizer, tmp_path, capsys):
     """One that was converted, without captions, too; the same command goes on."""
     alone = tmp_path / "alone"
     shutil.copytree(trained_tokenizer / "model", alone)
@@ -85,6 +85,10 @@ def test_a_prior_begins_anew_over_the_tokenizer_of_a_model(tiny, trained_tokeniz
     assert parts["tokenizer"] == card(trained_tokenizer)["tokenizer"] and parts["prior"]["identity"]["from"] == {}
     assert parts["prior"]["trained_against"]["tokenizer"] == parts["tokenizer"]["hash"]
     assert (tmp_path / "run" / "model" / "captions.json").is_file()
+    other = tmp_path / "other"
+    assert short("tokenizer", [*tiny["patch_dvae"][1], "training.seed=1"], other) == 0
+    assert short("prior", tiny["dalle"][1], other, "--from", str(alone)) == 2
+    assert f"has another tokenizer than {alone}" in capsys.readouterr().err
 
 
 @pytest.fixture

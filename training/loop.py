@@ -140,7 +140,7 @@ class _Run:
         """Forgets the best metric where it was not measured on what metrics are measured on now."""
         run, measured = self.state, self.validation
         ruler = "" if measured is None else f"{self.config.validate_samples} of {measured.fingerprint}"
-        if run.best is not None and run.ruler != ruler:
+        if run.best is not None and run.ruler not in ("", ruler) and run.step < self.config.steps:
             message = f"the best metric, of step {run.best[1]}, was measured on other data: a new one from here on"
             self.log.event(run.step, "other ruler", message)
             run.best = None
@@ -171,7 +171,7 @@ class _Run:
         if self.config.export == "best" and run.best is not None:
             run.restore(state.require_whole(state.path_of(self.checkpoints, run.best[2])), data_too=False)
         elif self.config.export == "best":
-            self.log.event(run.step, "no best", "the headline metric was never finite: the last weights are exported")
+            self.log.event(run.step, "no best", "there is no best metric: the last weights are exported")
         self.accelerator.wait_for_everyone()
         return run.ema
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pipeline.checkpoint import write_text
+from ..pipeline.recipe import RecipeError
 from ..pipeline.terminal import progress_bar
 from .samples import (
     DECODERS,
@@ -37,6 +38,7 @@ from .samples import (
 from .samples import build_index as build_index
 
 _FORMAT = 1  # of the manifest
+_CHANGED = "changed since it was packed: its sha256 is not the manifest's"
 
 
 def _shown(items: Sequence[Any], label: str) -> Iterator[Any]:
@@ -229,13 +231,17 @@ def _promised(folder: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def check_whole(where: Path | str | Sequence[Path | str], indexes: Sequence[Index]) -> None:
-    """Raises ValueError for shards that were cut off, and for those of a folder's manifest that are gone."""
+    """Raises RecipeError for shards that were cut off, and for those of a folder's manifest that are gone or others."""
     found = {index.path.name: index.problem for index in indexes if index.problem not in (None, EMPTY)}
     for folder in map(Path, [where] if isinstance(where, (str, Path)) else where):
-        lost = [name for name in _promised(folder)[0] if not (folder / name).is_file()]
-        found |= dict.fromkeys(lost, "missing, though the manifest lists it")
+        hashes, here = _promised(folder)[0], {i.path.name: i.sha256 for i in indexes if i.path.parent == folder}
+        for name, digest in hashes.items():
+            if not (folder / name).is_file():
+                found[name] = "missing, though the manifest lists it"
+            elif here.get(name, digest) != digest:
+                found.setdefault(name, _CHANGED)
     if found:
-        raise ValueError(
+        raise RecipeError(
             f"the data is not whole: {'; '.join(f'{name}: {why}' for name, why in [*found.items()][:5])}"
             f"{f'; and {len(found) - 5} more' if len(found) > 5 else ''}. Copy or pack it again; to do without these, "
             "remove them and manifest.json"
@@ -259,7 +265,7 @@ def check_shards(paths: Path | str | Iterable[Path | str]) -> CheckReport:
     for shard in shards:
         (hashes, arrays), index, problem = promised[shard.parent], build_index(shard), None
         if hashes.get(shard.name, index.sha256) != index.sha256:
-            problem = "changed since it was packed: its sha256 is not the manifest's"
+            problem = _CHANGED
         if problem := index.problem or problem:
             report.shards[shard.name] = problem
         with open(shard, "rb") as file:

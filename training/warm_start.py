@@ -33,6 +33,7 @@ def check(recipe: Recipe, stages: dict[str, tuple[Any, Stage]], origin: Path, mo
                     f"{origin} has no {name} to begin with, nor anything that it reads, it has "
                     f"{', '.join(card['parts'])}; train only these by --stage, and then the others without --from"
                 )
+            _check_below(recipe, kind.needs(recipe), origin, model, [*stages])
             continue
         for knob in config.objective:
             if knob in kind.knobs and kind.knobs[knob].anew and round(config.number(knob, 0) * config.steps):
@@ -59,6 +60,19 @@ def check(recipe: Recipe, stages: dict[str, tuple[Any, Stage]], origin: Path, mo
             )
     for part in begun:
         _check_read(recipe, origin, model, part, {*begun, *stages, *along, "captions"})
+
+
+def _check_below(recipe: Recipe, read: tuple[str, ...], origin: Path, model: Path, names: list[str]) -> None:
+    """What a stage that begins anew reads of the model must be what the run then has."""
+    entries, own = checkpoint.read_card(origin)["parts"], checkpoint.parts_in(model)
+    along = comes_along(recipe, origin, model, names)
+    for part in read:
+        here = own.get(part, {}).get("hash") == entries.get(part, {}).get("hash")
+        if part in entries and part not in along and part not in names and not here:
+            raise RecipeError(
+                f"{model} has another {part} than {origin}, which would not be read; take another --run, or leave out "
+                "--from"
+            )
 
 
 def _check_read(recipe: Recipe, origin: Path, model: Path, part: str, taken: set[str]) -> None:
