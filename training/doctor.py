@@ -124,8 +124,8 @@ def codebook_collapse(history: History) -> Found:
     perplexities = [value for _, value in history.curve("valid/perplexity", _begin(history))] or [float("nan")]
     seen = f"{usage:.0%} of the codes occur in the validation set, with a perplexity of {perplexities[-1]:.1f}"
     advice = (
-        "start the codes from k-means (stages.tokenizer.objective.kmeans=0.05; of a dVAE autoencoder=0.2) and revive "
-        "dead ones (restart_every=50, but of a dVAE), or lower num_codes or kl_weight"
+        "start the codes from k-means (stages.tokenizer.objective.kmeans=0.05, of a dVAE autoencoder=0.2), revive dead "
+        "ones (restart_every=50, not of a dVAE), or lower num_codes or kl_weight"
     )
     if usage < _USAGE:
         yield "codebook collapse", f"{seen}; at least {_USAGE:.0%} are expected", advice
