@@ -5,7 +5,7 @@ import errno
 from PIL import Image
 
 from kartina.training import __main__ as trainer
-from kartina.training import shards, state
+from kartina.training import packing, state
 
 
 def test_the_best_is_of_one_ruler(tiny, tmp_path, capsys):
@@ -25,7 +25,7 @@ def test_the_best_is_of_one_ruler(tiny, tmp_path, capsys):
 def test_without_anything_held_out_there_is_no_best(tiny, tmp_path, capsys):
     for k in range(3):
         Image.effect_noise((32, 32), 50 + k).save(tmp_path / f"{k}.png")
-    shards.pack_folder(tmp_path, tmp_path / "shards", captionless=True)
+    packing.pack_folder(tmp_path, tmp_path / "shards", captionless=True)
     data = f"training.data={{kind: shards, shards: {tmp_path / 'shards'}, validation_share: 0.0}}"
     command = [*tiny["patch_dvae"][1], data, "stages.tokenizer.steps=1", "--run", str(tmp_path / "run")]
     assert trainer.main([*command, "stages.tokenizer.export=best"]) == 2

@@ -5,18 +5,12 @@ import json
 import os
 import pickle
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from kartina.pipeline.known_models import SHIPPED
-from kartina.training import run as runs
-from kartina.training import samples, shards, stream
-from kartina.training.stages.clip import CLIPStage
-from kartina.training.stages.contract import captions_of
+from kartina.training import samples, shards
 from kartina.training.stream import ShardSource
 
 
@@ -33,37 +27,6 @@ def foreign_tar(path, members: dict[str, bytes]):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
-
-
-def test_packing_keeps_bytes_and_names(tmp_path):
-    folder = tmp_path / "in"
-    (folder / "deep").mkdir(parents=True)
-    names = ["a.b 2.0 (x).v1.JPG", "deep/plain.jpg", "deep/кошка.jpg"]
-    for k, name in enumerate(names):
-        (folder / name).write_bytes(picture("JPEG", color=(k, 2, 3)))
-        (folder / name).with_suffix(".txt").write_text(f"caption {k} 猫", encoding="utf-8")
-    (folder / "alone.png").write_bytes(picture())
-    (folder / "nobody.txt").write_text("no picture here")
-    (folder / "broken.png").write_bytes(picture()[:40])
-    (folder / "broken.txt").write_text("a broken one")
-    (folder / "notes.md").write_text("else")
-    report = shards.pack_folder(folder, tmp_path / "out", samples_per_shard=2)
-    assert report.packed == 3 and report.no_caption == ["alone.png"] and report.no_picture == ["nobody.txt"]
-    assert list(report.bad) == ["broken.png"] and report.ignored == ["notes.md"]
-
-    import webdataset
-
-    found = shards.find_shards(tmp_path / "out")
-    assert len(found) == 2
-    read = list(webdataset.WebDataset([str(p) for p in found], shardshuffle=False, empty_check=False))
-    assert [json.loads(s["json"])["name"] for s in read] == names
-    for sample, name in zip(read, names, strict=True):
-        assert "." not in sample["__key__"]
-        assert sample["jpg"] == (folder / name).read_bytes()
-        assert sample["txt"] == (folder / name).with_suffix(".txt").read_bytes()
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["samples"] == 3 and [s["samples"] for s in manifest["shards"]] == [2, 1]
-    assert shards.check_shards(tmp_path / "out").bad == {}
 
 
 def test_equal_input_gives_equal_shards_and_the_index_finds_members(tmp_path):
@@ -169,22 +132,6 @@ def test_training_refuses_a_shard_that_is_not_what_was_packed(tmp_path):
         ShardSource(tmp_path / "out", 8, 0)
 
 
-def test_packing_follows_a_link_and_refuses_a_mount(tmp_path, monkeypatch):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "big").mkdir()
-    (tmp_path / "out").symlink_to(tmp_path / "big")
-    name = os.fsencode(tmp_path / "pictures") + b"/caf\xe9"  # not UTF-8
-    for extension, content in ((b".png", picture()), (b".txt", b"coffee")):
-        Path(os.fsdecode(name + extension)).write_bytes(content)
-    shards.pack_folder(tmp_path / "pictures", tmp_path / "out")
-    assert (tmp_path / "out").is_symlink() and (tmp_path / "big" / "shard-000000.tar").is_file()
-    source = ShardSource(tmp_path / "out", 8, 0)
-    assert source.read([0]).captions == ["coffee"] and not source.read([0]).problems
-    monkeypatch.setattr(Path, "is_mount", lambda path: True)
-    with pytest.raises(ValueError, match="name a folder inside it"):
-        shards.pack_folder(tmp_path / "pictures", tmp_path / "other")
-
-
 def test_a_stale_or_spoilt_index_is_built_again(tmp_path):
     path = foreign_tar(tmp_path / "x.tar", {"a.png": picture(), "a.txt": b"a"})
     first = samples._load_index(path)
@@ -279,24 +226,3 @@ def test_a_shard_that_the_manifest_lists_and_that_is_gone_is_a_finding(tmp_path)
     assert report.samples == 3
     with pytest.raises(ValueError, match="no shard at .*nowhere.*data pack"):
         shards.check_shards(tmp_path / "nowhere")
-
-
-def test_pictures_without_captions_are_packed_where_asked_for(tmp_path):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for k in range(4):
-        (folder / f"{k}.png").write_bytes(picture(color=(k, 2, 3)))
-    with pytest.raises(ValueError, match="4 without caption, which --no-captions packs"):
-        shards.pack_folder(folder, tmp_path / "none")
-    report = shards.pack_folder(folder, tmp_path / "out", captionless=True)
-    assert (report.packed, report.captionless, report.no_caption) == (4, 4, [])
-    assert shards.check_shards(tmp_path / "out").bad == {}
-    source = stream.ShardSource(tmp_path / "out", 8, seed=0)
-    batch = source.read(range(4))
-    assert batch.captions == [""] * 4 and batch.weight.tolist() == [1] * 4 and not batch.problems
-    recipe, training = runs.load("shapes/dalle", ["stages.clip.objective={}"])
-    clip = CLIPStage(recipe, training.stages["clip"], source, SHIPPED / "shapes/dalle", 0, torch.device("cpu"))
-    refusing = [lambda: source.captions(range(4)), lambda: captions_of(batch), lambda: next(clip.updates(batch, 0))]
-    for refused in refusing:
-        with pytest.raises(ValueError, match="shard-000000/00000000. was packed without one; put a .txt beside"):
-            refused()

@@ -14,7 +14,8 @@ from kartina.training import __main__ as trainer
 from kartina.training import encode, stream
 from kartina.training import run as runs
 from kartina.training.cache import source_for
-from kartina.training.shards import ShardWriter, pack_folder
+from kartina.training.packing import pack_folder
+from kartina.training.shards import ShardWriter
 from kartina.training.stages.dalle import DALLEStage
 
 GOLDEN = [6, 1, 3, 0, 2, 4, 7, 5]

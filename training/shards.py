@@ -1,52 +1,31 @@
-"""WebDataset tar shards: writing, packing a folder of captioned pictures, and checking.
+"""WebDataset tar shards: writing and checking.
 
 WebDataset ends a sample's key at the first dot of a file name, so the writer makes the keys itself (numbers, no dots)
 and keeps the original name in the sample's json: `000000012.jpg`, `000000012.txt`, `000000012.json`. A folder of shards
 has a manifest.json (samples and sha256 of each shard) and an index beside each shard. The format: Aizman 2019,
 arXiv 2001.01858.
 
-It does not know the order in which samples are read (`stream` does), nor what they train.
+It does not know where pictures come from (`packing` does), nor the order in which samples are read (`stream` does).
 """
 
-import hashlib
 import io
 import json
 import os
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..pipeline.checkpoint import write_text
 from ..pipeline.recipe import RecipeError
-from ..pipeline.terminal import progress_bar
-from .samples import (
-    DECODERS,
-    EMPTY,
-    MEMBER_LIMIT,
-    PICTURES,
-    BadSample,
-    Index,
-    decode,
-    find_shards,
-    lines,
-    read_encoded,
-    read_sample,
-)
+from ..pipeline.terminal import followed
+from .samples import DECODERS, EMPTY, BadSample, Index, find_shards, read_encoded, read_sample
 from .samples import build_index as build_index
 
 _FORMAT = 1  # of the manifest
 _CHANGED = "changed since it was packed: its sha256 is not the manifest's"
-
-
-def _shown(items: Sequence[Any], label: str) -> Iterator[Any]:
-    """Passes items on, with a progress bar once two seconds have gone by."""
-    with progress_bar(label, transient=True) as report:
-        for done, item in enumerate(items):
-            report(done, len(items))
-            yield item
 
 
 def free_folder(out: Path | str) -> Path:
@@ -133,86 +112,6 @@ class ShardWriter:
 
 
 @dataclass
-class PackReport:
-    """What packing did with each file of the folder, by relative name."""
-
-    packed: int = 0
-    captionless: int = 0  # of these
-    several: int = 0  # of these, with several captions
-    no_caption: list[str] = field(default_factory=list)
-    no_picture: list[str] = field(default_factory=list)
-    duplicates: list[str] = field(default_factory=list)
-    bad: dict[str, str] = field(default_factory=dict)
-    ignored: list[str] = field(default_factory=list)
-
-
-def pack_folder(
-    folder: Path | str, out: Path | str, samples_per_shard: int = 1000, captionless: bool = False
-) -> PackReport:
-    """Packs pictures with sibling captions (`x.jpg`, `x.txt`; subfolders too) into shards under `out`, bytes untouched.
-
-    Each line of a text is a caption of the picture, of which the stream draws one.
-    captionless: packs a picture without a caption too, and says in its json that it has none.
-    Every file that is not packed is named in the report. Duplicates are packed and named. Raises ValueError where
-    nothing can be packed.
-    """
-    folder, report = Path(folder), PackReport()
-    seen: dict[bytes, str] = {}
-    out_path = Path(out).resolve()
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and out_path not in p.resolve().parents]
-    texts = {p.with_suffix(""): p for p in files if p.suffix.lower() == ".txt"}
-    used: set[Path] = set()
-    with ShardWriter(out, samples_per_shard) as writer:
-        for path in _shown(files, "packing"):
-            name, extension = path.relative_to(folder).as_posix(), path.suffix.lower().removeprefix(".")
-            if extension not in PICTURES:
-                if extension != "txt":
-                    report.ignored.append(name)
-                continue
-            text = texts.get(path.with_suffix(""))
-            if text is None and not captionless:
-                report.no_caption.append(name)
-                continue
-            used |= {text} if text else set()
-            members: dict[str, bytes] = {}
-            captions: list[str] = []
-            try:
-                members[extension] = data = _packable(path, extension)
-                if text is not None:
-                    members["txt"] = text.read_bytes()
-                    if not (captions := lines(decode("txt", members["txt"]))):
-                        raise BadSample("empty .txt")
-            except (BadSample, OSError) as error:
-                report.bad[name] = str(error)
-                continue
-            digest = hashlib.sha256(data).digest()
-            if digest in seen:
-                report.duplicates.append(name)
-            first = seen.setdefault(digest, name)  # a split into training and validation keeps equals together
-            facts = {"same_as": first} if first != name else {}
-            writer.write(members, name=name, **facts, **({"captionless": True} if text is None else {}))
-            report.captionless += text is None
-            report.several += len(captions) > 1
-        report.packed = writer.count
-        report.no_picture = [text.relative_to(folder).as_posix() for text in texts.values() if text not in used]
-        if not report.packed:
-            raise ValueError(
-                f"nothing to pack in {folder}: expected pictures ({', '.join(PICTURES)}) with a .txt of the same name "
-                f"beside each; {len(report.no_caption)} without caption, which --no-captions packs, {len(report.bad)} "
-                "broken"
-            )
-    return report
-
-
-def _packable(path: Path, extension: str) -> bytes:
-    if path.stat().st_size > MEMBER_LIMIT:
-        raise BadSample(f"too large: {path.stat().st_size} bytes, over {MEMBER_LIMIT}")
-    data = path.read_bytes()
-    decode(extension, data)
-    return data
-
-
-@dataclass
 class CheckReport:
     """How many samples were read, and what is wrong: `bad` by `shard/key`, `shards` by file name."""
 
@@ -269,7 +168,7 @@ def check_shards(paths: Path | str | Iterable[Path | str]) -> CheckReport:
         if problem := index.problem or problem:
             report.shards[shard.name] = problem
         with open(shard, "rb") as file:
-            for entry in _shown(index.entries, shard.name):
+            for entry in followed(index.entries, shard.name):
                 report.samples += 1
                 try:
                     read_encoded(file, entry, arrays) if arrays else read_sample(file, entry)

@@ -15,16 +15,25 @@ app = typer.Typer(help="Pack, check and prepare pictures with captions.", no_arg
 
 @app.command()
 def pack(
-    folder: Path,
+    source: Annotated[str, typer.Argument(help="a folder of pictures, of .parquet files, or OWNER/NAME of the hub")],
     out: Path,
     samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
-    no_captions: Annotated[bool, typer.Option("--no-captions", help="pack pictures without a .txt too")] = False,
+    no_captions: Annotated[bool, typer.Option("--no-captions", help="pack pictures without a caption too")] = False,
+    caption: Annotated[str | None, typer.Option(help="column of the captions; by default text or caption")] = None,
+    picture: Annotated[
+        str | None, typer.Option(help="column of a data set's pictures; by default the only one")
+    ] = None,
+    split: Annotated[str, typer.Option(help="of a data set")] = "train",
 ) -> None:
-    """Pack pictures with sibling .txt captions, one a line, into WebDataset shards."""
-    from ...pipeline.terminal import tell
-    from ..shards import pack_folder
+    """Pack pictures with captions into WebDataset shards.
 
-    report = pack_folder(folder, out, samples_per_shard, no_captions)
+    In a folder captions lie beside the pictures, in x.txt for x.jpg, one a line, or in a metadata.jsonl or metadata.csv
+    with the columns file_name and text. Data sets of Hugging Face have them in columns.
+    """
+    from ...pipeline.terminal import tell
+    from ..packing import pack as pack_pictures
+
+    report = pack_pictures(source, out, samples_per_shard, no_captions, caption, picture, split)
     without = f", {report.captionless} without a caption" if report.captionless else ""
     several = f", {report.several} with several captions, a line each" if report.several else ""
     typer.echo(f"packed {report.packed} samples into {out}{without}{several}")

@@ -1,0 +1,238 @@
+"""Packing: every picture with a caption comes into a shard with its bytes, whatever is left out is named."""
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from kartina.pipeline.known_models import SHIPPED
+from kartina.training import packing, samples, shards, stream
+from kartina.training import run as runs
+from kartina.training.stages.clip import CLIPStage
+from kartina.training.stages.contract import captions_of
+from kartina.training.stream import ShardSource
+
+
+def picture(kind: str = "PNG", color=(200, 10, 30), **save) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(out, kind, **save)
+    return out.getvalue()
+
+
+def packed(folder: Path) -> dict[str, list[str]]:
+    """The captions of each sample of the shards by name."""
+    found = {}
+    for shard in shards.find_shards(folder):
+        with open(shard, "rb") as file:
+            for entry in samples.load_index(shard).entries:
+                name = samples.decode("json", samples.read_member(file, entry, "json"))["name"]
+                found[name] = samples.read_sample(file, entry)[1]
+    return found
+
+
+def test_packing_keeps_bytes_and_names(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    names = ["a.b 2.0 (x).v1.JPG", "deep/plain.jpg", "deep/кошка.jpg"]
+    for k, name in enumerate(names):
+        (folder / name).write_bytes(picture("JPEG", color=(k, 2, 3)))
+        (folder / name).with_suffix(".txt").write_text(f"caption {k} 猫", encoding="utf-8")
+    (folder / "alone.png").write_bytes(picture())
+    (folder / "nobody.txt").write_text("no picture here")
+    (folder / "broken.png").write_bytes(picture()[:40])
+    (folder / "broken.txt").write_text("a broken one")
+    (folder / "notes.md").write_text("else")
+    report = packing.pack_folder(folder, tmp_path / "out", samples_per_shard=2)
+    assert report.packed == 3 and report.no_caption == ["alone.png"] and report.no_picture == ["nobody.txt"]
+    assert list(report.bad) == ["broken.png"] and report.ignored == ["notes.md"]
+
+    import webdataset
+
+    found = shards.find_shards(tmp_path / "out")
+    assert len(found) == 2
+    read = list(webdataset.WebDataset([str(p) for p in found], shardshuffle=False, empty_check=False))
+    assert [json.loads(s["json"])["name"] for s in read] == names
+    for sample, name in zip(read, names, strict=True):
+        assert "." not in sample["__key__"]
+        assert sample["jpg"] == (folder / name).read_bytes()
+        assert sample["txt"] == (folder / name).with_suffix(".txt").read_bytes()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["samples"] == 3 and [s["samples"] for s in manifest["shards"]] == [2, 1]
+    assert shards.check_shards(tmp_path / "out").bad == {}
+
+
+def test_packing_follows_a_link_and_refuses_a_mount(tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "big").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "big")
+    name = os.fsencode(tmp_path / "pictures") + b"/caf\xe9"  # not UTF-8
+    for extension, content in ((b".png", picture()), (b".txt", b"coffee")):
+        Path(os.fsdecode(name + extension)).write_bytes(content)
+    packing.pack_folder(tmp_path / "pictures", tmp_path / "out")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "big" / "shard-000000.tar").is_file()
+    source = ShardSource(tmp_path / "out", 8, 0)
+    assert source.read([0]).captions == ["coffee"] and not source.read([0]).problems
+    monkeypatch.setattr(Path, "is_mount", lambda path: True)
+    with pytest.raises(ValueError, match="name a folder inside it"):
+        packing.pack_folder(tmp_path / "pictures", tmp_path / "other")
+
+
+def test_pictures_without_captions_are_packed_where_asked_for(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for k in range(4):
+        (folder / f"{k}.png").write_bytes(picture(color=(k, 2, 3)))
+    with pytest.raises(ValueError, match="4 without caption, which --no-captions packs"):
+        packing.pack_folder(folder, tmp_path / "none")
+    report = packing.pack_folder(folder, tmp_path / "out", captionless=True)
+    assert (report.packed, report.captionless, report.no_caption) == (4, 4, [])
+    assert shards.check_shards(tmp_path / "out").bad == {}
+    source = stream.ShardSource(tmp_path / "out", 8, seed=0)
+    batch = source.read(range(4))
+    assert batch.captions == [""] * 4 and batch.weight.tolist() == [1] * 4 and not batch.problems
+    recipe, training = runs.load("shapes/dalle", ["stages.clip.objective={}"])
+    clip = CLIPStage(recipe, training.stages["clip"], source, SHIPPED / "shapes/dalle", 0, torch.device("cpu"))
+    refusing = [lambda: source.captions(range(4)), lambda: captions_of(batch), lambda: next(clip.updates(batch, 0))]
+    for refused in refusing:
+        with pytest.raises(ValueError, match="shard-000000/00000000. was packed without one; put a .txt beside"):
+            refused()
+
+
+def test_captions_come_from_tables_too(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    for k, name in enumerate(("a.jpg", "b.png", "c.png", "deep/d.webp", "deep/e.png", "none.png")):
+        kind = {".jpg": "JPEG", ".png": "PNG", ".webp": "WEBP"}[Path(name).suffix]
+        (folder / name).write_bytes(picture(kind, (9 * k, 0, 0)))
+    (folder / "a.txt").write_text("beside it")
+    (folder / "b.txt").write_text("the table knows better")
+    rows = [
+        {"file_name": "b.png", "text": "two\n lines", "else": 1},
+        {"file_name": "./deep/../c.png", "text": ["кошка", "", "猫"]},
+        {"file_name": "gone.png", "text": "nothing"},
+        {"file_name": "../secret.png", "text": "outside"},
+        {"file_name": "none.png", "text": None},
+        {"file_name": "none.png", "text": 3},
+    ]
+    (tmp_path / "secret.png").write_bytes(picture())
+    text = "\n".join(json.dumps(row) for row in rows)
+    (folder / "metadata.jsonl").write_text(f"\ufeff{text}\n[1]\n{{half\n", encoding="utf-8")
+    with open(folder / "deep" / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["file_name", "caption"], ["d.webp", "d, the first"], ["d.webp", "d, again"]])
+    report = packing.pack(folder, tmp_path / "out")
+    assert packed(tmp_path / "out") == {
+        "a.jpg": ["beside it"],
+        "b.png": ["two lines"],
+        "c.png": ["кошка", "猫"],
+        "deep/d.webp": ["d, the first", "d, again"],
+    }
+    assert (report.packed, report.several, report.no_caption) == (4, 2, ["deep/e.png", "none.png"])
+    table = "metadata.jsonl, row"
+    assert report.no_picture == [f"{table} 3: gone.png", f"{table} 4: ../secret.png", "b.txt"]
+    assert [*report.bad] == [f"{table} {k}" for k in (6, 7, 8)]
+    assert not report.ignored
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("metadata.jsonl", '{"text": "a"}', "columns text, and no file_name"),
+        ("metadata.csv", "file_name,words\na.png,b\n", "columns file_name, words; name that .* with --caption"),
+        ("metadata.jsonl", b"\xff\xfe", "metadata.jsonl: 'utf-8' codec"),
+        ("metadata.parquet", b"PAR1", "metadata.parquet: "),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_refused(name, content, problem, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(picture())
+    (tmp_path / "in" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=problem):
+        packing.pack(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_column_holds_the_captions(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(picture())
+    (tmp_path / "in" / "metadata.csv").write_text("file_name,words\na.png,these\n")
+    packing.pack(tmp_path / "in", tmp_path / "out", caption="words")
+    assert packed(tmp_path / "out") == {"a.png": ["these"]}
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """Parquet as the hub has it: pictures as bytes and path, beside captions, classes and addresses."""
+    datasets = pytest.importorskip("datasets")
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
+    folder = tmp_path_factory.mktemp("tables")
+    kinds = ["PNG", "JPEG", "WEBP", "PNG"]
+    cells = [{"bytes": picture(kind, (40 * k, 0, 0)), "path": "image"} for k, kind in enumerate(kinds)]
+    (folder / "secret.png").write_bytes(picture())
+    cells += [{"bytes": None, "path": str(folder / "secret.png")}, {"bytes": cells[0]["bytes"][:40], "path": None}]
+    content = {
+        "image": cells,
+        "text": ["one", "two\nlines", None, "four", "five", "six"],
+        "captions": [["a", "b"], ["c"], [], ["d"], ["e"], ["f"]],
+        "label": [0, 1, 1, 0, 1, 1],
+        "url": ["x"] * 6,
+    }
+    features = datasets.Features(
+        image=datasets.Image(decode=False), text=datasets.Value("string"),
+        captions=datasets.List(datasets.Value("string")), label=datasets.ClassLabel(names=["cat", "dog"]),
+        url=datasets.Value("string"),
+    )  # fmt: skip
+    (folder / "data").mkdir()
+    rows = datasets.Dataset.from_dict(content, features)
+    rows.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    rows.select([3]).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+    (folder / "secret.png").rename(folder.parent / "secret.png")
+    return folder
+
+
+def test_a_data_set_is_packed(tables, tmp_path):
+    report = packing.pack(tables, tmp_path / "out")
+    assert packed(tmp_path / "out") == {
+        "train/000000000": ["one"],
+        "train/000000001": ["two lines"],
+        "train/000000003": ["four"],
+    }
+    assert report.no_caption == ["train/000000002"] and [*report.bad] == ["train/000000004", "train/000000005"]
+    assert "names the file" in report.bad["train/000000004"]
+    index = samples.load_index(tmp_path / "out" / "shard-000000.tar")
+    assert [[*entry.members][0] for entry in index.entries] == ["png", "jpg", "png"]
+    one = tables / "data" / "test-00000-of-00001.parquet"
+    assert packing.pack(one, tmp_path / "one", caption="captions").packed == 1
+    assert packed(tmp_path / "one") == {"train/000000000": ["d"]}
+    packing.pack(tables, tmp_path / "test", split="test", caption="label")
+    assert packed(tmp_path / "test") == {"test/000000000": ["cat"]}
+    several = packing.pack(tables, tmp_path / "several", caption="captions")
+    assert several.several == 1 and packed(tmp_path / "several")["train/000000000"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"split": "validation"}, "split validation: datasets cannot read it.*validation"),
+        ({"picture": "url"}, "column url holds addresses of pictures"),
+        ({"picture": "pixels"}, "columns image, text, captions, label, url; name that of the pictures with --picture"),
+        ({"caption": "prompt"}, "columns image, .*; name that of the captions with --caption"),
+    ],
+)
+def test_a_data_set_without_the_split_or_columns_is_refused(options, problem, tables, tmp_path):
+    with pytest.raises(ValueError, match=problem):
+        packing.pack(tables, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_neither_a_folder_nor_a_data_set_is_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    with pytest.raises(ValueError, match="holds no pictures"):
+        packing.pack(tmp_path / "in", tmp_path / "out")
+    for source in (tmp_path / "nowhere", "https://some/where", "words", "a/b/c"):
+        with pytest.raises(ValueError, match="no folder, no .parquet file, and no OWNER/NAME"):
+            packing.pack(source, tmp_path / "out")
