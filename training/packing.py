@@ -107,7 +107,7 @@ def pack_folder(
 
     def offers() -> Iterator[_Offer]:
         for path in followed(sorted(pictures), "packing"):
-            text = None
+            text: Callable[[], bytes] | None = None
             if rows := told.get(path):
                 text = partial("\n".join(rows).encode, errors="surrogatepass")
             elif beside := texts.get(path.with_suffix("")):
