@@ -1,5 +1,6 @@
 """The stream: each sample once a pass at any number of ranks, restored at any position, bad samples in their place."""
 
+import errno
 import io
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +12,7 @@ from PIL import Image
 from kartina.pipeline import checkpoint
 from kartina.pipeline.known_models import find_model
 from kartina.training import __main__ as trainer
-from kartina.training import encode, stream
+from kartina.training import encode, samples, stream
 from kartina.training import run as runs
 from kartina.training.cache import source_for
 from kartina.training.packing import pack_folder
@@ -167,6 +168,27 @@ def test_changed_shards_have_another_fingerprint_and_missing_ones_say_so(parts, 
         stream.ShardSource(tmp_path / "empty", 4, seed=0)
     with pytest.raises(ValueError, match="no shard at"):
         stream.ShardSource(tmp_path / "missing.tar", 4, seed=0)
+
+
+def test_a_file_system_that_fails_for_a_while_ends_no_training(parts, monkeypatch):
+    source = stream.ShardSource(parts, 4, seed=0)
+    expected, pauses, failing = source.read([0]), [], [1, 2]
+    monkeypatch.setattr(samples.time, "sleep", pauses.append)
+
+    def failing_read(*args, **kwargs):
+        if failing:
+            raise OSError(errno.ESTALE, f"failure {failing.pop()}")
+        return read(*args, **kwargs)
+
+    read, reads = samples.read_member, "kartina.training.samples.read_member"
+    monkeypatch.setattr(reads, failing_read)
+    with pytest.warns(UserWarning, match=r"could not be read \(.*failure 2\); trying again in 1 s"):
+        batch = source.read([0])
+    assert torch.equal(batch.image, expected.image) and batch.captions == expected.captions and pauses == [1, 5]
+    failing[:] = range(4)
+    with pytest.warns(UserWarning), pytest.raises(OSError, match="failure 0"):
+        source.read([0])
+    assert sum(pauses[2:]) == 31
 
 
 def test_of_several_captions_one_is_drawn_at_each_position(tmp_path):

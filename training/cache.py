@@ -18,6 +18,7 @@ import json
 import shlex
 import warnings
 from collections.abc import Hashable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import torch
 from ..pipeline.recipe import RecipeError
 from ..pipeline.terminal import speaks
 from .run import Data
-from .samples import BadSample, Index, load_index, read_encoded
+from .samples import BadSample, Index, load_index, patiently, read_encoded
 from .stream import Batch, ShardSource, Source
 
 FORMAT = 1
@@ -101,8 +102,8 @@ class CachedSource:
         index = self.indexes[shard]
         key, shapes = index.sample_name(member), self.arrays.values()
         try:
-            with open(index.path, "rb") as file:
-                arrays, captions = read_encoded(file, index.entries[member], list(self.arrays))
+            read = partial(read_encoded, entry=index.entries[member], names=list(self.arrays))
+            arrays, captions = patiently(index.path, read)
             if [array.shape for array in arrays] != list(shapes):
                 raise BadSample(f"arrays of another shape than {list(shapes)}")
             return arrays, self.source.drawn(captions, position), key, None

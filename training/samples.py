@@ -14,12 +14,13 @@ import io
 import json
 import os
 import tarfile
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -29,6 +30,8 @@ from ..pipeline.images import PHOTOS, upright
 from ..pipeline.terminal import speaks
 
 _FORMAT = 3  # of the index
+_PAUSES = (1.0, 5.0, 25.0)  # seconds
+_T = TypeVar("_T")
 EMPTY = "the shard holds no samples"
 PICTURES = ("jpg", "jpeg", "png", "webp")
 ARRAYS = (
@@ -258,6 +261,22 @@ def find_shards(where: Path | str | Sequence[Path | str]) -> list[Path]:
     if len({shard.resolve() for shard in found}) < len(found):
         raise ValueError(f"a shard is named twice in {where}; each sample would be read twice a pass")
     return sorted(found, key=lambda shard: (shard.name, str(shard)))
+
+
+def patiently(path: Path, read: Callable[[BinaryIO], _T]) -> _T:
+    """What `read` makes of an open file, tried again after a while where the file system fails, as over a network.
+
+    Raises OSError where it still does after half a minute.
+    """
+    for pause in _PAUSES:
+        try:
+            with open(path, "rb") as file:
+                return read(file)
+        except OSError as error:
+            warnings.warn(f"{path} could not be read ({error}); trying again in {pause:.0f} s", stacklevel=2)
+            time.sleep(pause)
+    with open(path, "rb") as file:
+        return read(file)
 
 
 def read_member(file: BinaryIO, entry: Entry, extension: str) -> bytes:

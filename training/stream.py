@@ -19,6 +19,7 @@ from collections import OrderedDict, deque
 from collections.abc import Generator, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -29,7 +30,7 @@ from torch import Tensor
 from ..layers import random
 from ..pipeline.images import fit as fit
 from ..pipeline.terminal import followed, speaks
-from .samples import BadSample, Index, find_shards, load_index, read_captions, read_sample
+from .samples import BadSample, Index, find_shards, load_index, patiently, read_captions, read_sample
 from .shards import check_whole
 
 _log = logging.getLogger(__name__)
@@ -199,8 +200,7 @@ class ShardSource:
         index = self.indexes[shard]
         key = index.sample_name(member)
         try:
-            with open(index.path, "rb") as file:
-                picture, captions = read_sample(file, index.entries[member])
+            picture, captions = patiently(index.path, partial(read_sample, entry=index.entries[member]))
             return fit(picture, self.side), self.drawn(captions, position), key, None
         except BadSample as error:
             return torch.zeros(3, self.side, self.side), "", key, str(error)
@@ -227,8 +227,9 @@ class ShardSource:
         for position in positions:
             shard, member = self.place(int(position))
             index = self.indexes[shard]
-            with open(index.path, "rb") as file, contextlib.suppress(BadSample):
-                found.append(self.drawn(read_captions(file, index.entries[member]), int(position)))
+            with contextlib.suppress(BadSample):
+                told = patiently(index.path, partial(read_captions, entry=index.entries[member]))
+                found.append(self.drawn(told, int(position)))
             if found and not found[-1]:
                 raise ValueError(NO_CAPTION.format(index.sample_name(member)))
         return found
