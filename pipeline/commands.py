@@ -14,6 +14,8 @@ app = typer.Typer()
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object a line")]
 OWN = "by default the model's own"
+Reranker = Annotated[str | None, typer.Option(help="an open_clip model that ranks: a name or a folder")]
+RerankerWeights = Annotated[str | None, typer.Option(help="its weights: a published tag or a file")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: cuda where there is one")]
 
 
@@ -32,8 +34,8 @@ def paint(
     sampler: Annotated[str | None, typer.Option(help=f"of diffusion: ddim, dpmpp_2m, unipc ...; {OWN}")] = None,
     eta: Annotated[float | None, typer.Option(help="of ddim: 0 draws no noise on the way, 1 as much as ddpm")] = None,
     negative: Annotated[str | None, typer.Option(help="of diffusion: what guidance leads away from")] = None,
-    reranker: Annotated[str | None, typer.Option(help="an open_clip model that ranks: a name or a folder")] = None,
-    reranker_pretrained: Annotated[str | None, typer.Option(help="its weights: a published tag or a file")] = None,
+    reranker: Reranker = None,
+    reranker_pretrained: RerankerWeights = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     compiled: Annotated[bool, typer.Option("--compile", help="of diffusion, for GPUs: by torch.compile")] = False,
@@ -95,18 +97,23 @@ def resynthesise(
     model: Annotated[str, typer.Option(help="a model's name or folder")],
     attribute: Annotated[list[str], typer.Option(help="NAME=+1 or NAME=-1, as in glasses=+1")],
     strength: Annotated[float, typer.Option(help="0: not at all, 1: the whole way")] = 1.0,
+    each: Annotated[bool, typer.Option("--each", help="the moved pictures alone, a file each")] = False,
     device: Device = "auto",
     out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = Path("out"),
+    as_json: Json = False,
 ) -> None:
     """Move pictures along attributes of a model's latents: before and after at growing strengths, as one grid."""
     from . import gallery, resynthesis
     from .images import PHOTOS, read_picture, save_png
 
     moves, shown = resynthesis.moves_of(attribute), [read_picture(path, PHOTOS) for path in pictures]
-    path = gallery.targets(out, 1, grid=True)[0]
+    paths = gallery.targets(out, len(shown) if each else 1, grid=not each)
     system = resynthesis.Resynthesis.load(model, device_named(device))
-    save_png(resynthesis.sheet(system, shown, moves, strength), path, {"moves": moves, "strength": strength})
-    typer.echo(str(path))
+    draw = resynthesis.moved if each else resynthesis.sheets
+    for path, picture in zip(paths, draw(system, shown, moves, strength), strict=True):
+        facts = {"model": model, "moves": moves, "strength": strength}
+        save_png(picture, path, facts)
+        tell(path, facts, as_json)
 
 
 @app.command()
@@ -162,8 +169,7 @@ def convert(
     from .checkpoint import save_part
 
     _check_new(out)
-    if part not in (None, "tokenizer"):
-        raise ValueError(f"--part {part!r:.40} is unknown; valid: tokenizer")
+    _check_part(part)
     path = Path(source)
     if not path.exists():
         if not published.is_repository(source):
@@ -194,6 +200,7 @@ def export(
     model: Annotated[str, typer.Argument(help="a name, a model folder or a run folder")],
     out: Annotated[Path, typer.Argument(help="the folder to make")],
     to: Annotated[str, typer.Option(help="whose format: diffusers")] = "diffusers",
+    part: Annotated[str | None, typer.Option(help="tokenizer: only this of a diffusion model")] = None,
 ) -> None:
     """Write a diffusion model, or else the tokenizer of a model, as a folder that diffusers loads."""
     from . import diffusers_folder, published
@@ -202,18 +209,25 @@ def export(
 
     if to != "diffusers":
         raise ValueError(f"--to {to!r} is unknown; valid: diffusers")
+    _check_part(part)
     _check_new(out)
     folder = find_model(model)
     recipe = load_recipe(folder)
-    if recipe.parts.get("prior", {}).get("kind") == "unet" and (
-        "text" in recipe.parts or "tokenizer" not in recipe.parts
-    ):
+    prior = recipe.parts.get("prior", {}).get("kind")
+    if prior == "unet" and part is None:
         diffusers_folder.save(folder, out)
     elif "tokenizer" in recipe.parts:
         published.save_diffusers(out, recipe.parts["tokenizer"], load_weights(folder, "tokenizer"))
+        if prior is not None and part is None:
+            typer.echo(f"the tokenizer alone: diffusers has no pipeline for a prior {prior}", err=True)
     else:
         raise ValueError(f"{model} has no tokenizer, only {', '.join(recipe.parts)}; export another model")
     typer.echo(str(out))
+
+
+def _check_part(part: str | None) -> None:
+    if part not in (None, "tokenizer"):
+        raise ValueError(f"--part {part!r:.40} is unknown; valid: tokenizer")
 
 
 def _check_new(out: Path) -> None:

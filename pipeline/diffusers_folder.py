@@ -1,5 +1,6 @@
 """A diffusion model of ours as a folder of which diffusers makes a `StableDiffusionPipeline`, or for a prior that fills
-a mask its inpainting form, that paints the same; of a model of pixels a `DDPMPipeline`.
+a mask its inpainting form, that paints the same; of a model without captions a `DDPMPipeline` (pixels) or an
+`LDMPipeline` (latents).
 
 It does not know how such a folder is read, see `stable_diffusion`. Guidance and the number of steps are arguments of
 their pipeline, which such a folder cannot hold.
@@ -26,8 +27,8 @@ def save(model: Path, out: Path) -> None:
     """Writes the parts of a model folder. Raises ValueError for a system that their pipelines cannot hold."""
     card, recipe = checkpoint.read_card(model), checkpoint.load_recipe(model)
     check_built(model, card, recipe)
-    if "tokenizer" not in recipe.parts and "text" not in recipe.parts:
-        _save_pixels(model, recipe, out)
+    if "text" not in recipe.parts:
+        (_save_latents if "tokenizer" in recipe.parts else _save_pixels)(model, recipe, out)
         return
     kinds = {part: recipe.parts.get(part, {}).get("kind") for part in ("tokenizer", "text", "prior")}
     if kinds != {"tokenizer": "autoencoder_kl", "text": "clip_text", "prior": "unet"}:
@@ -69,19 +70,46 @@ def save(model: Path, out: Path) -> None:
 
 
 def _save_pixels(model: Path, recipe: Recipe, out: Path) -> None:
-    sizes = {key: value for key, value in recipe.parts["prior"].items() if key != "kind"}
-    scheduler, prior = scheduler_config(recipe), unet_config(sizes) | {"sample_size": recipe.image_size}
-    read, drawn, classes = prior["in_channels"], prior["out_channels"], sizes.get("num_classes")
-    if classes is not None or (read, drawn) != (3, 3):
-        raise RecipeError(
-            "diffusers' DDPMPipeline draws pixels of 3 channels without classes or learned variances, "
-            f"{recipe.name} reads {read} channels, gives {drawn} and has {classes or 'no'} classes; export another"
-        )
+    scheduler, prior = scheduler_config(recipe), _alone(recipe, "DDPMPipeline", 3, recipe.image_size)
     scheduler |= _clipping(recipe, scheduler["_class_name"])
+    _save_alone(model, out, prior, scheduler, {"_class_name": "DDPMPipeline"})
+
+
+def _save_latents(model: Path, recipe: Recipe, out: Path) -> None:
+    section = recipe.parts["tokenizer"]
+    if section["kind"] != "autoencoder_kl":
+        raise RecipeError(
+            f"diffusers' LDMPipeline takes a tokenizer autoencoder_kl here, {recipe.name} has {section['kind']}; export"
+            " another model, or with --part tokenizer that alone"
+        )
+    latent = (defaults("tokenizer", "autoencoder_kl") | section)["latent_channels"]
+    scheduler = scheduler_config(recipe)
+    prior = _alone(recipe, "LDMPipeline", latent, recipe.image_size >> (len(_mult(recipe)) - 1))
+    published.save_diffusers(out / "vqvae", section, _one_factor(checkpoint.load_weights(model, "tokenizer")))
+    index = {"_class_name": "LDMPipeline", "vqvae": ["diffusers", "AutoencoderKL"]}  # so they name it, of either kind
+    _save_alone(model, out, prior, scheduler, index)
+
+
+def _alone(recipe: Recipe, pipeline: str, channels: int, side: int) -> dict[str, Any]:
+    """The config of a U-Net that nothing conditions. Raises RecipeError for another."""
+    sizes = {key: value for key, value in recipe.parts["prior"].items() if key != "kind"}
+    prior = unet_config(sizes) | {"sample_size": side}
+    read, drawn, classes = prior["in_channels"], prior["out_channels"], sizes.get("num_classes")
+    if classes is not None or (read, drawn) != (channels, channels):
+        raise RecipeError(
+            f"diffusers' {pipeline} draws {channels} channels without classes or learned variances, {recipe.name} reads"
+            f" {read} channels, gives {drawn} and has {classes or 'no'} classes; export another"
+        )
+    return prior
+
+
+def _save_alone(
+    model: Path, out: Path, prior: dict[str, Any], scheduler: dict[str, Any], index: dict[str, Any]
+) -> None:
     _write(out / "unet", prior, "diffusion_pytorch_model", unet_to_diffusers(checkpoint.load_weights(model, "prior")))
     _json(out / "scheduler" / "scheduler_config.json", scheduler)
     parts = {"unet": ["diffusers", prior["_class_name"]], "scheduler": ["diffusers", scheduler["_class_name"]]}
-    _json(out / "model_index.json", {"_class_name": "DDPMPipeline"} | parts)
+    _json(out / "model_index.json", index | parts)
 
 
 def _clipping(recipe: Recipe, scheduler: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import OWN, Device, Json, check_keep, given, load, tell
+from .commands import OWN, Device, Json, Reranker, RerankerWeights, check_keep, given, load, tell
 
 app = typer.Typer()
 
@@ -40,6 +40,8 @@ def edit(
     eta: Annotated[float | None, typer.Option(help="of ddim: 0 draws no noise on the way, 1 as much as ddpm")] = None,
     guidance: Guidance = None,
     negative: Negative = None,
+    reranker: Reranker = None,
+    reranker_pretrained: RerankerWeights = None,
     device: Device = "auto",
     dtype: DType = "float32",
     out: Out = Path("out"),
@@ -55,7 +57,7 @@ def edit(
     picture = read_picture(image, PHOTOS)
     marked = None if mask is None else read_picture(mask, PHOTOS, under="black")
     paths = gallery.targets(out, kept)
-    system = load(model, device, dtype)
+    system = load(model, device, dtype, reranker, reranker_pretrained)
     knobs = given(num_steps=steps, sampler=sampler, eta=eta, guidance_scale=guidance, negative=negative)
     how = {"strength": strength, "mask": marked, "invert": invert, "fit": fit}
     with progress_bar("editing") as progress:

@@ -7,6 +7,7 @@ is then built on the meta device, and every tensor must be asked for and be ther
 It does not know how a file is read, nor how a model folder is written.
 """
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -54,7 +55,7 @@ def fetch(name: str) -> Path:
     A model folder of ours may hold no links, as the cache of the hub does: it gets a copy of its own beside that.
     Raises WeightsError where it cannot be had.
     """
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
 
     homes = ("", "vae/", "vqvae/", "unet/")  # of a U-Net or a tokenizer; one alone lies at the top
     weights = [f"diffusion_pytorch_model{half}.safetensors" for half in ("", ".fp16")]
@@ -66,6 +67,9 @@ def fetch(name: str) -> Path:
     ours = [*_OURS, "captions.json", "attributes.json", "LICENSES/*"]
     ours += [f"{part}.safetensors" for part in (*PARTS, "attributes")]
     repository = name.removeprefix(HUB)
+    with contextlib.suppress(Exception):  # without a network what was fetched before is taken
+        there = set(HfApi().list_repo_files(repository))
+        wanted = [name for name in wanted if ".fp16." not in name or name.replace(".fp16.", ".") not in there]
     try:
         folder = Path(snapshot_download(repository, allow_patterns=wanted))
         if all((folder / file).is_file() for file in _OURS):

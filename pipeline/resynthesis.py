@@ -30,7 +30,7 @@ from .recipe import nearest
 from .whole_file import save_tensors
 
 WEIGHTS, FACTS = "attributes.safetensors", "attributes.json"
-STEPS = (0.0, 0.5, 1.0, 1.5)  # of the strength, in a row of `sheet`
+STEPS = (0.0, 0.5, 1.0, 1.5)  # of the strength, in a row of `sheets`
 _CELL = 128  # pixels a side of a picture in it
 
 Fields = Mapping[str, Sequence[str]]  # {field: its values}
@@ -149,14 +149,23 @@ def moves_of(wishes: Sequence[str]) -> dict[str, float]:
     return moves
 
 
-def sheet(system: Resynthesis, pictures: Sequence[Image], moves: Mapping[str, float], strength: float = 1.0) -> Image:
-    """Each picture in a row: as it was, what the tokenizer makes of it, and moved at growing parts of the strength."""
+def moved(
+    system: Resynthesis, pictures: Sequence[Image], moves: Mapping[str, float], strength: float = 1.0
+) -> list[Image]:
+    """The pictures after the moves, at the model's size."""
+    images = torch.stack([fit(picture, system.tokenizer.image_size) for picture in pictures])
+    return to_pil(system(images.to(next(system.tokenizer.parameters()).device), moves, strength).cpu())
+
+
+def sheets(
+    system: Resynthesis, pictures: Sequence[Image], moves: Mapping[str, float], strength: float = 1.0
+) -> list[Image]:
+    """One grid. Each picture in a row: as it was, decoded again, and moved at growing parts of the strength."""
     size = system.tokenizer.image_size
     device = next(system.tokenizer.parameters()).device
     images = torch.stack([fit(picture, size) for picture in pictures])
-    moved = [system(images.to(device), moves, strength * step).cpu() for step in STEPS]
+    columns = [system(images.to(device), moves, strength * step).cpu() for step in STEPS]
     said = ", ".join(f"{name} {'+' if sign > 0 else '-'}1" for name, sign in moves.items())
     captions = ["picture", "decoded again", *(f"{said} at {strength * step:g}" for step in STEPS[1:])]
-    cells = torch.stack([images, *moved], dim=1).flatten(0, 1)  # (B columns, 3, H, W)
-    columns = len(captions)
-    return grid(to_pil(cells), columns, captions * len(pictures), scale=max(1, _CELL // size))
+    cells = torch.stack([images, *columns], dim=1).flatten(0, 1)  # (B columns, 3, H, W)
+    return [grid(to_pil(cells), len(captions), captions * len(pictures), scale=max(1, _CELL // size))]

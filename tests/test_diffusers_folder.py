@@ -115,6 +115,45 @@ def test_a_model_of_pixels_draws_the_same_in_diffusers(tmp_path, monkeypatch):
             assert kept.items() <= dict(pipeline.scheduler.config).items()
 
 
+def test_a_model_of_latents_without_captions_draws_the_same_in_diffusers(tmp_path, monkeypatch):
+    unet = {"kind": "unet", "in_channels": 3, "width": 8, "channel_mult": [1, 2], "blocks_per_level": 1}
+    unet |= {"num_heads": 2, "attn_levels": [1], "context_dim": None, "norm_groups": 4}
+    latents = {"kind": "autoencoder_kl", "image_size": 16, "width": 8, "channel_mult": [1, 2], "norm_groups": 2}
+    latents |= {"blocks_per_level": 1, "latent_channels": 3, "attn_resolutions": []}
+    recipe = Recipe(
+        name="tests/own", paper="none", image_size=16, parts={"tokenizer": latents, "prior": unet},
+        sampling={"sampler": "ddim", "num_steps": 4}, diffusion={"schedule": "scaled_linear"},
+    )  # fmt: skip
+    (tmp_path / "m").mkdir()
+    torch.manual_seed(1)
+    for part in recipe.parts:
+        network = build(recipe, part)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        weights = checkpoint.export(network, torch.float32)
+        if part == "tokenizer":
+            weights |= {"scale.mean": torch.tensor([0.5, -1.0, 0.1]), "scale.std": torch.tensor([0.7, 2.0, 1.3])}
+        checkpoint.save_part(tmp_path / "m", recipe, part, weights)
+    run("export", tmp_path / "m", tmp_path / "there")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "there")
+    assert type(pipeline).__name__ == "LDMPipeline" and type(pipeline.vqvae).__name__ == "AutoencoderKL"
+    pipeline.set_progress_bar_config(disable=True)
+    start = normal(0, 0, torch.tensor([SEED]), (3, 8, 8), "sampler start")
+    monkeypatch.setitem(type(pipeline).__call__.__wrapped__.__globals__, "randn_tensor", lambda *rest, **more: start)
+    theirs = pipeline(num_inference_steps=4, output_type="np").images[0].astype(np.float64) * 255
+    mine = np.asarray(TextToImage.load(tmp_path / "m")("anything", seed=SEED)[0].image).astype(float)
+    assert np.abs(mine - theirs).max() <= 1 and mine.std() > 5
+    run("export", tmp_path / "m", tmp_path / "alone", "--part", "tokenizer")
+    assert diffusers.AutoencoderKL.from_pretrained(tmp_path / "alone").config.latents_std == pytest.approx(
+        [0.7, 2, 1.3]
+    )
+    codes = {"kind": "vq_latents", "image_size": 16, "num_codes": 8, "code_dim": 3, "latent_channels": 3}
+    other = recipe.model_copy(update={"parts": {"tokenizer": codes, "prior": unet}})
+    (tmp_path / "m" / "recipe.yaml").write_text(dump(other))
+    with pytest.raises(ValueError, match="takes a tokenizer autoencoder_kl here, tests/own has vq_latents"):
+        run("export", tmp_path / "m", tmp_path / "none")
+
+
 def test_open_clips_vocabulary_is_that_of_transformers(tmp_path):
     captions = caption_files.of_open_clip(75)
     assert caption_files.write(tmp_path / "t", captions, 49408, 49407) == "CLIPTokenizer"

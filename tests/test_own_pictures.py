@@ -6,12 +6,17 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from kartina import cli
 from kartina.pipeline import checkpoint
+from kartina.pipeline.recipe import build
 from kartina.training import __main__ as trainer
+from kartina.training import run as runs
+from kartina.training.stream import ShardSource
 
 AUTOENCODER = [
     "image_size=32",
@@ -36,6 +41,8 @@ WITH = [
 
 def run(*words):
     result = CliRunner().invoke(cli.app, [str(word) for word in words])
+    if isinstance(result.exception, ValueError):
+        raise result.exception
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -71,6 +78,37 @@ def test_latent_diffusion_without_captions(pictures, tmp_path):
     assert math.isfinite(found["tokenizer", "valid/psnr"]) and math.isfinite(found["prior", "valid/error"])
     run("paint", "anything", "--model", folder, "--candidates", 2, "--keep", 2, "--steps", 2, "--out", tmp_path / "out")
     assert [Image.open(path).size for path in sorted((tmp_path / "out").glob("*.png"))] == [(32, 32)] * 2
+
+
+def test_an_imported_autoencoder_is_scaled_for_a_prior(pictures, tmp_path, capsys):
+    """A checkpoint of CompVis' names does not say the scale of its latents."""
+    torch.manual_seed(0)
+    sizes = ["parts.tokenizer.width=32", "parts.tokenizer.norm_groups=32"]  # as all published ones
+    network = build(runs.load("own/latent-diffusion", [*AUTOENCODER, *sizes, WITHOUT])[0], "tokenizer")
+    weights = checkpoint.export(network, torch.float32)
+    save_file({name: value for name, value in weights.items() if "scale." not in name}, tmp_path / "kl.safetensors")
+    shards, imported = tmp_path / "shards", tmp_path / "imported"
+    run("data", "pack", pictures, shards)
+    run("convert", tmp_path / "kl.safetensors", imported, "--image-size", 32)
+    section = checkpoint.load_recipe(imported).parts["tokenizer"]
+    assert section["latent_channels"] == 4 and section["channel_mult"] == [1, 2]
+    command = ["own/latent-diffusion", *AUTOENCODER, WITHOUT, f"training.data.shards={shards}", "--stage", "prior"]
+    command += [f"parts.tokenizer={json.dumps(section)}", "licence=not stated", "--from", str(imported)]
+    assert trainer.main([*command, "--run", str(tmp_path / "first")]) == 2
+    assert "measure it: kartina scale SHARDS --model FOLDER" in " ".join(capsys.readouterr().err.split())
+    before = checkpoint.load_weights(imported, "tokenizer")
+    assert "channel 3: mean" in run("scale", shards, "--model", imported, "--device", "cpu")
+    tokenizer = checkpoint.load_tokenizer(imported)[1]
+    after = checkpoint.load_weights(imported, "tokenizer")
+    assert all(torch.equal(after[name], value) for name, value in before.items() if not name.startswith("scale."))
+    source = ShardSource(shards, 32, 0)
+    with torch.no_grad():
+        latents = tokenizer.encode(source.read(range(source.size)).image)
+    moments = latents.mean((0, 2, 3)), latents.std((0, 2, 3), unbiased=False)
+    torch.testing.assert_close(moments, (torch.zeros(4), torch.ones(4)), atol=1e-3, rtol=0)
+    assert trainer.main([*command, "--run", str(tmp_path / "second")]) == 0
+    with pytest.raises(checkpoint.ModelError, match="belongs to what was trained with it"):
+        run("scale", shards, "--model", tmp_path / "second" / "model")
 
 
 def test_stable_diffusion_with_captions(pictures, tmp_path):

@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import os
+import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -110,7 +112,7 @@ def test_captions_come_from_tables_too(tmp_path):
         kind = {".jpg": "JPEG", ".png": "PNG", ".webp": "WEBP"}[Path(name).suffix]
         (folder / name).write_bytes(picture(kind, (9 * k, 0, 0)))
     (folder / "a.txt").write_text("beside it")
-    (folder / "b.txt").write_text("the table knows better")
+    (folder / "b.txt").write_text("its text")
     rows = [
         {"file_name": "b.png", "text": "two\n lines", "else": 1},
         {"file_name": "./deep/../c.png", "text": ["кошка", "", "猫"]},
@@ -127,13 +129,13 @@ def test_captions_come_from_tables_too(tmp_path):
     report = packing.pack(folder, tmp_path / "out")
     assert packed(tmp_path / "out") == {
         "a.jpg": ["beside it"],
-        "b.png": ["two lines"],
+        "b.png": ["its text", "two lines"],
         "c.png": ["кошка", "猫"],
         "deep/d.webp": ["d, the first", "d, again"],
     }
-    assert (report.packed, report.several, report.no_caption) == (4, 2, ["deep/e.png", "none.png"])
+    assert (report.packed, report.several, report.no_caption) == (4, 3, ["deep/e.png", "none.png"])
     table = "metadata.jsonl, row"
-    assert report.no_picture == [f"{table} 3: gone.png", f"{table} 4: ../secret.png", "b.txt"]
+    assert report.no_picture == [f"{table} 3: gone.png", f"{table} 4: ../secret.png"]
     assert [*report.bad] == [f"{table} {k}" for k in (6, 7, 8)]
     assert not report.ignored
 
@@ -141,61 +143,87 @@ def test_captions_come_from_tables_too(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("metadata.jsonl", '{"text": "a"}', "columns text, and no file_name"),
         ("metadata.csv", "file_name,words\na.png,b\n", "columns file_name, words; name that .* with --caption"),
         ("metadata.jsonl", b"\xff\xfe", "metadata.jsonl: 'utf-8' codec"),
         ("metadata.parquet", b"PAR1", "metadata.parquet: "),
     ],
 )
 def test_a_table_that_cannot_be_read_is_refused(name, content, problem, tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.png").write_bytes(picture())
-    (tmp_path / "in" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=problem):
-        packing.pack(tmp_path / "in", tmp_path / "out")
+        packing.pack(with_table(tmp_path / "in", name, content), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
+def with_table(folder, name, content):
+    folder.mkdir()
+    (folder / "a.png").write_bytes(picture())
+    (folder / "b.png").write_bytes(picture(color=(1, 2, 3)))
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
 def test_another_column_holds_the_captions(tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.png").write_bytes(picture())
-    (tmp_path / "in" / "metadata.csv").write_text("file_name,words\na.png,these\n")
-    packing.pack(tmp_path / "in", tmp_path / "out", caption="words")
+    folder = with_table(tmp_path / "in", "metadata.csv", "file_name,words\na.png,these\n")
+    packing.pack(folder, tmp_path / "out", caption="words")
     assert packed(tmp_path / "out") == {"a.png": ["these"]}
+
+
+def test_a_table_without_captions_hinders_no_packing_without_them(tmp_path):
+    folder = with_table(tmp_path / "in", "metadata.csv", "file_name,label\na.png,3\n")
+    assert packing.pack(folder, tmp_path / "out", captionless=True).captionless == 2
+    assert packing.pack(
+        with_table(tmp_path / "other", "metadata.csv", "a,b\n1,2\n"), tmp_path / "out2", captionless=True
+    )
+    rows = '{"file_name": "a.png"}\n{"file_name": "b.png", "caption": "b"}'  # a column that not every row has
+    report = packing.pack(with_table(tmp_path / "third", "metadata.jsonl", rows), tmp_path / "out3")
+    assert packed(tmp_path / "out3") == {"b.png": ["b"]} and report.no_caption == ["a.png"]
+    assert packing.pack(f"{tmp_path}/other/../third", tmp_path / "out4").packed == 1
+
+
+def test_a_table_of_parquet(tmp_path):
+    table = pytest.importorskip("pyarrow").table({"file_name": ["a.png"], "text": ["a"]})
+    content = io.BytesIO()
+    pytest.importorskip("pyarrow.parquet").write_table(table, content)
+    packing.pack(with_table(tmp_path / "in", "metadata.parquet", content.getvalue()), tmp_path / "out")
+    assert packed(tmp_path / "out") == {"a.png": ["a"]}
 
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
     """Parquet as the hub has it: pictures as bytes and path, beside captions, classes and addresses."""
-    datasets = pytest.importorskip("datasets")
+    datasets, pyarrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
     folder = tmp_path_factory.mktemp("tables")
     kinds = ["PNG", "JPEG", "WEBP", "PNG"]
     cells = [{"bytes": picture(kind, (40 * k, 0, 0)), "path": "image"} for k, kind in enumerate(kinds)]
-    (folder / "secret.png").write_bytes(picture())
-    cells += [{"bytes": None, "path": str(folder / "secret.png")}, {"bytes": cells[0]["bytes"][:40], "path": None}]
+    secret = folder.parent / "secret.png"
+    cells += [{"bytes": None, "path": str(secret)}, {"bytes": cells[0]["bytes"][:40], "path": None}]
     content = {
         "image": cells,
         "text": ["one", "two\nlines", None, "four", "five", "six"],
-        "captions": [["a", "b"], ["c"], [], ["d"], ["e"], ["f"]],
-        "label": [0, 1, 1, 0, 1, 1],
+        "captions": [["a", None, "b"], ["c"], [], None, ["e"], ["f"]],
+        "label": [0, 1, -1, 0, 1, 1],
         "url": ["x"] * 6,
+        "fetched": [{"bytes": None, "path": "http://somewhere/x.png"}] * 6,
     }
     features = datasets.Features(
         image=datasets.Image(decode=False), text=datasets.Value("string"),
         captions=datasets.List(datasets.Value("string")), label=datasets.ClassLabel(names=["cat", "dog"]),
-        url=datasets.Value("string"),
+        url=datasets.Value("string"), fetched=datasets.Image(decode=False),
     )  # fmt: skip
     (folder / "data").mkdir()
-    rows = datasets.Dataset.from_dict(content, features)
-    rows.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
-    rows.select([3]).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
-    (folder / "secret.png").rename(folder.parent / "secret.png")
+    rows = pyarrow.Table.from_pydict(content, schema=features.arrow_schema)  # datasets itself would read the paths
+    parquet.write_table(rows, folder / "data" / "train-00000-of-00001.parquet")
+    parquet.write_table(rows.slice(1, 1), folder / "data" / "test-00000-of-00001.parquet")
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: /absolute/*.parquet\n---\n")
+    secret.write_bytes(picture())
     return folder
 
 
 def test_a_data_set_is_packed(tables, tmp_path):
-    report = packing.pack(tables, tmp_path / "out")
+    report = packing.pack(tables, tmp_path / "out", picture="image")
     assert packed(tmp_path / "out") == {
         "train/000000000": ["one"],
         "train/000000001": ["two lines"],
@@ -207,20 +235,28 @@ def test_a_data_set_is_packed(tables, tmp_path):
     assert [[*entry.members][0] for entry in index.entries] == ["png", "jpg", "png"]
     one = tables / "data" / "test-00000-of-00001.parquet"
     assert packing.pack(one, tmp_path / "one", caption="captions").packed == 1
-    assert packed(tmp_path / "one") == {"train/000000000": ["d"]}
+    assert packed(tmp_path / "one") == {"train/000000000": ["c"]}
     packing.pack(tables, tmp_path / "test", split="test", caption="label")
-    assert packed(tmp_path / "test") == {"test/000000000": ["cat"]}
-    several = packing.pack(tables, tmp_path / "several", caption="captions")
-    assert several.several == 1 and packed(tmp_path / "several")["train/000000000"] == ["a", "b"]
+    assert packed(tmp_path / "test") == {"test/000000000": ["dog"]}
+    several = packing.pack(tables, tmp_path / "several", caption="captions", captionless=True)
+    assert (several.several, several.captionless) == (1, 2)  # of two the list is empty, or there is none
+    with open(tmp_path / "several" / "shard-000000.tar", "rb") as file:
+        entries = samples.load_index(tmp_path / "several" / "shard-000000.tar").entries
+        assert samples.read_captions(file, entries[0]) == ["a", "b"]
+    labelled = packing.pack(tables, tmp_path / "labelled", caption="label")
+    assert labelled.no_caption == ["train/000000002"]
 
 
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"split": "validation"}, "split validation: datasets cannot read it.*validation"),
+        ({"split": "validation"}, "no split validation; its files are of test, train"),
         ({"picture": "url"}, "column url holds addresses of pictures"),
-        ({"picture": "pixels"}, "columns image, text, captions, label, url; name that of the pictures with --picture"),
+        ({"picture": "label"}, "column label holds ClassLabel.*, not pictures"),
+        ({"picture": "pixels"}, "columns image, text, captions, .*; name that of the pictures with --picture"),
         ({"caption": "prompt"}, "columns image, .*; name that of the captions with --caption"),
+        ({"caption": "fetched"}, "column fetched holds Image.*, not text"),
+        ({"picture": "fetched"}, "nothing to pack .* 1 without caption.* 5 broken .*names the file http"),
     ],
 )
 def test_a_data_set_without_the_split_or_columns_is_refused(options, problem, tables, tmp_path):
@@ -229,10 +265,41 @@ def test_a_data_set_without_the_split_or_columns_is_refused(options, problem, ta
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_neither_a_folder_nor_a_data_set_is_refused(tmp_path):
+def test_of_the_hub_files_are_read_where_datasets_put_them(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "cache").mkdir()
+    with zipfile.ZipFile(tmp_path / "cache" / "all.zip", "w") as archive:
+        archive.writestr("deep/x.png", picture())
+    (tmp_path / "cache" / "y.png").write_bytes(picture(color=(0, 1, 2)))
+    (tmp_path / "outside.png").write_bytes(picture())
+    paths = [f"zip://deep/x.png::{tmp_path}/cache/all.zip", f"{tmp_path}/cache/y.png", f"{tmp_path}/outside.png"]
+    paths += [f"zip://none.png::{tmp_path}/cache/all.zip", f"{tmp_path}/cache/../outside.png"]
+    paths += [f"simplecache::http://x::{tmp_path}/cache/y.png"]
+    cells = {"image": [{"bytes": None, "path": path} for path in paths], "text": ["x"] * len(paths)}
+    features = datasets.Features(image=datasets.Image(decode=False), text=datasets.Value("string"))
+    asked = []
+
+    def load(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_dict(cells, features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(tmp_path / "cache"))
+    report = packing.pack("hf-hub:someone/pictures", tmp_path / "out")
+    assert asked == [("someone/pictures", "train")] and report.packed == 2
+    assert [*report.bad] == [f"train/{k:09d}" for k in (2, 3, 4, 5)]
+
+
+def test_what_is_neither_a_folder_nor_a_data_set_is_refused(tables, tmp_path):
     (tmp_path / "in").mkdir()
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="no picture .*, and no .parquet"):
         packing.pack(tmp_path / "in", tmp_path / "out")
-    for source in (tmp_path / "nowhere", "https://some/where", "words", "a/b/c"):
-        with pytest.raises(ValueError, match="no folder, no .parquet file, and no OWNER/NAME"):
+    for source in (tmp_path / "nowhere", "https://some/where", "someone/pictures"):
+        with pytest.raises(ValueError, match="for the hub write hf-hub:OWNER/NAME"):
             packing.pack(source, tmp_path / "out")
+    (tmp_path / "in" / "thumbnail.png").write_bytes(picture())
+    with pytest.raises(ValueError, match="--split and --picture are of data sets"):
+        packing.pack(tmp_path / "in", tmp_path / "out", split="test")
+    shutil.copytree(tables / "data", tmp_path / "in" / "data")
+    with pytest.raises(ValueError, match="holds pictures and Parquet files, first .*test-00000"):
+        packing.pack(tmp_path / "in", tmp_path / "out")

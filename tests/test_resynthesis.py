@@ -172,6 +172,9 @@ def test_directions_are_found_used_and_judged_by_commands(tmp_path, monkeypatch)
     with Image.open(tmp_path / "grid.png") as drawn:
         assert drawn.width > 5 * 128
     assert read_metadata(tmp_path / "grid.png")["moves"] == {"hat": 1.0, "mouth:happy": -1.0}
+    said = call(*move[:1], picture, *move[1:], "--each", "--json", "--out", tmp_path / "each")
+    assert [json.loads(line)["moves"] for line in said.splitlines()] == [{"hat": 1.0}] * 2
+    assert [Image.open(path).size for path in sorted((tmp_path / "each").iterdir())] == [(16, 16)] * 2
     words = ("evaluate", folder, "--data", tmp_path / "data", "--per-test", 4, "--device", "cpu")
     result = json.loads(call(*words, "--json", "--save"))
     assert result["pictures"] == 30 and result["moves"]["hat -1"]["kept"]["n"] == 4 * 7

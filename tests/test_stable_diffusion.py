@@ -311,8 +311,16 @@ def test_a_repository_of_the_hub_is_fetched_by_name(published, tmp_path, monkeyp
                 shutil.copy(path, tmp_path / "hub" / inside)
         return str(tmp_path / "hub")
 
+    def files(_, name):
+        return [str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")]
+
+    halves = folder / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    halves.write_bytes(b"beside the whole ones, and not wanted")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", files)
     assert np.abs(ours("hf-hub:someone/sd") - picture).max() <= 1
+    assert not (tmp_path / "hub" / halves.relative_to(folder)).exists()
+    halves.unlink()
     run("convert", "someone/sd", tmp_path / "m")
     with pytest.raises(WeightsError, match="could not be fetched from the hub"):
         TextToImage.load("hf-hub:someone/else")

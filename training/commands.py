@@ -191,6 +191,24 @@ def directions(
 
 
 @app.command()
+def scale(
+    data: Annotated[Path, typer.Argument(help="shards, as `kartina data pack` writes them")],
+    model: Annotated[str, typer.Option(help="the folder of a converted tokenizer")],
+    device: Device = "auto",
+) -> None:
+    """Measure the scale of an imported tokenizer's latents, which a diffusion prior needs, and keep it with them."""
+    import torch
+
+    from ..pipeline.known_models import find_model
+    from .stages.latents import scale_imported
+
+    folder = find_model(model)
+    mean, std = scale_imported(folder, data, torch.device(device_named(device)))
+    for channel, (middle, deviation) in enumerate(zip(mean.tolist(), std.tolist(), strict=True)):
+        typer.echo(f"channel {channel}: mean {middle:.4g}, deviation {deviation:.4g}")
+
+
+@app.command()
 def reconstruct(
     models: Annotated[list[str], typer.Argument(help="names or folders of models; a prior is not needed")],
     data: Annotated[

@@ -155,8 +155,8 @@ def encode(
     manifest = _Encoder(folder, what, device).describe(found)
     _begin(target, manifest)
     before = _count(target, found)
-    cores, devices = len(os.sched_getaffinity(0)), torch.cuda.device_count() if device == "cuda" else 1
-    many = processes or (cores if device == "cpu" else devices)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # without: macOS
+    many = processes or {"cpu": cores, "cuda": torch.cuda.device_count()}.get(device) or 1
     many = max(1, min(many, len(found) - before))
     with progress_bar("encoding") as progress:
         jobs = [(found, target, folder, list(what), _place(device, k), k, many) for k in range(many)]

@@ -15,7 +15,7 @@ app = typer.Typer(help="Pack, check and prepare pictures with captions.", no_arg
 
 @app.command()
 def pack(
-    source: Annotated[str, typer.Argument(help="a folder of pictures, of .parquet files, or OWNER/NAME of the hub")],
+    source: Annotated[str, typer.Argument(help="a folder of pictures or of .parquet files, or hf-hub:OWNER/NAME")],
     out: Path,
     samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
     no_captions: Annotated[bool, typer.Option("--no-captions", help="pack pictures without a caption too")] = False,
@@ -23,12 +23,12 @@ def pack(
     picture: Annotated[
         str | None, typer.Option(help="column of a data set's pictures; by default the only one")
     ] = None,
-    split: Annotated[str, typer.Option(help="of a data set")] = "train",
+    split: Annotated[str | None, typer.Option(help="of a data set; train if absent")] = None,
 ) -> None:
     """Pack pictures with captions into WebDataset shards.
 
-    In a folder captions lie beside the pictures, in x.txt for x.jpg, one a line, or in a metadata.jsonl or metadata.csv
-    with the columns file_name and text. Data sets of Hugging Face have them in columns.
+    In a folder captions lie beside the pictures, in x.txt for x.jpg, one a line, or in a metadata.jsonl, .csv or
+    .parquet with the columns file_name and text. Data sets of Hugging Face have them in columns.
     """
     from ...pipeline.terminal import tell
     from ..packing import pack as pack_pictures
@@ -37,8 +37,16 @@ def pack(
     without = f", {report.captionless} without a caption" if report.captionless else ""
     several = f", {report.several} with several captions, a line each" if report.several else ""
     typer.echo(f"packed {report.packed} samples into {out}{without}{several}")
-    tell({"no caption": report.no_caption, "no picture": report.no_picture, "duplicate (packed)": report.duplicates})
-    tell({"not a picture or caption": report.ignored, "bad": report.bad})
+    found: dict[str, list[str] | dict[str, str]] = {
+        "no caption": report.no_caption,
+        "no picture": report.no_picture,
+        "duplicate (packed)": report.duplicates,
+        "not a picture or caption": report.ignored,
+        "bad": report.bad,
+    }
+    tell(found)
+    if counts := ", ".join(f"{len(names)} {finding}" for finding, names in found.items() if names):
+        typer.echo(f"found: {counts}")
 
 
 @app.command()

@@ -90,8 +90,8 @@ class DiffusionStage(TrainingStage):
         self.tokenizer: Any = checkpoint.load_part(model, recipe, "tokenizer", device) if encodes else None
         if self.tokenizer is not None and not self.tokenizer.scale.measured:
             raise RecipeError(
-                f"{recipe.name}: the scale of the tokenizer's latents was not measured, and noise is for latents of "
-                "deviation 1; train the tokenizer's stage to its end"
+                f"{recipe.name}: the scale of the tokenizer's latents was not measured; train its stage to the end, or "
+                "of an imported one measure it: kartina scale SHARDS --model FOLDER"
             )
         self.prior = build(recipe, self.part)
         self.text: Any = None

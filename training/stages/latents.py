@@ -5,6 +5,7 @@ B images, C channels of latents, L of all latents of an image.
 It does not know any stage.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from accelerate.utils import reduce
 from torch import Tensor
 
 from ...layers.precision import full
+from ...pipeline import checkpoint
 from ...tokenizers.autoencoder import latent_sums
-from ..stream import Batch, Source
+from ..stream import Batch, ShardSource, Source
 from . import contract
 from .contract import TrainingStage, psnr, read_images, reconstruct
 
@@ -36,6 +38,29 @@ class LatentsStage(TrainingStage):
     def finish(self) -> None:
         """The scale of the latents; a discriminator is left behind."""
         measure_scale(self.network, self.source, self.device)
+
+
+@torch.no_grad()
+def scale_imported(folder: Path, shards: Path, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Measures the scale of a tokenizer that was imported without one, and writes it into the model folder.
+
+    Returns mean and deviation of each channel, (C,). Raises ModelError for a tokenizer of codes, for one that was
+    trained here (its scale is of its own data), and where a prior was trained for the scale that it has.
+    """
+    recipe, tokenizer = checkpoint.load_tokenizer(folder, device)
+    entries = checkpoint.read_card(folder)["parts"]
+    if tokenizer.spec.kind != "latents":
+        raise checkpoint.ModelError(f"{folder}: its tokenizer gives codes, which have no scale; name a KL autoencoder")
+    if len(entries) > 1 or "identity" in entries["tokenizer"]:
+        raise checkpoint.ModelError(
+            f"{folder}: the scale of its latents belongs to what was trained with it; name a tokenizer alone that "
+            "`kartina convert` wrote (of a whole system with --part tokenizer)"
+        )
+    measure_scale(tokenizer, ShardSource(shards, recipe.image_size, seed=0), device)
+    found = {f"scale.{name}": getattr(tokenizer.scale, name).cpu() for name in ("mean", "std")}
+    facts = {key: value for key, value in entries["tokenizer"].items() if key != "hash"}
+    checkpoint.save_part(folder, recipe, "tokenizer", checkpoint.load_weights(folder, "tokenizer") | found, **facts)
+    return found["scale.mean"], found["scale.std"]
 
 
 @torch.no_grad()
