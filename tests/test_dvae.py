@@ -237,6 +237,19 @@ def test_equals_the_recorded_published_model(recorder):
     model.load_state_dict(openai_state_dict(*halves))
     outputs = (torch.from_numpy(data[name]) for name in ("logits", "parameters", "codes", "decoded"))
     check_against(model, recorder, *outputs)
+    image, soft = recorder.inputs(recorder.SEED)
+    for half, given in (("encoder", map_pixels(image * 2 - 1)), ("decoder", soft)):
+        inner, own = recorder.gradients(getattr(model, half), given)
+        expected = torch.from_numpy(data[f"{half}_input_gradient"])
+        torch.testing.assert_close(inner, expected, atol=1e-5 * max(1, float(expected.abs().max())), rtol=0)
+        names = data[f"{half}_names"].tolist()
+        blank = {name: torch.empty((1,) * (4 if name.endswith(".w") else 1)) for name in names}
+        ours = openai_state_dict(*(blank if half == one else {} for one in ("encoder", "decoder")))
+        assert len(ours) == len(own)
+        for name, sums in zip(ours, data[f"{half}_gradients"], strict=True):
+            gradient = own[name.removeprefix(f"{half}.")]
+            scale = 1e-5 * max(1, sums[4]) * gradient.numel() ** 0.5  # of a sum of so many, each off by no more
+            np.testing.assert_allclose(recorder.digest(gradient), sums, rtol=0, atol=scale, err_msg=name)
 
 
 def test_equals_the_installed_published_model(recorder):

@@ -28,6 +28,13 @@ AUTOENCODER = [
     *["training.trackers=[]", "training.precision=fp32", "training.data.validation_share=0.2"],
 ]
 UNET = "kind: unet, in_channels: 4, width: 8, channel_mult: [1, 2], blocks_per_level: 1, num_heads: 2, norm_groups: 4"
+CODES = [
+    "parts.tokenizer={kind: vqgan, image_size: 32, num_codes: 16, code_dim: 4, latent_channels: 8, width: 8,"
+    " channel_mult: [1, 2], blocks_per_level: 1, attn_resolutions: [], norm_groups: 2, cosine: true, ema_decay: 0.9}",
+    "stages.tokenizer.objective={kmeans: 0.4, restart_every: 1, discriminator_weight: 0.5, discriminator_start: 0.2}",
+    "parts.prior={kind: dalle, text_vocab: 300, text_length: 14, num_codes: 16, grid: [16, 16], width: 16, depth: 2,"
+    " num_heads: 2, attention: full, qk_norm: true}",
+]
 WITHOUT = f"parts.prior={{{UNET}, attn_levels: [1], context_dim: null}}"
 WITH = [
     "captions={vocab_size: 300, context_length: 14}",
@@ -120,3 +127,16 @@ def test_stable_diffusion_with_captions(pictures, tmp_path):
     run("paint", "noise", "--model", folder, "--candidates", 2, "--steps", 2, "--out", tmp_path / "out")
     run("export", folder, tmp_path / "theirs", "--to", "diffusers")
     assert (tmp_path / "theirs" / "model_index.json").is_file()
+
+
+def test_dalle_with_captions(pictures, tmp_path):
+    shards, codes, folder = (tmp_path / name for name in ("shards", "codes", "run"))
+    run("data", "pack", pictures, shards)
+    sizes = [*AUTOENCODER, *(word for word in WITH if "text=" not in word and "prior=" not in word), *CODES]
+    command = ["own/dalle", *sizes, f"training.data.shards={shards}", "--run", str(folder)]
+    assert trainer.main([*command, "--stage", "tokenizer"]) == 0
+    run("data", "encode", shards, codes, "--model", folder, "--processes", 1)
+    assert trainer.main([*command, f"training.data.cache={codes}"]) == 0
+    assert set(checkpoint.read_card(folder / "model")["parts"]) == {"tokenizer", "prior", "clip"}
+    assert math.isfinite(metrics(folder)["prior", "valid/nats_per_code"])
+    run("paint", "noise", "--model", folder, "--candidates", 2, "--out", tmp_path / "out")

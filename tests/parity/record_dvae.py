@@ -42,19 +42,40 @@ def published() -> tuple[torch.nn.Module, torch.nn.Module]:
     return models
 
 
+def gradients(model: torch.nn.Module, given: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Of the outputs, weighted by numbers of the seed: the gradient of what is given, and by name of each weight."""
+    model, given = model.requires_grad_(True), given.clone().requires_grad_(True)
+    out = model(given)
+    random = np.random.RandomState(SEED + 2)
+    (out * torch.from_numpy(random.standard_normal(out.shape).astype(np.float32))).sum().backward()
+    return given.grad, {name: value.grad for name, value in model.named_parameters()}
+
+
+def digest(gradient: torch.Tensor) -> np.ndarray:
+    """Four sums of a gradient, each weighted by other numbers of the seed, and its largest size: (5,)."""
+    random = np.random.RandomState(SEED + 3)
+    flat = gradient.detach().double().flatten()
+    sums = [float((flat * torch.from_numpy(random.standard_normal(len(flat)))).sum()) for _ in range(4)]
+    return np.array([*sums, float(flat.abs().max())])
+
+
 @torch.no_grad()
 def record(path: Path) -> None:
     from dall_e import map_pixels, unmap_pixels
 
     encoder, decoder = published()
     image, soft = inputs(SEED)
+    with torch.enable_grad():
+        found = [gradients(encoder, map_pixels(image)), gradients(decoder, soft)]
     logits, parameters = encoder(map_pixels(image)), decoder(soft)
     codes = logits.argmax(dim=1)
     one_hot = torch.nn.functional.one_hot(codes, SIZES["vocab_size"]).permute(0, 3, 1, 2).float()
     decoded = unmap_pixels(torch.sigmoid(decoder(one_hot)[:, :3]))
     tables = {}
-    for half, model in (("encoder", encoder), ("decoder", decoder)):
+    for half, model, (inner, own) in (("encoder", encoder, found[0]), ("decoder", decoder, found[1])):
         state = model.state_dict()
+        tables[f"{half}_input_gradient"] = inner.numpy()
+        tables[f"{half}_gradients"] = np.stack([digest(own[name]) for name in state])
         tables[f"{half}_names"] = np.array(list(state))
         tables[f"{half}_shapes"] = np.array([",".join(map(str, t.shape)) for t in state.values()])
     np.savez_compressed(
