@@ -12,7 +12,7 @@ from PIL import Image
 from kartina.pipeline import checkpoint
 from kartina.pipeline.known_models import find_model
 from kartina.training import __main__ as trainer
-from kartina.training import encode, samples, stream
+from kartina.training import encode, mirror, samples, stream
 from kartina.training import run as runs
 from kartina.training.cache import source_for
 from kartina.training.packing import pack_folder
@@ -173,7 +173,7 @@ def test_changed_shards_have_another_fingerprint_and_missing_ones_say_so(parts, 
 def test_a_file_system_that_fails_for_a_while_ends_no_training(parts, monkeypatch):
     source = stream.ShardSource(parts, 4, seed=0)
     expected, pauses, failing = source.read([0]), [], [1, 2]
-    monkeypatch.setattr(samples.time, "sleep", pauses.append)
+    monkeypatch.setattr(mirror.time, "sleep", pauses.append)
 
     def failing_read(*args, **kwargs):
         if failing:

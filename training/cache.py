@@ -27,8 +27,9 @@ import torch
 
 from ..pipeline.recipe import RecipeError
 from ..pipeline.terminal import speaks
+from .mirror import patiently
 from .run import Data
-from .samples import BadSample, Index, load_index, patiently, read_encoded
+from .samples import BadSample, Index, load_index, read_encoded
 from .stream import Batch, ShardSource, Source
 
 FORMAT = 1

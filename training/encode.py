@@ -34,6 +34,7 @@ from ..pipeline.recipe import nearest
 from ..pipeline.terminal import progress_bar
 from ..tokenizers.captions import CaptionTokenizer
 from .cache import FORMAT, PART, describe_source, differing, read_manifest
+from .mirror import opened
 from .samples import BadSample, Entry, Index, find_shards, is_marked_bad, load_index, read_encoded, read_sample
 from .stream import ShardSource, fit
 
@@ -152,8 +153,7 @@ def encode(
     Raises ValueError where `out` holds anything else, such as a cache made otherwise (its keys are named).
     """
     found, folder, target = find_shards(shards), find_model(str(model)), Path(out)
-    manifest = _Encoder(folder, what, device).describe(found)
-    _begin(target, manifest)
+    _begin(target, manifest := _Encoder(folder, what, device).describe(found))
     before = _count(target, found)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # without: macOS
     many = processes or {"cpu": cores, "cuda": torch.cuda.device_count()}.get(device) or 1
@@ -235,7 +235,7 @@ def _write_shard(source: Index, path: Path, encoder: _Encoder, report: Callable[
     with _held(beside) as target:
         if target is None or path.is_file():
             return
-        with tarfile.open(fileobj=target, mode="w", format=tarfile.GNU_FORMAT) as tar, open(source.path, "rb") as file:
+        with tarfile.open(fileobj=target, mode="w", format=tarfile.GNU_FORMAT) as tar, opened(source.path) as file:
             for start in range(0, len(source.entries), BATCH):
                 for name, data in _members(file, source.entries[start : start + BATCH], encoder):
                     info = tarfile.TarInfo(name)  # times and owners stay zero: equal input, equal shards

@@ -14,13 +14,12 @@ import io
 import json
 import os
 import tarfile
-import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -28,10 +27,9 @@ from PIL import Image, UnidentifiedImageError
 from ..pipeline.checkpoint import file_hash, write_text
 from ..pipeline.images import PHOTOS, upright
 from ..pipeline.terminal import speaks
+from . import mirror
 
 _FORMAT = 3  # of the index
-_PAUSES = (1.0, 5.0, 25.0)  # seconds
-_T = TypeVar("_T")
 EMPTY = "the shard holds no samples"
 PICTURES = ("jpg", "jpeg", "png", "webp")
 ARRAYS = (
@@ -186,7 +184,7 @@ def build_index(shard: Path | str) -> Index:
 
     Raises ValueError where there is no shard.
     """
-    shard = Path(shard)
+    shard = mirror.present(Path(shard))
     if not shard.is_file():
         raise ValueError(f"no shard at {shard}: expected a .tar file, as `kartina data pack` or WebDataset writes it")
     stat = shard.stat()
@@ -222,40 +220,53 @@ def load_index(shard: Path | str) -> Index:
     Sources of one process share it while the shard stays the same: where it cannot be written, it is built once.
     """
     shard = Path(shard)
-    if not shard.is_file():
+    mirrored = mirror.is_mirrored(shard)
+    if not mirrored and not shard.is_file():
         return build_index(shard)  # which says so
-    stat = shard.stat()
+    stat = (index_path(shard) if mirrored else shard).stat()
     key = (shard.absolute(), stat.st_size, stat.st_mtime_ns)
     index = _loaded.get(key)
     if index is None:
-        index = _loaded[key] = _load_index(shard)
+        index = _loaded[key] = read_index(shard) if mirrored else _load_index(shard)
     return index
 
 
 def _load_index(shard: Path) -> Index:
-    try:
-        here = shard.stat()
-        content = json.loads(index_path(shard).read_text(encoding="utf-8"))
-        whole = here.st_mtime_ns % 10**9 == 0  # so archives and some file systems keep times
-        then = content["mtime_ns"] // 10**9 * 10**9 if whole else content["mtime_ns"]
-        fits = (content["format"], content["bytes"], then) == (_FORMAT, here.st_size, here.st_mtime_ns)
-        if fits:
-            rows = [
-                Entry(key, {e: (int(at), int(n)) for e, (at, n) in members.items()}, problem, f"{int(origin, 16):016x}")
-                for key, members, problem, origin in content["samples"]
-            ]
-            if any(at < 0 or n < 0 for row in rows for at, n in row.members.values()):
-                raise ValueError("a place before the shard")  # forged: built anew below
-            return Index(shard, here.st_size, str(content["sha256"]), rows, content["problem"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        pass  # whatever is wrong with it, a new one is right
+    here = shard.stat()
+    with contextlib.suppress(ValueError):  # whatever is wrong with it, a new one is right
+        index, then = _parse_index(shard)
+        if here.st_mtime_ns % 10**9 == 0:  # so archives and some file systems keep times
+            then = then // 10**9 * 10**9
+        if (index.bytes, then) == (here.st_size, here.st_mtime_ns):
+            return index
     return build_index(shard)
+
+
+def read_index(shard: Path) -> Index:
+    """The index beside a shard's place, whether or not the shard is there. Raises ValueError for no whole one."""
+    return _parse_index(shard)[0]
+
+
+def _parse_index(shard: Path) -> tuple[Index, int]:
+    """The index that lies beside a shard, and the shard's time in it. Raises ValueError for none, or no whole one."""
+    try:
+        content = json.loads(index_path(shard).read_text(encoding="utf-8"))
+        rows = [
+            Entry(key, {e: (int(at), int(n)) for e, (at, n) in members.items()}, problem, f"{int(origin, 16):016x}")
+            for key, members, problem, origin in content["samples"]
+        ]
+        if content["format"] != _FORMAT or any(at < 0 or n < 0 for row in rows for at, n in row.members.values()):
+            raise ValueError("of another format, or with a place before the shard")
+        index = Index(shard, int(content["bytes"]), str(content["sha256"]), rows, content["problem"])
+        return index, int(content["mtime_ns"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{index_path(shard)} is no whole index: {error}") from error
 
 
 def find_shards(where: Path | str | Sequence[Path | str]) -> list[Path]:
     """Shards of a folder, a file, or a list of either, sorted by name. Raises ValueError where there are none."""
     wanted = [where] if isinstance(where, (str, Path)) else list(where)
-    found = [shard for one in map(Path, wanted) for shard in (one.glob("*.tar") if one.is_dir() else [one])]
+    found = [shard for one in map(Path, wanted) for shard in (_shards_in(one) if one.is_dir() else [one])]
     if not found:
         raise ValueError(f"no shards in {where}: expected a folder with .tar files; `kartina data pack` writes one")
     if len({shard.resolve() for shard in found}) < len(found):
@@ -263,20 +274,9 @@ def find_shards(where: Path | str | Sequence[Path | str]) -> list[Path]:
     return sorted(found, key=lambda shard: (shard.name, str(shard)))
 
 
-def patiently(path: Path, read: Callable[[BinaryIO], _T]) -> _T:
-    """What `read` makes of an open file, tried again after a while where the file system fails, as over a network.
-
-    Raises OSError where it still does after half a minute.
-    """
-    for pause in _PAUSES:
-        try:
-            with open(path, "rb") as file:
-                return read(file)
-        except OSError as error:
-            warnings.warn(f"{path} could not be read ({error}); trying again in {pause:.0f} s", stacklevel=2)
-            time.sleep(pause)
-    with open(path, "rb") as file:
-        return read(file)
+def _shards_in(folder: Path) -> Iterable[Path]:
+    mirrored = mirror.table(folder)
+    return folder.glob("*.tar") if mirrored is None else [folder / name for name in mirrored[1]]
 
 
 def read_member(file: BinaryIO, entry: Entry, extension: str) -> bytes:

@@ -21,6 +21,7 @@ from typing import Any
 from ..pipeline.checkpoint import write_text
 from ..pipeline.recipe import RecipeError
 from ..pipeline.terminal import followed
+from .mirror import opened
 from .samples import DECODERS, EMPTY, BadSample, Index, find_shards, read_encoded, read_sample
 from .samples import build_index as build_index
 
@@ -167,7 +168,7 @@ def check_shards(paths: Path | str | Iterable[Path | str]) -> CheckReport:
             problem = _CHANGED
         if problem := index.problem or problem:
             report.shards[shard.name] = problem
-        with open(shard, "rb") as file:
+        with opened(shard) as file:
             for entry in followed(index.entries, shard.name):
                 report.samples += 1
                 try:

@@ -30,7 +30,8 @@ from torch import Tensor
 from ..layers import random
 from ..pipeline.images import fit as fit
 from ..pipeline.terminal import followed, speaks
-from .samples import BadSample, Index, find_shards, load_index, patiently, read_captions, read_sample
+from .mirror import patiently
+from .samples import BadSample, Index, find_shards, load_index, read_captions, read_sample
 from .shards import check_whole
 
 _log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The commands that prepare data: `kartina data pack | check | emoji | avatars | encode`.
+"""The commands that prepare data: `kartina data pack | mirror | check | emoji | avatars | encode`.
 
 Nothing heavy is imported before a command runs.
 """
@@ -47,6 +47,19 @@ def pack(
     tell(found)
     if counts := ", ".join(f"{len(names)} {finding}" for finding, names in found.items() if names):
         typer.echo(f"found: {counts}")
+
+
+@app.command()
+def mirror(
+    address: Annotated[str, typer.Argument(help="of a folder, or of shards: https://host/x-{000000..000123}.tar")],
+    out: Annotated[Path, typer.Argument(help="the folder that is trained from as if the shards lay there")],
+    keep: Annotated[float, typer.Option(min=0, help="GB of shards that may lie there at a time")] = 100.0,
+) -> None:
+    """Train from shards that lie elsewhere (https, s3, gs ...): each is fetched when it is read."""
+    from ..mirror import make
+
+    rows = make(address, out, keep * 1e9)
+    typer.echo(f"{len(rows)} shards, {sum(row.bytes for row in rows.values()) / 1e9:.3g} GB; train from {out}")
 
 
 @app.command()
