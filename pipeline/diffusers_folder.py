@@ -98,7 +98,7 @@ def _alone(recipe: Recipe, pipeline: str, channels: int, side: int) -> dict[str,
     if classes is not None or (read, drawn) != (channels, channels):
         raise RecipeError(
             f"diffusers' {pipeline} draws {channels} channels without classes or learned variances, {recipe.name} reads"
-            f" {read} channels, gives {drawn} and has {classes or 'no'} classes; export another"
+            f" {read} channels, gives {drawn} and has {classes or 'no'} classes; export another, or --part tokenizer"
         )
     return prior
 

@@ -180,6 +180,15 @@ def test_a_table_without_captions_hinders_no_packing_without_them(tmp_path):
     assert packing.pack(f"{tmp_path}/other/../third", tmp_path / "out4").packed == 1
 
 
+def test_a_row_has_as_many_cells_as_columns_and_one_column_does_not_spoil_another(tmp_path):
+    rows = "file_name,text\na.png,a cat, sitting\nb.png,b\n"
+    report = packing.pack(with_table(tmp_path / "in", "metadata.csv", rows), tmp_path / "out")
+    assert packed(tmp_path / "out") == {"b.png": ["b"]} and "more cells" in report.bad["metadata.csv, row 1"]
+    rows = '{"file_name": "a.png", "text": "a cat", "caption": 3}\n{"file_name": "b.png", "text": "", "caption": "b"}'
+    packing.pack(with_table(tmp_path / "other", "metadata.jsonl", rows), tmp_path / "out2")
+    assert packed(tmp_path / "out2") == {"a.png": ["a cat"], "b.png": ["b"]}
+
+
 def test_a_table_of_parquet(tmp_path):
     table = pytest.importorskip("pyarrow").table({"file_name": ["a.png"], "text": ["a"]})
     content = io.BytesIO()
@@ -206,11 +215,13 @@ def tables(tmp_path_factory):
         "captions": [["a", None, "b"], ["c"], [], None, ["e"], ["f"]],
         "label": [0, 1, -1, 0, 1, 1],
         "url": ["x"] * 6,
+        "tags": [[0, 1], [], None, [1], [2], [0]],
         "fetched": [{"bytes": None, "path": "http://somewhere/x.png"}] * 6,
     }
     features = datasets.Features(
         image=datasets.Image(decode=False), text=datasets.Value("string"),
-        captions=datasets.List(datasets.Value("string")), label=datasets.ClassLabel(names=["cat", "dog"]),
+        captions=datasets.List(datasets.Value("string")),
+        tags=datasets.List(datasets.ClassLabel(names=["cat", "dog"])), label=datasets.ClassLabel(names=["cat", "dog"]),
         url=datasets.Value("string"), fetched=datasets.Image(decode=False),
     )  # fmt: skip
     (folder / "data").mkdir()
@@ -243,6 +254,9 @@ def test_a_data_set_is_packed(tables, tmp_path):
     with open(tmp_path / "several" / "shard-000000.tar", "rb") as file:
         entries = samples.load_index(tmp_path / "several" / "shard-000000.tar").entries
         assert samples.read_captions(file, entries[0]) == ["a", "b"]
+    tagged = packing.pack(tables, tmp_path / "tagged", caption="tags")
+    assert packed(tmp_path / "tagged")["train/000000000"] == ["cat", "dog"]
+    assert "no [2]" in tagged.bad["train/000000004"]
     labelled = packing.pack(tables, tmp_path / "labelled", caption="label")
     assert labelled.no_caption == ["train/000000002"]
 
@@ -251,6 +265,7 @@ def test_a_data_set_is_packed(tables, tmp_path):
     ("options", "problem"),
     [
         ({"split": "validation"}, "no split validation; its files are of test, train"),
+        ({"split": "clean"}, "no split clean; its files are of test, train"),
         ({"picture": "url"}, "column url holds addresses of pictures"),
         ({"picture": "label"}, "column label holds ClassLabel.*, not pictures"),
         ({"picture": "pixels"}, "columns image, text, captions, .*; name that of the pictures with --picture"),

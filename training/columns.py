@@ -67,7 +67,7 @@ def pack_dataset(
     shown, told = _picture_column(rows.features, picture, where), None
     if not captionless or caption is not None or {*CAPTION_COLUMNS} & {*rows.features}:
         told = _caption_column(rows.features, caption, where)
-    names = getattr(rows.features[told], "names", None) if told else None  # of classes
+    names = getattr(_inner(rows.features[told]), "names", None) if told else None  # of classes
     rows = rows.select_columns([shown, told] if told else [shown]).cast_column(shown, datasets.Image(decode=False))
     inside = [Path(home).resolve() for home in homes]
 
@@ -88,14 +88,28 @@ def tables_in(path: Path) -> list[Path]:
 
 
 def _of_split(files: Sequence[Path], home: Path, split: str) -> list[Path]:
-    """The files with the split's name in theirs, or in their folder's; all where none has any split's name."""
+    """The files with the split's name in theirs, or in their folder's; all where there is but train, and none is named.
+
+    Raises ValueError where no file is of the split, or some are of none.
+    """
     if home.is_file():
         return list(files)
-    words = {file: set(re.split(r"[^a-z0-9]+", file.relative_to(home).as_posix().lower())) for file in files}
-    known = {word for found in words.values() for word in found & {*_SPLITS, split}}
-    if known and split not in known:
-        raise ValueError(f"{home} has no split {split}; its files are of {', '.join(sorted(known))}: name one, --split")
-    return [file for file in files if not known or split in words[file]]
+    named = {file: _split_of(file.relative_to(home).as_posix().lower(), split) for file in files}
+    if split == "train" and not any(named.values()):
+        return list(files)
+    if missing := next((file for file, found in named.items() if found is None), None):
+        raise ValueError(f"{home}: {missing.name} names no split ({', '.join(_SPLITS)}); name the file that is meant")
+    if split not in named.values():
+        known = ", ".join(sorted({str(found) for found in named.values()}))
+        raise ValueError(f"{home} has no split {split}; its files are of {known}: name one with --split")
+    return [file for file, found in named.items() if found == split]
+
+
+def _split_of(path: str, wanted: str) -> str | None:
+    """The split that a path names, the last one between other signs than letters and numbers."""
+    words = "|".join(re.escape(word) for word in sorted({wanted, *_SPLITS}, key=len, reverse=True))
+    found = re.findall(rf"(?<![a-z0-9])({words})(?![a-z0-9])", path)
+    return found[-1] if found else None
 
 
 def _read_cell(cell: dict[str, Any] | None, homes: Sequence[Path]) -> bytes:
@@ -106,17 +120,19 @@ def _read_cell(cell: dict[str, Any] | None, homes: Sequence[Path]) -> bytes:
         check_size(len(cell["bytes"]))
         return bytes(cell["bytes"])
     inner, _, path = str(cell["path"]).rpartition("::")  # zip://INNER::ARCHIVE
-    inside = any(Path(path).resolve().is_relative_to(home) for home in homes)
-    if not inside or not re.fullmatch(r"(zip://[^:]+)?", inner):
-        raise BadSample(f"names the file {cell['path']:.80} in place of the bytes of a picture")
-    if not inner:
-        return read_file(Path(path))
     try:
+        inside = any(Path(path).resolve().is_relative_to(home) for home in homes)
+        if not inside or not re.fullmatch(r"(zip://[^:]+)?", inner):
+            raise BadSample(f"names the file {cell['path']:.80} in place of the bytes of a picture")
+        if not inner:
+            return read_file(Path(path))
         with zipfile.ZipFile(path) as archive:
             check_size(archive.getinfo(inner[6:]).file_size)
             return archive.read(inner[6:])
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise BadSample(f"{cell['path']:.80} cannot be read: {error}") from error
+    except BadSample:
+        raise
+    except Exception as error:  # a damaged archive raises anything
+        raise BadSample(f"{cell['path']:.80} cannot be read: {error!r:.80}") from error
 
 
 def _picture_column(features: Any, wanted: str | None, where: str) -> str:
@@ -137,11 +153,16 @@ def _picture_column(features: Any, wanted: str | None, where: str) -> str:
     return found[0]
 
 
+def _inner(feature: Any) -> Any:
+    """What a list holds, or the feature itself."""
+    return getattr(feature, "feature", feature)
+
+
 def _caption_column(features: Any, wanted: str | None, where: str) -> str:
     """The column of captions. Raises ValueError where it is none, or holds no text."""
     for name in (wanted,) if wanted is not None else CAPTION_COLUMNS:
         if name in features:
-            inner = getattr(features[name], "feature", features[name])  # of a list
+            inner = _inner(features[name])
             if getattr(inner, "dtype", None) in ("string", "large_string") or type(inner).__name__ == "ClassLabel":
                 return name
             raise ValueError(

@@ -144,8 +144,8 @@ class _Rows:
             self.report.no_picture.append(f"{where}: {row['file_name']}")
             return
         try:
-            values = [captions_in(row[column]) for column in self.columns if column in row]
-            self.captions.setdefault(path, []).extend(values[0] if values else [])
+            found = (captions_in(row[column]) for column in self.columns if row.get(column) is not None)
+            self.captions.setdefault(path, []).extend(next(filter(None, found), []))
         except BadSample as error:
             self.report.bad[where] = str(error)
 
@@ -161,9 +161,10 @@ def _rows_of_jsonl(path: Path) -> Iterator[dict[str, Any] | BadSample]:
                 yield row if isinstance(row, dict) else BadSample(f"not a JSON object: {row!s:.80}")
 
 
-def _rows_of_csv(path: Path) -> Iterator[dict[str, Any]]:
+def _rows_of_csv(path: Path) -> Iterator[dict[str, Any] | BadSample]:
     with open(path, encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file)
+        for row in csv.DictReader(file):
+            yield BadSample("more cells than columns; is a comma not quoted?") if None in row else row
 
 
 def _rows_of_parquet(path: Path) -> Iterator[dict[str, Any]]:

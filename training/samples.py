@@ -184,7 +184,7 @@ def build_index(shard: Path | str) -> Index:
 
     Raises ValueError where there is no shard.
     """
-    shard = mirror.present(Path(shard))
+    shard = Path(shard)
     if not shard.is_file():
         raise ValueError(f"no shard at {shard}: expected a .tar file, as `kartina data pack` or WebDataset writes it")
     stat = shard.stat()
@@ -220,14 +220,16 @@ def load_index(shard: Path | str) -> Index:
     Sources of one process share it while the shard stays the same: where it cannot be written, it is built once.
     """
     shard = Path(shard)
-    mirrored = mirror.is_mirrored(shard)
-    if not mirrored and not shard.is_file():
+    row = mirror.row_of(shard)
+    if row is None and not shard.is_file():
         return build_index(shard)  # which says so
-    stat = (index_path(shard) if mirrored else shard).stat()
+    stat = (shard if row is None else index_path(shard)).stat()
     key = (shard.absolute(), stat.st_size, stat.st_mtime_ns)
     index = _loaded.get(key)
     if index is None:
-        index = _loaded[key] = read_index(shard) if mirrored else _load_index(shard)
+        index = _loaded[key] = _load_index(shard) if row is None else read_index(shard)
+    if row is not None and (index.bytes, index.sha256) != (row.bytes, row.sha256):
+        raise ValueError(f"{index_path(shard)} is not the mirrored shard's; mirror the shards into a new folder")
     return index
 
 

@@ -21,8 +21,8 @@ from typing import Any
 from ..pipeline.checkpoint import write_text
 from ..pipeline.recipe import RecipeError
 from ..pipeline.terminal import followed
-from .mirror import opened
-from .samples import DECODERS, EMPTY, BadSample, Index, find_shards, read_encoded, read_sample
+from .mirror import opened, row_of
+from .samples import DECODERS, EMPTY, BadSample, Index, find_shards, load_index, read_encoded, read_sample
 from .samples import build_index as build_index
 
 _FORMAT = 1  # of the manifest
@@ -163,7 +163,8 @@ def check_shards(paths: Path | str | Iterable[Path | str]) -> CheckReport:
             if not (folder / name).is_file():
                 report.shards[name] = "missing: the manifest lists it, and it is not in the folder"
     for shard in shards:
-        (hashes, arrays), index, problem = promised[shard.parent], build_index(shard), None
+        (hashes, arrays), problem = promised[shard.parent], None
+        index = build_index(shard) if row_of(shard) is None else load_index(shard)  # a mirrored one keeps its index
         if hashes.get(shard.name, index.sha256) != index.sha256:
             problem = _CHANGED
         if problem := index.problem or problem:
