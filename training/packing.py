@@ -114,7 +114,7 @@ class _Rows:
     def __init__(
         self, folder: Path, pictures: Sequence[Path], caption: str | None, captionless: bool, report: PackReport
     ) -> None:
-        self.folder, self.report, self.captionless = folder, report, captionless
+        self.folder, self.report = folder, report
         self.columns = CAPTION_COLUMNS if caption is None else (caption,)
         self.needed = caption is not None or not captionless
         self._pictures = {os.path.normpath(path): path for path in pictures}
