@@ -153,19 +153,26 @@ def moved(
     system: Resynthesis, pictures: Sequence[Image], moves: Mapping[str, float], strength: float = 1.0
 ) -> list[Image]:
     """The pictures after the moves, at the model's size."""
-    images = torch.stack([fit(picture, system.tokenizer.image_size) for picture in pictures])
-    return to_pil(system(images.to(next(system.tokenizer.parameters()).device), moves, strength).cpu())
+    return to_pil(_moved(system, _pixels(system, pictures), moves, strength))
 
 
 def sheets(
     system: Resynthesis, pictures: Sequence[Image], moves: Mapping[str, float], strength: float = 1.0
 ) -> list[Image]:
     """One grid. Each picture in a row: as it was, decoded again, and moved at growing parts of the strength."""
-    size = system.tokenizer.image_size
-    device = next(system.tokenizer.parameters()).device
-    images = torch.stack([fit(picture, size) for picture in pictures])
-    columns = [system(images.to(device), moves, strength * step).cpu() for step in STEPS]
+    images = _pixels(system, pictures)
+    columns = [_moved(system, images, moves, strength * step) for step in STEPS]
     said = ", ".join(f"{name} {'+' if sign > 0 else '-'}1" for name, sign in moves.items())
     captions = ["picture", "decoded again", *(f"{said} at {strength * step:g}" for step in STEPS[1:])]
     cells = torch.stack([images, *columns], dim=1).flatten(0, 1)  # (B columns, 3, H, W)
-    return [grid(to_pil(cells), len(captions), captions * len(pictures), scale=max(1, _CELL // size))]
+    return [
+        grid(to_pil(cells), len(captions), captions * len(pictures), scale=max(1, _CELL // system.tokenizer.image_size))
+    ]
+
+
+def _pixels(system: Resynthesis, pictures: Sequence[Image]) -> Tensor:
+    return torch.stack([fit(picture, system.tokenizer.image_size) for picture in pictures])  # (B, 3, H, W)
+
+
+def _moved(system: Resynthesis, images: Tensor, moves: Mapping[str, float], strength: float) -> Tensor:
+    return system(images.to(next(system.tokenizer.parameters()).device), moves, strength).cpu()

@@ -38,6 +38,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a folder, for what several processes or threads write in it one after the other; waits for it."""
+    import fcntl
+
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, str] | None = None) -> None:
     """Writes a safetensors file. facts: its metadata."""
     with replaced(path) as temporary:

@@ -181,7 +181,7 @@ def test_a_mirror_that_was_broken_off_is_refused_and_gone_on_with(there, largest
     assert len([one for one in asked if one.endswith(".tar")]) == 5  # the others are known
     near = ShardSource(there, 32, 0)
     assert same(ShardSource(tmp_path / "m", 32, 0).read(range(40)), near.read(range(40)))
-    assert not list((tmp_path / "m").glob(".*.part"))
+    assert [path.name for path in (tmp_path / "m").glob(".*")] == [".lock"]
 
 
 def test_another_address_brings_other_shards(there, largest, tmp_path):

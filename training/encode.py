@@ -32,6 +32,7 @@ from ..pipeline.built import check_built
 from ..pipeline.known_models import find_model
 from ..pipeline.recipe import nearest
 from ..pipeline.terminal import progress_bar
+from ..pipeline.whole_file import locked
 from ..tokenizers.captions import CaptionTokenizer
 from .cache import FORMAT, PART, describe_source, differing, read_manifest
 from .mirror import opened
@@ -301,21 +302,13 @@ def _stop_alone() -> None:
         raise SystemExit(1)
 
 
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Holds the manifest of a cache; waits for it."""
-    with open(out / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _begin(out: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest into an empty folder. Raises ValueError where the folder holds anything but this cache."""
     out.mkdir(parents=True, exist_ok=True)
     held = [path.name for path in out.iterdir() if not path.name.startswith(".")]
     if held and read_manifest(out) is None:
         raise ValueError(f"{out} has content and no cache of this format; choose a new or empty folder")
-    with _locked(out):
+    with locked(out):
         known = read_manifest(out)
         if known is None:
             checkpoint.write_text(out / "manifest.json", json.dumps(manifest, indent=1))
@@ -340,7 +333,7 @@ def _finish(out: Path, manifest: dict[str, Any]) -> EncodeReport:
                 except BadSample as error:
                     report.bad[index.sample_name(member)] = str(error)
         report.samples += len(index.entries)
-    with _locked(out):
+    with locked(out):
         known = (read_manifest(out) or manifest).get("shards", rows)
         for row, before in zip(rows, known, strict=False):
             if not report.left and row != before:

@@ -9,7 +9,6 @@ It does not know what a shard holds (`samples` does), nor who reads it.
 """
 
 import contextlib
-import fcntl
 import functools
 import json
 import math
@@ -17,7 +16,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -25,6 +24,7 @@ from urllib.parse import urlsplit
 
 from ..pipeline.checkpoint import file_hash, write_text
 from ..pipeline.terminal import followed
+from ..pipeline.whole_file import locked, replaced
 
 FILE = "mirror.json"
 FEWEST = 8  # shards that must find room: those of two windows of a stream
@@ -97,6 +97,8 @@ def make(address: str, folder: Path | str, keep: float) -> dict[str, Row]:
     less room than for FEWEST of them, for one that is no whole tar, and for a folder that holds anything else; OSError
     where a shard cannot be fetched. What was done is kept.
     """
+    from .samples import index_path
+
     folder, addresses = Path(folder), {}
     if not 0 < keep < _MOST * 2**10:
         raise ValueError(f"a mirror needs room for some bytes, got {keep}")
@@ -110,9 +112,9 @@ def make(address: str, folder: Path | str, keep: float) -> dict[str, Row]:
         raise ValueError(f"{folder} holds something, and is no mirror; name a new folder")
     before = {} if known is None else known[1]
     rows = {name: row for name, row in before.items() if addresses.get(name) == row.address}
-    with _alone(folder):
+    with locked(folder):
         for name in before.keys() - rows.keys():  # of another address: neither it nor its index
-            for path in _files(folder, name):
+            for path in (folder / name, index_path(folder / name)):
                 path.unlink(missing_ok=True)
         try:
             _write(folder, keep, rows, False)
@@ -128,12 +130,12 @@ def make(address: str, folder: Path | str, keep: float) -> dict[str, Row]:
 
 def _look(folder: Path, row: Row, keep: float, rows: dict[str, Row]) -> Row:
     """A row with size and hash, whose index lies here from now on."""
-    from .samples import build_index, read_index
+    from .samples import build_index, index_path, read_index
 
-    shard, beside = _files(folder, row.name)
-    base, mark, query = row.address.partition("?") if row.address.startswith("http") else (row.address, "", "")
+    shard, base = folder / row.name, _path_of(row.address)
+    beside = index_path(shard)
     try:
-        _fetch(base.removesuffix(".tar") + ".index.json" + mark + query, beside, 2**30)
+        _fetch(base.removesuffix(".tar") + ".index.json" + row.address.removeprefix(base), beside, 2**30)
         index = read_index(shard)
     except (OSError, ValueError):  # none, or none of ours
         _make_room(folder, keep - max((row.bytes for row in rows.values()), default=0), rows)
@@ -156,7 +158,7 @@ def _opened(shard: Path) -> BinaryIO:
             _touch(shard)
             return file
         file.close()
-    with _alone(shard.parent):
+    with locked(shard.parent):
         if not shard.is_file() or shard.stat().st_size != row.bytes:
             keep, rows = table(shard.parent) or (0, {})
             shard.unlink(missing_ok=True)
@@ -189,26 +191,21 @@ def _fetch(address: str, path: Path, most: int, row: Row | None = None) -> None:
             if self.value > most:
                 raise OSError(f"it has more than {most} bytes")
 
-    part = path.with_name(f".{path.name}.part")
     try:
         system, inside = fsspec.core.url_to_fs(address, **_patience_of(address))
-        system.get_file(inside, str(part), callback=Bound())
-        size = part.stat().st_size
-        if size > most or (row is not None and size != row.bytes):
-            raise OSError(f"it has {size} bytes, expected {most}")
-        if row is not None and file_hash(part) != row.sha256:
-            raise ValueError(f"{address} changed since it was mirrored; mirror it into a new folder, for a new run")
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with replaced(path) as part:
+            system.get_file(inside, str(part), callback=Bound())
+            size = part.stat().st_size
+            if size > most or (row is not None and size != row.bytes):
+                raise OSError(f"it has {size} bytes, expected {most}")
+            if row is not None and file_hash(part) != row.sha256:
+                raise ValueError(f"{address} changed since it was mirrored; mirror it into a new folder, for a new run")
     except ImportError as error:
         raise ValueError(f"{address}: {error}") from error
     except ValueError:
         raise
     except Exception as error:  # whatever a client of a network meets
         raise OSError(f"{address} could not be fetched into {path.parent}: {error!r:.200}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _patience_of(address: str) -> dict[str, Any]:
@@ -246,19 +243,6 @@ def _touch(shard: Path) -> None:
     """Notes that it was read now; a folder that cannot be written to needs no order, for nothing makes room there."""
     with contextlib.suppress(OSError):
         os.utime(shard, ns=(time.time_ns(), shard.stat().st_mtime_ns))
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process, and one thread of it, at a time."""
-    with open(folder / ".fetching", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _files(folder: Path, name: str) -> tuple[Path, Path]:
-    """The places of a shard and of its index."""
-    return folder / name, folder / (name.removesuffix(".tar") + ".index.json")
 
 
 def _read(folder: Path) -> tuple[int, dict[str, Row], bool] | None:

@@ -35,14 +35,12 @@ def pack(
     Raises ValueError where it is neither or both, where picture or split are given for a folder, and where nothing can
     be packed.
     """
-    path = Path(source)
-    if str(source).startswith(HUB):
-        return pack_dataset(source, out, samples_per_shard, captionless, caption, picture, split or "train")
-    if not path.exists():
+    path, hub = Path(source), str(source).startswith(HUB)
+    if not hub and not path.exists():
         raise ValueError(f"there is no file or folder {str(source)!r:.80}; for the hub write {HUB}OWNER/NAME")
-    tables = tables_in(path)
-    if not path.is_dir() or not any(_extension(file) in PICTURES for file in path.rglob("*")):
-        if not tables:
+    tables = [] if hub else tables_in(path)
+    if hub or not path.is_dir() or not any(_extension(file) in PICTURES for file in path.rglob("*")):
+        if not hub and not tables:
             raise ValueError(f"nothing to pack in {path}: no picture ({', '.join(PICTURES)}), and no .parquet file")
         return pack_dataset(source, out, samples_per_shard, captionless, caption, picture, split or "train")
     if tables:
