@@ -184,6 +184,14 @@ def test_a_mirror_that_was_broken_off_is_refused_and_gone_on_with(there, largest
     assert [path.name for path in (tmp_path / "m").glob(".*")] == [".lock"]
 
 
+def test_a_mirror_without_room_is_not_whole(there, largest, tmp_path):
+    name = sorted(there.glob("*.tar"))[0].name
+    with pytest.raises(ValueError, match="must have room for 1 shards"):
+        mirror.make(f"file://{there}/{name}", tmp_path / "m", 1)
+    with pytest.raises(ValueError, match="was not made to its end"):
+        ShardSource(tmp_path / "m", 32, 0)
+
+
 def test_another_address_brings_other_shards(there, largest, tmp_path):
     copied(there, tmp_path / "a")
     copied(pack(tmp_path / "other", SHARDS * EACH, EACH, first=500), tmp_path / "b")

@@ -116,15 +116,17 @@ def make(address: str, folder: Path | str, keep: float) -> dict[str, Row]:
         for name in before.keys() - rows.keys():  # of another address: neither it nor its index
             for path in (folder / name, index_path(folder / name)):
                 path.unlink(missing_ok=True)
+        whole = False
         try:
-            _write(folder, keep, rows, False)
+            _write(folder, keep, rows, whole)
             for name in followed(list(addresses), "looking at shards"):
                 if name not in rows:
                     rows[name] = _look(folder, Row(name, addresses[name], 0, ""), keep, rows)
                 _check_room(folder, keep, rows, len(addresses))
             _make_room(folder, keep, rows)
+            whole = True
         finally:
-            _write(folder, keep, rows, rows.keys() == addresses.keys())
+            _write(folder, keep, rows, whole)
     return rows
 
 
