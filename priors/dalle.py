@@ -7,8 +7,7 @@ The defaults are the published 12-billion-parameter model (Section 2.2 and Appen
 and the output at each place predicts what follows: the first T outputs go through the text head, the last N through
 the image head, so neither kind can predict the other. The last text token predicts the first code.
 
-B samples, T text tokens, N = h * w codes, n <= N codes given so far, D width, K number of codes, V numbers
-in the vector of a code.
+B samples, T text tokens, N = h * w codes, n <= N codes given so far, D width, K number of codes.
 
 It does not know losses, sampling, tokenizers or random draws.
 """
@@ -18,34 +17,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..layers import masks
 from ..layers.attention import BlockCache, TransformerBlock, new_norm
 from ..layers.embeddings import AxialPositionEmbedding, rotation
 
 PAD = 0
-
-
-class FromVectors(nn.Module):
-    """What codes of near vectors learn together, in training alone: two networks from a code's vector to the width of
-    the transformer, one added to the embedding of the code, one to its row of the head. At first both give 0.
-
-    vectors: (K, V), where codes of near vectors look alike. hidden: width of the one hidden layer of each.
-    """
-
-    vectors: Tensor
-
-    def __init__(self, vectors: Tensor, hidden: int, width: int) -> None:
-        super().__init__()
-        centred = vectors - vectors.mean(0)
-        self.register_buffer("vectors", centred / centred.std(correction=0).clamp(min=1e-12), persistent=False)
-        self.to_embedding, self.to_head = self._network(hidden, width), self._network(hidden, width)
-
-    def _network(self, hidden: int, width: int) -> nn.Sequential:
-        last = nn.Linear(hidden, width, bias=False)
-        nn.init.zeros_(last.weight)
-        return nn.Sequential(nn.Linear(self.vectors.shape[1], hidden), nn.GELU(), last)
 
 
 class DALLE(nn.Module):
@@ -118,7 +95,6 @@ class DALLE(nn.Module):
             nn.init.normal_(weight, std=0.02)
         nn.init.zeros_(self.text_head.bias)
         nn.init.zeros_(self.image_head.bias)
-        self.from_vectors: FromVectors | None = None  # which a stage may give it, and takes away at its end
 
     def null_text(self, batch: int) -> Tensor:
         """The null caption, int64 (batch, T) on the model's device: all pads, hence learned.
@@ -135,13 +111,13 @@ class DALLE(nn.Module):
         """
         self._check(text, codes, at_least=1)
         x = self._run(torch.cat([self._embed_text(text), self._embed_codes(codes[:, :-1], 0)], dim=1))
-        return self.text_head(x[:, : self.text_length]), self._code_logits(x[:, self.text_length :])
+        return self.text_head(x[:, : self.text_length]), self.image_head(x[:, self.text_length :])
 
     def next_logits(self, text: Tensor, codes: Tensor) -> Tensor:
         """Logits (B, K) of code n given the n codes before it, computed anew. codes: int64 (B, n), 0 <= n < N."""
         self._check(text, codes, at_least=0)
         x = self._run(torch.cat([self._embed_text(text), self._embed_codes(codes, 0)], dim=1))
-        return self._code_logits(x[:, -1])
+        return self.image_head(x[:, -1])
 
     def prefill(self, text: Tensor) -> tuple[list[BlockCache], Tensor]:
         """Reads the captions, int64 (B, T). Returns a cache with room for the image and the logits (B, K) of code 0.
@@ -158,7 +134,7 @@ class DALLE(nn.Module):
         length = self.text_length + self.grid[0] * self.grid[1]
         cache = [block.new_cache(len(text), length) for block in self.blocks]
         x = self._run(self._embed_text(text), cache)
-        return cache, self._code_logits(x[:, -1])
+        return cache, self.image_head(x[:, -1])
 
     def step(self, cache: list[BlockCache], code: Tensor, position: int) -> Tensor:
         """Reads code number `position` (0 .. N - 2), int64 (B,); extends `cache`. Returns logits (B, K) of the next."""
@@ -168,7 +144,7 @@ class DALLE(nn.Module):
                 f"DALLE.step: position must be in 0 .. {last} (the last code is never read), got {position}"
             )
         x = self._embed_codes(code[:, None], position)
-        return self._code_logits(self._run(x, cache, self.text_length + 1 + position)[:, -1])
+        return self.image_head(self._run(x, cache, self.text_length + 1 + position)[:, -1])
 
     def _run(self, x: Tensor, cache: list[BlockCache] | None = None, start: int = 0) -> Tensor:
         queries = torch.arange(start, start + x.shape[1], device=x.device)
@@ -204,16 +180,7 @@ class DALLE(nn.Module):
 
     def _embed_codes(self, codes: Tensor, first: int) -> Tensor:
         position = torch.arange(first, first + codes.shape[1], device=codes.device)
-        if self.from_vectors is None:
-            return self.code_embedding(codes) + self.code_position(position)  # (B, n, D)
-        table = self.code_embedding.weight + self.from_vectors.to_embedding(self.from_vectors.vectors)  # (K, D)
-        return F.embedding(codes, table) + self.code_position(position)
-
-    def _code_logits(self, x: Tensor) -> Tensor:
-        if self.from_vectors is None:
-            return self.image_head(x)
-        rows = self.image_head.weight + self.from_vectors.to_head(self.from_vectors.vectors)  # (K, D)
-        return F.linear(x, rows, self.image_head.bias)
+        return self.code_embedding(codes) + self.code_position(position)  # (B, n, D)
 
     def _check(self, text: Tensor, codes: Tensor, at_least: int) -> None:
         most = self.grid[0] * self.grid[1] - 1 + at_least

@@ -88,6 +88,19 @@ def test_towers_read_as_torch_does_it(close):
     close(block.attn(x, mask), theirs.transpose(0, 1))
 
 
+@pytest.mark.parametrize("read", [CLIPTransformer.forward, CLIPTransformer.read], ids=["patches", "captions"])
+def test_the_one_place_that_is_read_is_as_among_all(read, close):
+    network, places = CLIPTransformer(16, 2, 2).double(), torch.tensor([4, 0, 2])
+    x = torch.randn(3, 5, 16, dtype=torch.float64)
+    found = []
+    for only in (None, places):
+        out = read(network, x, only=only)
+        picked = out[range(3), places] if only is None else out
+        found.append([picked, *torch.autograd.grad(picked.square().sum(), list(network.parameters()))])
+    for theirs, ours in zip(*found, strict=True):
+        close(ours, theirs)
+
+
 @pytest.mark.filterwarnings("error")
 def test_rms_norm_keeps_bfloat16_without_a_warning():
     """Values as in float32, but for rounding, and a gradient of the weight in its own dtype."""

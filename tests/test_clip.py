@@ -154,6 +154,8 @@ def test_edges_refuse():
         model.encode_text(torch.zeros(1, 11, dtype=torch.int64))
     with pytest.raises(ValueError, match="patch_size"):
         CLIP(**SIZES | {"patch_size": 5})
+    with pytest.raises(ValueError, match="depth of at least 1"):
+        CLIP(**SIZES | {"text_depth": 0})
     image, text, _ = _features()
     with pytest.raises(ValueError, match="weight"):
         clip(image, text[:3], torch.tensor(1.0), torch.arange(6), None, torch.ones(6))

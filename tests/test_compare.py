@@ -21,7 +21,7 @@ SMALL = [
     *["training.precision=fp32", "training.trackers=[]", "training.data.levels=[S1]"],
     *["stages.tokenizer.steps=20", "stages.tokenizer.global_batch=16", "stages.tokenizer.log_every=2"],
     *["stages.prior.steps=150", "stages.prior.global_batch=16", "stages.prior.log_every=2"],
-    *[f"stages.prior.{key}" for key in ("validate_every=10", "optimizer.muon=0", "objective.shared_width=0")],
+    *["stages.prior.validate_every=10", "stages.prior.optimizer.muon=0"],
     *["stages.tokenizer.validate_samples=64", "stages.prior.validate_samples=64"],
 ]
 

@@ -253,7 +253,6 @@ SMALL = [
     *[f"stages.{stage}.{key}" for stage in ("tokenizer", "prior", "clip") for key in ("log_every=2", FEW)],
     *["stages.tokenizer.steps=40", "stages.tokenizer.global_batch=16"],
     *["stages.prior.steps=150", "stages.prior.global_batch=16", "stages.prior.validate_every=50"],
-    "stages.prior.objective.shared_width=0",
     *["stages.clip.steps=80", "stages.clip.global_batch=32", "stages.clip.levels=[S1]", "stages.clip.objective={}"],
 ]
 

@@ -53,34 +53,6 @@ def test_a_tokenizer_comes_back_as_it_was_exported(name, tmp_path):
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
-@pytest.mark.parametrize(
-    ("name", "table"),
-    [
-        ("vqvae", lambda model: model.quantize.embedding.weight),
-        ("vector", lambda model: model.quantize.embedding.weight),
-        ("ema", lambda model: model.quantize.embedding.weight),
-        ("gumbel", lambda model: model.quantize.embed.weight),
-        ("fsq", None),
-        ("dvae", lambda model: model.decoder.stem.weight[:, :, 0, 0].t()),
-        ("patch_dvae", lambda model: model.decoder.patch_embedding),
-    ],
-)
-@torch.no_grad()
-def test_codes_of_one_vector_are_one_picture(name, table):
-    torch.manual_seed(0)
-    model = build(system(PARTS[name]), "tokenizer").eval()
-    if table is not None:
-        table(model).normal_()
-        table(model)[3] = table(model)[8]
-    vectors = model.code_vectors()
-    pictures = model.decode(torch.arange(15)[:, None, None].expand(15, *model.spec.shape)).flatten(1)
-    near, alike = (torch.cdist(rows, rows) < 1e-6 for rows in (vectors, pictures))
-    same = torch.eye(15, dtype=torch.bool)
-    if table is not None:
-        same[3, 8] = same[8, 3] = True
-    assert vectors.shape[0] == 15 and torch.equal(near, same) and torch.equal(alike, same)
-
-
 @pytest.mark.parametrize("name", PARTS)
 def test_bad_input_is_refused(name):
     model = build(system(PARTS[name]), "tokenizer")

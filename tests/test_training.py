@@ -179,7 +179,7 @@ def test_swapped_captions_are_refused(run, tmp_path):
         ("stages.prior.objective.caption_drp=0.9", "did you mean 'caption_drop'"),
         ("stages.clip.micro_batch=2", "cannot be read in 2 passes"),
         ("stages.clip.levels=[S4]", "shapes has the levels"),
-        ("stages.prior.objective.shared_width=0.5", "shared_width must be a whole number, got 0.5"),
+        ("stages.clip.objective.wrong_captions=0.5", "wrong_captions must be a whole number, got 0.5"),
         ("stages.clip.objective.canonical=22", "must lie between 0 and 1, got 22"),
     ],
 )

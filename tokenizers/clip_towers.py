@@ -40,8 +40,8 @@ class _VisionTower(nn.Module):
         patches = self.conv1(image).flatten(2).transpose(1, 2)  # (B, N, W)
         first = self.class_embedding.to(patches.dtype).expand(len(image), 1, -1)
         x = torch.cat([first, patches], dim=1) + self.positional_embedding.to(patches.dtype)  # (B, 1+N, W)
-        x = self.transformer(self.ln_pre(x))
-        return self.ln_post(x[:, 0]) @ self.proj  # (B, D)
+        classes = self.transformer(self.ln_pre(x), only=torch.zeros(len(x), dtype=torch.int64, device=x.device))
+        return self.ln_post(classes) @ self.proj  # (B, D)
 
 
 class CLIP(nn.Module):
@@ -120,8 +120,7 @@ class CLIP(nn.Module):
             raise ValueError(f"text must be (B, T) with 1 <= T <= {self.text_length}, got {tuple(text.shape)}; cut it")
         places = text.shape[1]
         x = self.token_embedding(text) + self.positional_embedding[:places]  # (B, T, W)
-        x = self.transformer.read(x)
-        pooled = x[torch.arange(len(text), device=x.device), text.argmax(dim=1)]  # (B, W)
+        pooled = self.transformer.read(x, only=text.argmax(dim=1))  # (B, W)
         features = self.ln_final(pooled) @ self.text_projection
         return F.normalize(features, dim=-1) if normalize else features
 

@@ -114,10 +114,6 @@ class Decoder(nn.Module):
         table = self.stem.weight[:, :, 0, 0].t() + self.stem.bias  # (K, init_width)
         return self._from_embedding(F.embedding(codes, table).permute(0, 3, 1, 2))
 
-    def code_vectors(self) -> Tensor:
-        """What the decoder reads for each code, but for the bias that all share, (K, init_width)."""
-        return self.stem.weight[:, :, 0, 0].t()
-
     def _from_embedding(self, x: Tensor) -> Tensor:
         for group in self.groups:
             x = group(x)
@@ -139,10 +135,6 @@ class GumbelAutoencoder(nn.Module):
         self.image_size, self.spec = image_size, spec
         self.encoder, self.decoder = encoder, decoder
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPU
-
-    def code_vectors(self) -> Tensor:
-        """A vector for each code, (K, V), see the decoder's: codes of near ones look alike."""
-        return self.decoder.code_vectors()
 
     def logits(self, image: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [-1, 1] -> logits of q(code | image), float32 (B, K, h, w)."""

@@ -67,10 +67,6 @@ class PatchDecoder(nn.Module):
         """The same for one-hot weights, given as codes (B, h, w)."""
         return self._refine(F.embedding(codes, self.patch_embedding))
 
-    def code_vectors(self) -> Tensor:
-        """The mapped pixels of each code's patch, (K, 3 * P * Q) in (0, 1)."""
-        return self.patch_embedding[:, : 3 * self.patch[0] * self.patch[1]].sigmoid()
-
     def _refine(self, flat: Tensor) -> Tensor:
         batch, h, w, _ = flat.shape
         high, wide = self.patch

@@ -98,11 +98,6 @@ class VQGAN(nn.Module):
         self.codes.check(codes, type(self).__name__)
         return self._image(self.quantize.lookup(codes))
 
-    def code_vectors(self) -> Tensor:
-        """The codewords, (K, D): codes of near ones look alike."""
-        codes = torch.arange(self.codes.vocabulary, device=next(self.parameters()).device)
-        return self.quantize.lookup(codes[None, None])[0, :, 0].T
-
     def latents(self, image: Tensor) -> Tensor:
         """Image (B, 3, H, W) -> what is quantized, (B, D, h, w)."""
         return self.quant_conv(self.encoder(image))

@@ -70,10 +70,6 @@ class VQVAE(nn.Module):
         self.spec.check(codes, type(self).__name__)
         return self._image(self.quantize.lookup(codes))
 
-    def code_vectors(self) -> Tensor:
-        """The codewords, (K, D): codes of near ones look alike."""
-        return self.quantize.codebook()
-
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Image (B, 3, H, W) -> `reconstruction` (B, 3, H, W), and `codes`, `latents` and `codewords` for the loss."""
         check_image(image, self.image_size, type(self).__name__, values=False)

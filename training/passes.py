@@ -24,7 +24,6 @@ from .objectives import clip as clip_objective
 from .objectives import dalle as dalle_objective
 from .run import Stage
 from .stages import STAGES, told
-from .stages.dalle import learn_together
 from .stream import Batch
 
 
@@ -114,8 +113,6 @@ def prepare(
             network = build(recipe, part)
             if trained_along(recipe, part):
                 network = Captioned(network, build(recipe, "text"))
-            if kind in _ADDED:
-                _ADDED[kind](network, frozen["tokenizer"], config)
             setting = Setting(recipe, part, config, world, {part: network}, frozen)
     for network in setting.networks.values():
         _wrap(network, bf16)
@@ -221,8 +218,6 @@ PASSES: dict[str, tuple[tuple[str, ...], Callable[[Setting, int], Tensor] | None
     "vq_latents": ((), None),
     "autoencoder_kl": ((), None),
 }
-# By kind: what the stage adds to its network while it trains, from its tokenizer and configuration.
-_ADDED: dict[str, Callable[[Any, Any, Stage], None]] = {"dalle": learn_together}
 # By kind: the frozen parts that the stage reads too, where the recipe has them.
 _IF_THERE: dict[str, tuple[str, ...]] = {"unet": ("tokenizer", "text")}
 

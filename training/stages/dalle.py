@@ -10,16 +10,13 @@ from typing import Any, ClassVar
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torch.func import functional_call
 
 from ...layers import random
 from ...pipeline import checkpoint
 from ...pipeline.drawing import CodeDrawing, codes_problem
 from ...pipeline.recipe import Recipe, build, sampling_knobs
-from ...priors.dalle import DALLE, FromVectors
 from ...tokenizers.captions import CaptionTokenizer
 from ..objectives import dalle as dalle_objective
-from ..parallel import like, whole
 from ..run import Stage
 from ..stream import Batch, Source
 from .contract import (
@@ -38,11 +35,8 @@ from .contract import (
 class DALLEStage(TrainingStage):
     """Fits the DALL-E transformer on (caption, codes) (section 2.2).
 
-    caption_drop: the share of samples that are shown no caption, for guidance. shared_width: hidden width of the
-    networks by which codes of near vectors learn together (`FromVectors`), so that what one learns of a colour or an
-    edge serves all that have it; 0: each code learns for itself. What they add becomes part of the embedding and the
-    head at the end, so that the exported tensors are the same with and without. bpe_dropout, bpe_dropout_start: as in
-    `CLIPStage`.
+    caption_drop: the share of samples that are shown no caption, for guidance. bpe_dropout, bpe_dropout_start: as
+    in `CLIPStage`.
     """
 
     part = "prior"
@@ -52,7 +46,7 @@ class DALLEStage(TrainingStage):
     steady = True
     depends: tuple[str, ...] = ("tokenizer", "captions")
     cached: tuple[str, ...] = ("codes",)
-    knobs: ClassVar = {"caption_drop": Knob(high=1), "shared_width": Knob(high=65536, whole=True), **SPLIT_WORDS}
+    knobs: ClassVar = {"caption_drop": Knob(high=1), **SPLIT_WORDS}
 
     def __init__(
         self, recipe: Recipe, config: Stage, source: Source, model: Path, seed: int, device: torch.device
@@ -60,7 +54,6 @@ class DALLEStage(TrainingStage):
         self.tokenizer = checkpoint.load_part(model, recipe, "tokenizer", device)
         self.captions = CaptionTokenizer.load(model / "captions.json")
         self.hold(build(recipe, self.part))
-        learn_together(self.network, self.tokenizer, config)
         checkpoint.check_captions(model, recipe, self.part, self.network)
         self.recipe, self.config, self.source, self.seed = recipe, config, source, seed
 
@@ -89,18 +82,6 @@ class DALLEStage(TrainingStage):
         return text.to(codes.device), codes.flatten(1)
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """What codes have learnt together becomes part of their embeddings and of the head."""
-        network = self.network
-        if (shared := network.from_vectors) is None:
-            return
-        for table, added in ((network.code_embedding, shared.to_embedding), (network.image_head, shared.to_head)):
-            weights = {name: whole(weight) for name, weight in added.named_parameters()}
-            table.weight.add_(like(functional_call(added, weights, (shared.vectors,)), table.weight))
-        network.from_vectors = None
-        checkpoint.round_weights(network)
-
-    @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, Tensor]:
         """`nats_per_code`: the negative log-likelihood of the image's codes, given the caption.
 
@@ -121,10 +102,3 @@ class DALLEStage(TrainingStage):
         with evaluating(self.network):
             codes = draw(captions, range(len(captions)), knobs, None)
         return contact_sheet(self.tokenizer.decode(codes), captions)
-
-
-def learn_together(network: DALLE, tokenizer: Any, config: Stage) -> None:
-    """Gives a transformer the networks that the knob `shared_width` asks for, in place."""
-    if hidden := int(config.number("shared_width", 0)):
-        vectors = tokenizer.code_vectors().detach().to(network.start.device)  # (K, V)
-        network.from_vectors = FromVectors(vectors, hidden, network.code_embedding.embedding_dim)
