@@ -23,7 +23,9 @@ def read(folder: Path, context_length: int) -> tuple[CaptionTokenizer, int]:
 
     context_length: of captions, without start and end. Raises WeightsError where the folder holds neither form whole.
     """
-    settings = {**archive.table(folder / "special_tokens_map.json"), **archive.table(folder / "tokenizer_config.json")}
+    config, special = (archive.table(folder / f"{name}.json") for name in ("tokenizer_config", "special_tokens_map"))
+    # As transformers reads the two; of Stable Diffusion 2 they differ, and its captions are filled with "!".
+    settings = {**special, **config} if "added_tokens_decoder" in config else {**config, **special}
     given = settings.get("pad_token") or CLIP_END
     pad = str(given.get("content") if isinstance(given, dict) else given)
     try:

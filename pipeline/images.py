@@ -185,7 +185,10 @@ def _opened(path: str | Path, formats: tuple[str, ...] = ("PNG",)) -> Iterator[I
             yield image
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no picture {str(path)!r}") from error
-    except (Image.UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+    except Image.DecompressionBombError:
+        most = (Image.MAX_IMAGE_PIXELS or 0) * 2
+        raise ValueError(f"{str(path)!r} has more pixels than the {most:,} that are read; make it smaller") from None
+    except (Image.UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise ValueError(f"{str(path)!r} must be a {' or '.join(formats)}, got {error}") from error
     except OSError as error:
         raise OSError(f"cannot read {str(path)!r}: {error.strerror or error}") from error

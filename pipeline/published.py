@@ -26,6 +26,7 @@ from .whole_file import save_tensors
 
 HUB = "hf-hub:"
 SCALING_FACTOR = 0.18215  # of KL-f8 in Stable Diffusion: 1 / the deviation of its latents
+_SCALING_FACTOR_XL = 0.13025
 _CLASSES = {"VQModel": "vqgan", "AutoencoderKL": "autoencoder_kl"}
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _HALVES = ("encoder.pkl", "decoder.pkl")
@@ -127,7 +128,11 @@ def _openai(path: Path, image_size: int | None) -> tuple[dict[str, Any], dict[st
 
 def _compvis(path: Path, image_size: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if path.suffix == ".safetensors":
-        return from_names(path, _first_stage(archive.load(path)), image_size or 256)
+        table = archive.load(path)
+        stored = _first_stage(table)
+        if any(name.startswith("conditioner.") for name in table):  # Stable Diffusion XL's file, which does not say it
+            stored.setdefault("scale_factor", torch.tensor(_SCALING_FACTOR_XL, dtype=torch.float64))
+        return from_names(path, stored, image_size or 256)
 
     def select(content: Any) -> dict[str, StoredTensor]:
         return _first_stage(archive.state_dict(content))

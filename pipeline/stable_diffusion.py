@@ -29,7 +29,8 @@ Weights = dict[str, Tensor]
 
 _FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
-_HEADS = ("model.diffusion_model.", "cond_stage_model.")
+_UNET, _XL = "model.diffusion_model.", "conditioner."
+_READERS = ("cond_stage_model.", _XL)  # text encoders
 _READ: dict[str, tuple[str, ...]] = {"tokenizer": (), "text": ("captions",), "prior": ("tokenizer", "text", "captions")}
 _SAMPLING = {"num_steps": 25, "guidance_scale": 7.5}
 _DAMAGE = (KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError, ValueError, RuntimeError)
@@ -103,7 +104,7 @@ def is_system(path: Path) -> bool:
             return {}
 
         archive.read(path, look)
-    return all(any(name.startswith(head) for name in names) for head in _HEADS)
+    return all(any(name.startswith(heads) for name in names) for heads in (_UNET, _READERS))
 
 
 def load(
@@ -151,6 +152,9 @@ def load(
 def _check(recipe: Recipe, weights: dict[str, Weights], captions: CaptionTokenizer) -> None:
     """Raises ValueError unless all is of one system."""
     denoiser_of(recipe, lambda x_t, t, condition: x_t)
+    halvings = sum(len(recipe.parts[part]["channel_mult"]) - 1 for part in ("tokenizer", "prior"))
+    if recipe.image_size % 2**halvings:
+        raise WeightsError(f"it paints pictures whose side is a multiple of {2**halvings}, got {recipe.image_size}")
     read, given = recipe.parts["prior"]["context_dim"], recipe.parts["text"]["width"]
     if read != given:
         raise WeightsError(f"its prior looks at tokens of width {read}, its text encoder gives {given}")
@@ -211,6 +215,8 @@ def _folder(path: Path, image_size: int | None) -> _Found:
 
 def _file(path: Path, image_size: int | None, prediction: str | None, tokenizer: Path | None) -> _Found:
     stored = archive.load(path) if path.suffix == ".safetensors" else archive.read(path, _without_average)
+    if any(name.startswith(_XL) for name in stored):
+        raise WeightsError("it is of Stable Diffusion XL, of which the autoencoder alone is read, by --part tokenizer")
     weights = convert_unet.split_single_file(stored)
     missing = [part for part, found in weights.items() if not found]
     if missing:

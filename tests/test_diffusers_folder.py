@@ -1,5 +1,6 @@
 """Models of ours as diffusers reads them: the same picture, the same captions, and what cannot be said there."""
 
+import json
 import warnings
 
 import diffusers
@@ -174,6 +175,22 @@ def test_open_clips_vocabulary_is_that_of_transformers(tmp_path):
     with pytest.raises(checkpoint.ModelError, match="CLIP's, which has no padding"):
         checkpoint.check_captions(tmp_path, recipe, "text", encoder)
     checkpoint.check_captions(tmp_path, recipe, "text", CLIPText(49408, 77, 8, 1, 1))
+
+
+@pytest.mark.parametrize(("decoder", "pad"), [({}, "!"), ({"added_tokens_decoder": {}}, "<|endoftext|>")])
+def test_of_two_files_that_name_a_padding_that_of_transformers_counts(decoder, pad, tmp_path):
+    """Those of the published Stable Diffusion 2 differ; an `added_tokens_decoder` is in what is saved since."""
+    words = tmp_path / "t"
+    caption_files.write(words, caption_files.of_open_clip(75), 49408, 49407)
+    config = json.loads((words / "tokenizer_config.json").read_text())
+    (words / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<|endoftext|>", **decoder}))
+    (words / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
+    captions, number = caption_files.read(words, 75)
+    reference = transformers.CLIPTokenizer.from_pretrained(words)
+    assert (reference.pad_token, reference.pad_token_id) == (pad, number)
+    for text in ("a red ring", "no! wow !!!"):
+        (row,), (length,) = captions.encode([text])
+        assert reference(text).input_ids == [49406, *row[:length].tolist(), 49407]
 
 
 def test_diffusers_has_no_other_kinds(tmp_path):

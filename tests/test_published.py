@@ -101,6 +101,12 @@ def test_the_first_stage_of_stable_diffusion_is_found_and_scaled(tmp_path, endin
     assert read_card(tmp_path / "m")["licence"] == "not stated"
 
 
+def test_the_first_stage_of_stable_diffusion_xl_has_a_scale_of_its_own(tmp_path):
+    reader = {"conditioner.embedders.0.weight": torch.zeros(2)}
+    stand_in("kl", tmp_path / "xl.safetensors", "first_stage_model.", **reader)
+    assert published.load(tmp_path / "xl.safetensors", 16)[1]["scale.std"].tolist() == pytest.approx([1 / 0.13025] * 4)
+
+
 def test_a_scale_that_the_checkpoint_holds_goes_first(tmp_path):
     stand_in("kl", tmp_path / "ldm.ckpt", "first_stage_model.", scale_factor=torch.tensor(0.25))
     section, weights = published.load(tmp_path / "ldm.ckpt", 16)

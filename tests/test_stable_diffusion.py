@@ -270,10 +270,13 @@ def test_a_single_file_that_does_not_tell_enough_is_refused(published, tmp_path)
         ({"betas": weights["betas"] * 2}, "betas are not those of Stable Diffusion"),
         ({"colorize": torch.zeros(3)}, "'colorize' is no tensor of a Stable Diffusion file"),
         ({"model.diffusion_model.label_emb.weight": torch.zeros(3)}, "1 have no place"),
+        ({"conditioner.embedders.0.weight": torch.zeros(3)}, "of Stable Diffusion XL, of which the autoencoder alone"),
     ):
         save_file(weights | change, tmp_path / "changed.safetensors")
         with pytest.raises(WeightsError, match=message):
             stable_diffusion.load(tmp_path / "changed.safetensors", **more)
+    with pytest.raises(WeightsError, match="a multiple of 16, got 40"):
+        stable_diffusion.load(path, **more | {"image_size": 40})
     save_file({name: value.half() for name, value in weights.items()}, tmp_path / "half.safetensors")
     assert stable_diffusion.load(tmp_path / "half.safetensors", **more).recipe.diffusion.prediction == "v"
     if kind == "sd2":  # without what follows the text encoder, nothing tells which of its blocks is the last one
