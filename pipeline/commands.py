@@ -16,6 +16,7 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object a line
 OWN = "by default the model's own"
 Reranker = Annotated[str | None, typer.Option(help="an open_clip model that ranks: a name or a folder")]
 RerankerWeights = Annotated[str | None, typer.Option(help="its weights: a published tag or a file")]
+MicroBatch = Annotated[int | None, typer.Option(help="pictures painted at once; on a CPU fewer of larger ones")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: cuda where there is one")]
 
 
@@ -39,6 +40,7 @@ def paint(
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     compiled: Annotated[bool, typer.Option("--compile", help="of diffusion, for GPUs: by torch.compile")] = False,
+    micro_batch: MicroBatch = None,
     out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = Path("out"),
     grid: Annotated[bool, typer.Option("--grid", help="one picture with all paintings, captions and scores")] = False,
     prompts_file: Annotated[Path | None, typer.Option(help="a text file with one caption a line")] = None,
@@ -50,7 +52,7 @@ def paint(
 
     texts = gallery.captions(prompts or [], prompts_file)
     check_keep(keep, candidates)
-    paths = gallery.targets(out, len(texts) * keep, grid)
+    gallery.check_target(out)
     system = load(model, device, dtype, reranker, reranker_pretrained)
     system = system.compile() if compiled else system
     knobs = given(
@@ -58,7 +60,10 @@ def paint(
         eta=eta, negative=negative,
     )  # fmt: skip
     with progress_bar("painting") as progress:
-        paintings = system(texts, seed=seed, candidates=candidates, keep=keep, progress=progress, **knobs)
+        paintings = system(
+            texts, seed=seed, candidates=candidates, keep=keep, progress=progress, micro_batch=micro_batch, **knobs
+        )
+    paths = gallery.targets(out, len(paintings), grid)
     for path, entry in gallery.save_grid(paintings, paths[0]) if grid else gallery.save(paintings, paths):
         tell(path, entry, as_json)
 
@@ -76,13 +81,15 @@ def reproduce(
     from .text_to_image import check_facts, repaint
 
     facts, before = check_facts(read_metadata(file)), read_picture(file)
-    paths = gallery.targets(out, 1)
+    gallery.check_target(out)
     try:
         device = device_named(facts["device"])
     except ValueError:
         typer.echo(f"it was painted on {facts['device']}, which is not here: painting on the CPU", err=True)
         device = "cpu"
+        facts |= {"micro_batch": 1, "row": 0, "compiled": False}  # without equal bits, nothing is gained by more
     again = repaint(load(model or find_by_hash(facts["model_hash"]), device, facts["dtype"]), facts)
+    paths = gallery.targets(out, 1)
     gallery.save([again], paths)
     likeness = psnr(before, again.image)
     typer.echo(str(paths[0]))
@@ -107,10 +114,11 @@ def resynthesise(
     from .images import PHOTOS, read_picture, save_png
 
     moves, shown = resynthesis.moves_of(attribute), [read_picture(path, PHOTOS) for path in pictures]
-    paths = gallery.targets(out, len(shown) if each else 1, grid=not each)
+    gallery.check_target(out)
     system = resynthesis.Resynthesis.load(model, device_named(device))
     draw = resynthesis.moved if each else resynthesis.sheets
-    for path, picture in zip(paths, draw(system, shown, moves, strength), strict=True):
+    pages = list(draw(system, shown, moves, strength))
+    for path, picture in zip(gallery.targets(out, len(pages), grid=not each), pages, strict=True):
         facts = {"model": model, "moves": moves, "strength": strength}
         save_png(picture, path, facts)
         tell(path, facts, as_json)
@@ -140,7 +148,7 @@ def demo(out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = P
     shipped = [name for name in gallery.DEMO if (SHIPPED / name / "card.json").is_file()]
     if not shipped:
         raise ModelError("no model is shipped yet; train one: kartina train shapes/dalle, then kartina paint --model")
-    path = gallery.targets(out, 1)[0]
+    gallery.check_target(out)
     paintings = []
     for name in shipped:
         system = load(name, "auto", "float32")
@@ -149,6 +157,7 @@ def demo(out: Annotated[Path, typer.Option(help="a .png file, or a folder")] = P
         for painting in painted:
             typer.echo(f"{painting.clip_score:.3f}  {name}: {painting.prompt}")
         paintings += painted
+    path = gallery.targets(out, 1)[0]
     gallery.save_grid(paintings, path)
     typer.echo(str(path))
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import OWN, Device, Json, Reranker, RerankerWeights, check_keep, given, load, tell
+from .commands import OWN, Device, Json, MicroBatch, Reranker, RerankerWeights, check_keep, given, load, tell
 
 app = typer.Typer()
 
@@ -44,6 +44,7 @@ def edit(
     reranker_pretrained: RerankerWeights = None,
     device: Device = "auto",
     dtype: DType = "float32",
+    micro_batch: MicroBatch = None,
     out: Out = Path("out"),
     as_json: Json = False,
 ) -> None:
@@ -56,15 +57,15 @@ def edit(
     check_keep(kept, candidates)
     picture = read_picture(image, PHOTOS)
     marked = None if mask is None else read_picture(mask, PHOTOS, under="black")
-    paths = gallery.targets(out, kept)
+    gallery.check_target(out)
     system = load(model, device, dtype, reranker, reranker_pretrained)
     knobs = given(num_steps=steps, sampler=sampler, eta=eta, guidance_scale=guidance, negative=negative)
-    how = {"strength": strength, "mask": marked, "invert": invert, "fit": fit}
+    how = {"strength": strength, "mask": marked, "invert": invert, "fit": fit, "micro_batch": micro_batch}
     with progress_bar("editing") as progress:
         paintings = system.edit(
             picture, prompt, **how, seed=seed, candidates=candidates, keep=kept, progress=progress, **knobs
         )
-    for path, entry in gallery.save(paintings, paths):
+    for path, entry in gallery.save(paintings, gallery.targets(out, len(paintings))):
         tell(path, entry, as_json)
 
 
@@ -90,7 +91,7 @@ def interpolate(
     from .images import grid, save_png
     from .terminal import progress_bar
 
-    path = gallery.targets(out, 1, grid=True)[0]
+    gallery.check_target(out)
     system = load(model, device, dtype)
     knobs = given(num_steps=steps, sampler=sampler, guidance_scale=guidance, negative=negative)
     with progress_bar("painting") as progress:
@@ -100,6 +101,6 @@ def interpolate(
     facts = {"prompts": [first, second], "seeds": [seed, seed if to_seed is None else to_seed], "frames": frames}
     facts |= {"model": system.recipe.name, "model_hash": system.model_hash, "knobs": knobs}
     captions = [first, *[""] * (frames - 2), second]
-    scale = max(1, gallery.CELL // pictures[0].width)
+    scale, path = max(1, gallery.CELL // pictures[0].width), gallery.targets(out, 1, grid=True)[0]
     save_png(grid(pictures, columns=frames, captions=captions, scale=scale), path, facts)
     tell(path, facts, as_json)

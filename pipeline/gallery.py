@@ -4,6 +4,7 @@ It does not know how a painting was made. It imports no torch before something i
 written is refused at once.
 """
 
+import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 CELL = 192  # pixels a side of a picture in a grid
 SAME = 40  # dB from which on two pictures differ by rounding only
+_OTHER_KINDS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".svg", ".pdf"}
 _SCENES = (
     "a large yellow circle on a purple background",
     "маленькое красное кольцо на синем фоне",
@@ -57,24 +59,46 @@ def captions(given: Sequence[str], file: Path | None) -> list[str]:
     return texts
 
 
+def check_target(out: Path) -> None:
+    """Makes the folder of pictures to come, at need; asked before they are painted.
+
+    Raises ValueError for another kind of picture than PNG, and OSError where nothing can be written.
+    """
+    if out.suffix.lower() in _OTHER_KINDS:
+        raise ValueError(f"pictures are written as PNG, got {str(out)!r}; name a .png file or a folder")
+    try_writing(out.parent if _is_file(out) else out)
+
+
 def targets(out: Path, count: int, grid: bool = False) -> list[Path]:
     """Where `count` pictures, or one grid of them, go: a .png file, numbered if there are several, or a folder.
 
-    In a folder the numbers go on from what lies there, so that nothing is painted over.
-    The folder is made at need. Raises ValueError for another kind of picture, and OSError where nothing can be written.
+    In a folder the numbers go on from what lies there, so that nothing is painted over; an empty file keeps each place
+    from others who paint into the folder at the same time, so ask when the pictures are there. Raises as
+    `check_target`.
     """
-    if out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp"):
-        raise ValueError(f"pictures are written as PNG, got {str(out)!r}; name a .png file or a folder")
-    single = out.suffix.lower() == ".png" and not out.is_dir()
-    try_writing(out.parent if single else out)
-    if not single:
+    check_target(out)
+    if not _is_file(out):
         stem = "grid-" if grid else ""
         taken = [path.stem.removeprefix(stem) for path in out.glob(f"{stem}[0-9]*.png")]
         first = max((int(name) for name in taken if name.isdecimal()), default=-1) + 1
-        return [out / f"{stem}{k:04d}.png" for k in range(first, first + (1 if grid else count))]
+        free = (path for k in itertools.count(first) if _claim(path := out / f"{stem}{k:04d}.png"))
+        return list(itertools.islice(free, 1 if grid else count))
     if grid:
         return [out]
     return [out.with_name(f"{out.stem}-{k}.png") if k else out for k in range(count)]
+
+
+def _is_file(out: Path) -> bool:
+    return out.suffix.lower() == ".png" and not out.is_dir()
+
+
+def _claim(path: Path) -> bool:
+    """Whether the file was made by this call, and not there before."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def try_writing(folder: Path) -> None:

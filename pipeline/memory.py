@@ -14,6 +14,7 @@ from ..priors.unet import UNet
 from ..tokenizers.autoencoder_kl import AutoencoderKL
 
 _QUERIES = 1024
+_PICTURES, _SIDE = 64, 128
 
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
@@ -34,7 +35,7 @@ def in_batches(
     while len(done) < total:
         some = slice(len(done), min(total, len(done) + micro_batch))
         report = _share_of(progress, len(done) // micro_batch, -(-total // micro_batch))
-        if (found := _try(paint, some, report, parts)) is not None:
+        if (found := attempt(paint, some, report, parts)) is not None:
             done += found
         elif (count := some.stop - some.start) > 1:
             micro_batch = count // 2
@@ -42,7 +43,18 @@ def in_batches(
     return done
 
 
-def _try(paint: Callable[..., list[T]], some: slice, report: Progress | None, parts: dict[str, Any]) -> list[T] | None:
+def batch_of(prior: Any, image_size: int) -> int:
+    """The pictures that are painted at once if nobody says: 64, and on a CPU no more than take the memory of 64 of 128
+    pixels a side, for there a system that runs out of memory may end the program in place of telling it.
+    """
+    if next(prior.parameters()).device.type != "cpu":
+        return _PICTURES
+    return max(1, min(_PICTURES, _PICTURES * _SIDE**2 // image_size**2))
+
+
+def attempt(
+    paint: Callable[..., list[T]], some: slice, report: Progress | None, parts: dict[str, Any]
+) -> list[T] | None:
     """What it makes, or None where memory does not suffice and can be spared."""
     try:
         return paint(some, report)

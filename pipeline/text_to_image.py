@@ -12,6 +12,7 @@ It does not know how any part was trained.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import index
@@ -24,12 +25,12 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..tokenizers.captions import CaptionTokenizer
-from . import checkpoint, editing, interpolation, stable_diffusion
+from . import checkpoint, compiler, editing, interpolation, stable_diffusion
 from .built import check_built
 from .drawing import DRAWINGS, DiffusionDrawing
 from .images import to_pil
 from .known_models import find_model, model_hash
-from .memory import Progress, in_batches, slice_attention
+from .memory import Progress, attempt, batch_of, in_batches, slice_attention
 from .recipe import Recipe, reads_captions, sampling_knobs
 from .rerank import clip_scores, rank
 
@@ -120,10 +121,12 @@ class TextToImage:
         kernels to be launched.
 
         The first picture of each micro-batch's size then takes long, and all round otherwise. Raises ValueError for a
-        prior over codes, whose shapes change with each code.
+        prior over codes, whose shapes change with each code, and on a CPU where no C++ compiler is at hand.
         """
         if not isinstance(self.draw, DiffusionDrawing):
             raise ValueError(f"{self.recipe.name}: what is compiled is a diffusion prior, and its own draws codes")
+        if problem := compiler.lacking(next(self.parts["prior"].parameters()).device.type):
+            raise ValueError(f"{self.recipe.name}: {problem}")
         self.parts["prior"].compile(mode="reduce-overhead", dynamic=False)
         self.compiled = True
         return self
@@ -145,20 +148,21 @@ class TextToImage:
         candidates: int = 1,
         keep: int = 1,
         progress: Progress | None = None,
-        micro_batch: int = 64,
+        micro_batch: int | None = None,
         **knobs: Any,
     ) -> list[Painting]:
         """Paints `candidates` pictures a prompt and returns the best `keep` of each, prompt by prompt, best first.
 
         seed: of candidate 0 of every prompt, or one for each prompt. progress: called with the sampling steps done and
         in all. micro_batch: pictures painted at once, 1 to 4096, taken from all prompts; halved, with a warning, where
-        memory does not suffice. knobs: those of the prior's kind in `kartina.pipeline.recipe.SAMPLING`, by default the
-        recipe's `sampling`. Raises
-        ValueError for an empty prompt, a number or knob out of range, candidates < keep, or candidates to choose from
-        with no CLIP to rank them.
+        memory does not suffice, if torch is told so: see `memory.batch_of` for what is taken by default. knobs: those
+        of the prior's kind in `kartina.pipeline.recipe.SAMPLING`, by default the recipe's `sampling`. Raises ValueError
+        for an empty prompt, a number or knob out of range, candidates < keep, or candidates to choose from with no CLIP
+        to rank them.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else [index(s) for s in seed]
+        micro_batch = batch_of(self.parts["prior"], self.recipe.image_size) if micro_batch is None else micro_batch
         self._check(prompts, seeds, candidates, keep, micro_batch)
         knobs = sampling_knobs(self.recipe, knobs, "knobs of painting")
         rows = [(p, first + k, k) for p, first in zip(prompts, seeds, strict=True) for k in range(candidates)]
@@ -241,8 +245,9 @@ class _OwnCLIP:
 def repaint(system: TextToImage, facts: Any) -> Painting:
     """Paints a picture again from its `metadata`, in the same row of a micro-batch of the same size.
 
-    On the machine, device, dtype and version of the first time it is the same bit for bit. The other rows are copies.
-    Raises ValueError for facts that are not one painting's (see `check_facts`), or those of another model.
+    On the machine, device, dtype and version of the first time it is the same bit for bit. The other rows are copies;
+    where memory does not suffice for them, it is painted alone, with a warning. Raises ValueError for facts that are
+    not one painting's (see `check_facts`), or those of another model.
     """
     wanted = check_facts(facts)
     if wanted["model_hash"] != system.model_hash:
@@ -256,7 +261,15 @@ def repaint(system: TextToImage, facts: Any) -> Painting:
         tokenizer.tile = wanted["tile"]
     row = (wanted["prompt"], wanted["seed"], wanted["candidate"])
     knobs = sampling_knobs(system.recipe, wanted["knobs"], "knobs of painting")
-    return system._paint([row] * wanted["micro_batch"], knobs, None)[wanted["row"]]
+
+    def paint(some: slice, report: Progress | None) -> list[Painting]:
+        return system._paint([row] * some.stop, knobs, report)
+
+    count = wanted["micro_batch"]
+    if (found := attempt(paint, slice(0, count), None, system.parts)) is not None:
+        return found[wanted["row"]]
+    warnings.warn(f"out of memory with {count} pictures, as many as were painted at once: painted alone", stacklevel=2)
+    return paint(slice(0, 1), None)[0]
 
 
 def check_facts(facts: Any) -> dict[str, Any]:

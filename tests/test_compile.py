@@ -1,6 +1,8 @@
 """Networks that train and paint through torch.compile."""
 
 import json
+import sys
+import sysconfig
 
 import numpy as np
 import pytest
@@ -47,6 +49,20 @@ def test_a_compiled_network_learns_the_same(tiny_kind, tiny, prepared, tmp_path)
 def test_what_cannot_be_compiled_is_refused(kind, words, said, tiny, tmp_path, capsys):
     assert trainer.main([*tiny[kind][1], *words, "--run", str(tmp_path)]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lacks", "said"), [("compiler", "there is no no-such-compiler; install it"), ("headers", "has none; install them")]
+)
+def test_what_inductor_lacks_on_a_cpu_is_said_before_anything_trains(lacks, said, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CXX", "no-such-compiler" if lacks == "compiler" else sys.executable)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    words = [*tiny["dalle"][1], "stages.prior.compile=inductor", "--run", str(tmp_path / "run")]
+    assert trainer.main(words) == 2
+    assert said in capsys.readouterr().err
+    with pytest.raises(ValueError, match=said):
+        TextToImage.load("shapes/stable-diffusion", device="cpu").compile()
 
 
 def test_a_compiled_prior_paints_the_same(monkeypatch):

@@ -5,8 +5,8 @@ import torch
 from PIL import ImageChops
 from test_drawing import LATENT, write_model
 
-from kartina.pipeline.memory import in_batches
-from kartina.pipeline.text_to_image import TextToImage
+from kartina.pipeline.memory import batch_of, in_batches
+from kartina.pipeline.text_to_image import TextToImage, metadata, repaint
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
@@ -39,6 +39,30 @@ def test_what_cannot_be_spared_or_is_another_error_is_raised():
         in_batches(paint, 1, 8, {}, None)
     with pytest.raises(RuntimeError, match="of another kind"):
         in_batches(lambda *_: (_ for _ in ()).throw(RuntimeError("of another kind")), 4, 4, {}, None)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(8, 64), (128, 64), (256, 16), (512, 4), (768, 1), (2048, 1)])
+def test_on_a_cpu_fewer_of_larger_pictures_are_painted_at_once(size, expected):
+    assert batch_of(torch.nn.Linear(1, 1), size) == expected
+    assert batch_of(torch.nn.Linear(1, 1, device="meta"), size) == 64
+
+
+def test_a_picture_of_a_batch_that_does_not_fit_is_painted_again_alone(tmp_path, monkeypatch):
+    system = TextToImage.load(write_model(tmp_path / "model", LATENT))
+    painting, paint = system("a red ring", candidates=3, keep=3)[2], system._paint
+    facts = metadata(painting)
+    assert repaint(system, facts).facts == painting.facts
+
+    def tight(rows, *rest):
+        if len(rows) > 1:
+            raise OUT_OF_MEMORY
+        return paint(rows, *rest)
+
+    monkeypatch.setattr(system, "_paint", tight)
+    with pytest.warns(UserWarning, match="out of memory with 3 pictures.*painted alone"):
+        again = repaint(system, facts)
+    assert (again.seed, again.facts["micro_batch"], again.facts["row"]) == (painting.seed, 1, 0)
+    assert max(high for _, high in ImageChops.difference(again.image, painting.image).getextrema()) <= 1
 
 
 def test_the_way_between_two_captions_takes_what_memory_there_is(tmp_path, monkeypatch):

@@ -122,6 +122,19 @@ def test_a_codebook_is_counted_and_drawn(tmp_path):
     assert told["entropy_bits"] == pytest.approx(torch.tensor(told["perplexity"]).log2().item(), abs=1e-4)
 
 
+def test_the_codebook_of_latents_that_are_quantized_in_the_decoder_is_that_of_the_vqgan(tmp_path):
+    body = {"width": 8, "channel_mult": [1, 2], "blocks_per_level": 1, "attn_resolutions": [], "norm_groups": 4}
+    found = []
+    for kind in ("vqgan", "vq_latents"):
+        torch.manual_seed(0)
+        part = {"kind": kind, "image_size": 32, "num_codes": 16, "code_dim": 4, "latent_channels": 8, **body}
+        tokenizer, source = codebook.load(folder(tmp_path / kind, part, data={"kind": "shapes"}), None, CPU)
+        numbers, pairs = codebook.measure(tokenizer, source, 6, CPU)
+        assert sum(numbers["counts"]) == 6 * 16 * 16 and len(codebook.tiles(tokenizer, torch.arange(3))) == 3
+        found.append((numbers, pairs.tolist()))
+    assert found[0] == found[1]
+
+
 def test_a_tile_is_the_middle_of_a_picture_of_its_code():
     torch.manual_seed(0)
     kind = {"kind": "vqvae", "num_codes": 6, "code_dim": 2, "width": 8, "residual_width": 4}

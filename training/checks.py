@@ -6,7 +6,9 @@ It does not know what a stage computes: each says itself what does not fit it, b
 from pathlib import Path
 from typing import Any
 
-from ..pipeline import checkpoint
+import torch
+
+from ..pipeline import checkpoint, compiler
 from ..pipeline.recipe import Recipe, RecipeError, captions_problem, is_frozen, is_pretrained, nearest
 from . import notices, warm_start
 from . import run as runs
@@ -73,6 +75,9 @@ def check(
         passes, why = runs.division(config, processes)[1], stage.coupled(recipe, config)
         if config.compile != "none" and (problem := _not_compiled(stage, built[name], training.shard)):
             raise RecipeError(f"stages.{name}.compile={config.compile}: {problem}")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if config.compile == "inductor" and (problem := compiler.lacking(device)):
+            raise RecipeError(f"stages.{name}.compile=inductor: {problem}")
         if config.compile == "cudagraphs" and passes > 1:
             raise RecipeError(
                 f"stages.{name}.compile=cudagraphs overwrites gradients that add up over {passes} passes; leave out "

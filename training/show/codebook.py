@@ -6,7 +6,9 @@ It does not know how the codebook was trained.
 """
 
 import math
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from ...layers.precision import full
 from ...pipeline import checkpoint
 from ...pipeline.images import grid, to_pil
 from ...pipeline.known_models import find_model
+from ...tokenizers.vqgan import VQGAN, VQLatents
 from ..objectives.dvae import codebook_use, counts_by_image
 from ..run import Data
 from ..sources import source_of
@@ -33,13 +36,16 @@ def load(model: str, data: Path | None, device: torch.device) -> tuple[Any, Any]
     """
     folder = find_model(model)
     recipe, tokenizer = checkpoint.load_tokenizer(folder, device)
+    if isinstance(tokenizer, VQLatents):  # whose prior reads latents, and whose decoder makes codes of them
+        encode, decode = (partial(method, tokenizer) for method in (VQGAN.encode, VQGAN.decode))
+        tokenizer = SimpleNamespace(spec=tokenizer.codes, encode=encode, decode=decode)
     if tokenizer.spec.kind != "codes":
         raise checkpoint.ModelError(
             f"{folder}: its tokenizer ({recipe.parts['tokenizer']['kind']}) gives latents, not codes; "
             "name a dVAE, VQ-VAE or VQ-GAN"
         )
     given = recipe.training.get("data", {})
-    if data is None and given.get("kind", "shapes") != "shapes":
+    if data is None and given.get("kind") != "shapes":
         raise ValueError(f"{model} was not trained on shapes; name the shards it is shown with --data FOLDER")
     # Of an untrusted recipe words and numbers are believed, paths are not.
     shown = {name: given[name] for name in ("levels", "jitter") if name in given}

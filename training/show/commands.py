@@ -33,11 +33,12 @@ def latents(
     from . import latents as comparing
     from .latents_picture import picture, report
 
-    path = gallery.targets(out, 1)[0]
+    gallery.check_target(out)
     with progress_bar("training five models") as progress:
         found = comparing.compare(data, steps, seed, prior, torch.device(device_named(device)), progress)
     facts = {"data": data, "steps": steps, "seed": seed, "prior": prior}
     facts |= {"models": {one.model.name: one.numbers for one in found}}
+    path = gallery.targets(out, 1)[0]
     save_png(picture(found, data, f"latent spaces: {data}, {steps} steps of {comparing.BATCH} pictures"), path, facts)
     typer.echo(json.dumps({"file": str(path), **facts}) if as_json else f"{report(found)}{path}")
 
@@ -58,10 +59,12 @@ def codebook(
     from ...pipeline.images import save_png
     from . import codebook as drawing
 
-    path, place = gallery.targets(out, 1)[0], torch.device(device_named(device))
+    gallery.check_target(out)
+    place = torch.device(device_named(device))
     tokenizer, source = drawing.load(model, data, place)
     numbers, pairs = drawing.measure(tokenizer, source, images, place)
     facts = {"model": model, **numbers}
+    path = gallery.targets(out, 1)[0]
     save_png(drawing.picture(tokenizer, numbers, pairs, f"the codebook of {model}"), path, facts)
     if as_json:
         typer.echo(json.dumps({"file": str(path), **facts}))
@@ -90,13 +93,15 @@ def gumbel(
     from . import codebook as models
     from . import gumbel as drawing
 
-    path, images, tokenizer = gallery.targets(out, 1)[0], None, None
+    gallery.check_target(out)
+    images, tokenizer = None, None
     given, wanted = _numbers(logits, "--logits"), _numbers(temperatures, "--temperatures")
     if model is not None:
         tokenizer, source = models.load(model, data, torch.device("cpu"))
         images = source.read(range(8)).image
     page, numbers = drawing.picture(given, wanted, seed, tokenizer, images)
     facts = {"model": model, "logits": given, "seed": seed, "temperatures": numbers}
+    path = gallery.targets(out, 1)[0]
     save_png(page, path, facts)
     if as_json:
         typer.echo(json.dumps({"file": str(path), **facts}))
@@ -127,7 +132,8 @@ def diffusion(
     from ...pipeline.terminal import progress_bar
     from . import diffusion as drawing
 
-    path, shown = gallery.targets(out, 1)[0], read_picture(image, PHOTOS)
+    gallery.check_target(out)
+    shown = read_picture(image, PHOTOS)
     if model is None:
         if prompt or steps is not None or sampler is not None:
             raise ValueError("--prompt, --steps and --sampler are of a model's way back; name one with --model")
@@ -139,6 +145,7 @@ def diffusion(
                 shown, system, prompt, timesteps, seed, progress, **given(num_steps=steps, sampler=sampler)
             )
     facts = {"model": model, "prompt": prompt, "seed": seed, "timesteps": found}
+    path = gallery.targets(out, 1)[0]
     save_png(page, path, facts)
     typer.echo(json.dumps({"file": str(path), **facts}) if as_json else f"{drawing.report(found)}{path}")
 
