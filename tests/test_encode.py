@@ -335,6 +335,9 @@ def test_other_shards_preprocessing_or_contents_are_refused_with_the_key(shards,
         read_as_stage(shards, spoilt, run)
     with pytest.raises(ValueError, match="shard-000002.tar is not what was written; remove it and run"):
         encode.encode(shards, spoilt, run / "model", processes=1)
+    written = json.loads((spoilt / "manifest.json").read_text())
+    written["shards"][2]["sha256"] = "of another device"
+    (spoilt / "manifest.json").write_text(json.dumps(written))
     (spoilt / "shard-000002.tar").unlink()
     with pytest.raises(RecipeError, match="shard-000002.tar is missing"):
         read_as_stage(shards, spoilt, run)

@@ -54,6 +54,20 @@ def test_lines_of_other_stages_stay_where_one_goes_back(tmp_path):
     assert [(line["stage"], line["step"]) for line in lines_of(tmp_path)] == [("prior", 1)]
 
 
+def test_a_name_that_is_no_unicode_or_ends_lines_elsewhere_is_logged_and_read(tmp_path):
+    names = ["caf\udce9", "wait\u0085", "two\u2028lines"]
+    written = Log(tmp_path, "prior", True, 0)
+    written.write(1, 2, {"loss": 1.0})
+    written.event(1, "skipped", f"left out {names[0]}", keys=names)
+    written.write(2, 2, {"loss": 0.5})
+    (old,) = history.read(tmp_path).values()
+    assert old.events[-1]["keys"] == names and [step for step, _ in old.curve("loss")] == [1, 2]
+    line = json.dumps({"stage": "prior", "step": 3, "at": 3, "event": "skipped", "keys": names[1:]}, ensure_ascii=False)
+    with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    assert history.read(tmp_path)["prior"].events[-1]["keys"] == names[1:]
+
+
 # --- trackers ---------------------------------------------------------------------------------------------------------
 
 

@@ -37,13 +37,15 @@ def bytes_in(folder):
 def test_it_reads_as_the_shards_do_within_the_room_given(there, largest, tmp_path):
     rows = mirror.make(f"file://{there}", tmp_path / "m", 8.5 * largest)
     assert len(rows) == SHARDS and not list((tmp_path / "m").glob("*.tar"))  # indexes lie beside the shards
+    killed = tmp_path / "m" / f".{sorted(there.glob('*.tar'))[0].name}.4321"
+    killed.write_bytes(b"what one who was killed had fetched")
     source, near = ShardSource(tmp_path / "m", 32, 0), ShardSource(there, 32, 0)
     assert source.fingerprint == near.fingerprint and source.size == SHARDS * EACH
     most = 0
     for start in range(0, 2 * SHARDS * EACH, 8):
         assert same(source.read(range(start, start + 8)), near.read(range(start, start + 8)))
         most = max(most, bytes_in(tmp_path / "m"))
-    assert 7 * largest < most <= 8.5 * largest
+    assert 7 * largest < most <= 8.5 * largest and not killed.exists()
     assert not shards.check_shards(tmp_path / "m").bad
     report = encode.encode(tmp_path / "m", tmp_path / "codes", "shapes/dalle", processes=1)
     assert report.samples == SHARDS * EACH

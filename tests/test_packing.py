@@ -79,6 +79,11 @@ def test_packing_follows_a_link_and_refuses_a_mount(tmp_path, monkeypatch):
     assert (tmp_path / "out").is_symlink() and (tmp_path / "big" / "shard-000000.tar").is_file()
     source = ShardSource(tmp_path / "out", 8, 0)
     assert source.read([0]).captions == ["coffee"] and not source.read([0]).problems
+    (tmp_path / "pictures" / "more").symlink_to(tmp_path / "big")
+    (tmp_path / "pictures" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    report = packing.pack_folder(tmp_path / "pictures", tmp_path / "third")
+    assert (report.packed, {*report.bad}) == (1, {"more", "gone.png"})
+    assert "not followed" in report.bad["more"] and "a link to nothing" in report.bad["gone.png"]
     monkeypatch.setattr(Path, "is_mount", lambda path: True)
     with pytest.raises(ValueError, match="name a folder inside it"):
         packing.pack_folder(tmp_path / "pictures", tmp_path / "other")

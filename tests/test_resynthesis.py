@@ -182,6 +182,7 @@ def test_directions_are_found_used_and_judged_by_commands(tmp_path, monkeypatch)
     assert set(attributes_suite.headline(result)) == {"attributes moved", "attributes kept"}
     assert "attributes moved" in str(checkpoint.read_card(folder)["measured"])
     assert "read as moved" in call(*words)
+    assert "no --candidates" in call(*words, "--candidates", 2, code=2)
     facts = json.loads((folder / "attributes.json").read_text())
     for damage in ({"fields": []}, {"attributes": {"hat": ["hat", ["straw"]]}}, {"attributes": {"hat": ["hats", []]}}):
         (folder / "attributes.json").write_text(json.dumps(facts | damage))

@@ -237,7 +237,8 @@ ALONE = {
 
 @pytest.mark.parametrize("kind", ALONE)
 def test_a_folder_with_only_a_tokenizer_is_judged_by_what_it_keeps(kind, tmp_path):
-    recipe = Recipe(name="tests/alone", paper="none", image_size=32, parts={"tokenizer": {"kind": kind} | ALONE[kind]})
+    parts, shapes = {"tokenizer": {"kind": kind} | ALONE[kind]}, {"data": {"kind": "shapes"}}
+    recipe = Recipe(name="tests/alone", paper="none", image_size=32, parts=parts, training=shapes)
     torch.manual_seed(0)
     part = checkpoint.export(build(recipe, "tokenizer"), torch.float32)
     checkpoint.save_part(tmp_path, recipe, "tokenizer", part)
@@ -253,6 +254,9 @@ def test_a_folder_with_only_a_tokenizer_is_judged_by_what_it_keeps(kind, tmp_pat
     assert (found["codes_used"] is None, found["perplexity"] is None) == (kind != "vqvae",) * 2
     assert ("perplexity" in said) == (kind == "vqvae")
     assert "paints no candidates; leave out --candidates" in str(ask("--candidates=2").exception)
+    checkpoint.save_part(tmp_path / "m", recipe.model_copy(update={"training": {}}), "tokenizer", part)  # as converted
+    said = CliRunner().invoke(cli.app, ["evaluate", str(tmp_path / "m"), "--device=cpu"])
+    assert "was not trained on shapes" in str(said.exception)
 
 
 @pytest.mark.parametrize(

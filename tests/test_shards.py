@@ -1,10 +1,12 @@
 """Shards: names and bytes survive packing, every bad sample is named, nothing in a shard is executed."""
 
+import errno
 import io
 import json
 import os
 import pickle
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,6 +142,20 @@ def test_a_stale_or_spoilt_index_is_built_again(tmp_path):
     assert samples._load_index(path).entries == first.entries
     foreign_tar(path, {f"{k}.png": picture() for k in range(20)})
     assert len(samples._load_index(path).entries) == 20
+
+
+def test_on_a_mount_that_is_read_only_the_index_stays_in_memory(tmp_path, monkeypatch):
+    """There even removing what is not there fails."""
+    path = foreign_tar(tmp_path / "x.tar", {"a.png": picture(), "a.txt": b"a"})
+
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.warns(UserWarning, match="cannot be written to"):
+        assert [entry.key for entry in samples.build_index(path).entries] == ["a"]
+    assert not samples.index_path(path).exists()
 
 
 def test_an_older_shard_of_the_same_size_in_the_place_of_another_is_read_anew(tmp_path):

@@ -304,7 +304,7 @@ def test_more_steps_go_on_where_the_run_ended_and_other_changes_do_not(tmp_path,
     assert "(differs in optimizer.lr: 0.002 -> 0.1)" in capsys.readouterr().err
 
 
-def test_the_best_checkpoint_is_kept_and_may_be_what_is_exported(tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_kept_and_may_be_what_is_exported(tmp_path, monkeypatch, capsys):
     """The headline metric of step 2 is made the best; rotation spares it, and `export: best` takes its weights."""
     real, measured = loop.exchange.validate, iter([10.0, 30.0, 20.0, 25.0])
     monkeypatch.setattr(loop.exchange, "validate", lambda *rest: (real(*rest)[0] | {"psnr": next(measured)}, {}))
@@ -317,6 +317,14 @@ def test_the_best_checkpoint_is_kept_and_may_be_what_is_exported(tmp_path, monke
     assert all(torch.equal(best[f"average.{name}"].to(value.dtype), value) for name, value in exported.items())
     assert not all(torch.equal(last[f"average.{name}"].to(value.dtype), value) for name, value in exported.items())
     assert state.load(state.newest(folder))["best"] == (30.0, 2, 2)
+    shutil.rmtree(tmp_path / "model")  # as if nothing had been exported, since the best one is damaged
+    (folder / "step-00000002" / "state.pt").write_bytes(b"damaged")
+    command = [*SHORT, *often, "--run", str(tmp_path)]
+    assert trainer.main([*command, "stages.tokenizer.export=best"]) == 2
+    assert "leave out stages.*.export=best to take the last" in capsys.readouterr().err
+    assert trainer.main(command) == 0
+    exported = checkpoint.load_weights(tmp_path / "model", "tokenizer")
+    assert all(torch.equal(last[f"average.{name}"].to(value.dtype), value) for name, value in exported.items())
 
 
 def test_what_a_stage_trained_is_not_kept_for_the_next_one(tmp_path, monkeypatch):

@@ -178,7 +178,7 @@ def _indexes(folder: Path, manifest: dict[str, Any], source: ShardSource) -> lis
     for origin in source.indexes:
         path = folder / origin.path.name
         index = load_index(path) if path.is_file() else None
-        if index is None or index.sha256 != rows[path.name]["sha256"]:
+        if index is None or index.sha256 != rows.get(path.name, {}).get("sha256"):
             state = "missing" if index is None else "not what was written"
             raise RecipeError(
                 f"training.data.cache: {path} is {state}; remove it and run its `kartina data encode` again"

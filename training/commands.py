@@ -108,6 +108,10 @@ def evaluate(
     from .evaluation import emoji_suite, shapes_suite
 
     if data is not None and read_fields(data):
+        if tests or candidates > 1 or seed:
+            raise ValueError(
+                f"{data} has attributes to move: no --tests, no --candidates and no --seed; leave these out"
+            )
         return _evaluate_attributes(model, data, per_test, device, save, as_json)
     if save and per_test is not None:
         raise ValueError("--save writes figures over whole tests to the card; leave --per-test out, or --save")
@@ -118,7 +122,7 @@ def evaluate(
         gallery.try_writing(folder)
     options: dict[str, Any] = {"per_test": per_test, "seed": seed, **({"tests": chosen} if chosen else {})}
     recipe = load_recipe(folder)
-    if data is None and recipe.training.get("data", {}).get("kind", "shapes") != "shapes":
+    if data is None and recipe.training.get("data", {}).get("kind") != "shapes":
         raise ValueError(f"{model} was not trained on shapes; name what it is judged by with --data FOLDER")
     if data is None and "prior" not in recipe.parts:
         if candidates > 1:
@@ -159,6 +163,7 @@ def _evaluate_tokenizer(
 
 
 def _evaluate_attributes(model: str, data: Path, per_move: int | None, device: str, save: bool, as_json: bool) -> None:
+    from ..pipeline import gallery
     from ..pipeline.checkpoint import save_measured
     from ..pipeline.known_models import find_model
     from ..pipeline.resynthesis import Resynthesis
@@ -166,6 +171,8 @@ def _evaluate_attributes(model: str, data: Path, per_move: int | None, device: s
     from .evaluation import attributes_suite as suite
 
     place = device_named(device)
+    if save:
+        gallery.try_writing(find_model(model))
     with progress_bar("resynthesising") as progress:
         result = suite.evaluate(Resynthesis.load(model, place), data, per_move or suite.PER_MOVE, progress=progress)
     typer.echo(json.dumps(result) if as_json else suite.report(result), nl=as_json)

@@ -219,7 +219,7 @@ def learning_rate(history: History) -> Found:
     seen = f"gradients were clipped in {clipped:.0%} of the logged steps"
     if best < first and now > best + max(_LOST * (first - best), 3 * noise):
         yield name, f"the loss fell from {first:.3g} to {best:.3g} and is at {now:.3g} again; {seen}", advice
-    elif worst > first + 2 * (first - best) or (now > first - 0.01 * abs(first) and clipped > _CLIPPED):
+    elif worst > first + max(2 * (first - best), 3 * noise) or (now > first - 0.01 * abs(first) and clipped > _CLIPPED):
         yield name, f"the loss began at {first:.3g}, went up to {worst:.3g} and is at {now:.3g}; {seen}", advice
 
 

@@ -314,6 +314,9 @@ def _begin(out: Path, manifest: dict[str, Any]) -> None:
             checkpoint.write_text(out / "manifest.json", json.dumps(manifest, indent=1))
         elif keys := differing(known, manifest, _COMPARED):
             raise ValueError(f"{out} is a cache made otherwise: it differs in {keys}; choose a new folder for this one")
+        elif lost := [row for row in known.get("shards", []) if not (out / row["name"]).is_file()]:
+            here = [row for row in known["shards"] if row not in lost]  # another device may write those otherwise
+            checkpoint.write_text(out / "manifest.json", json.dumps(known | {"shards": here}, indent=1))
 
 
 def _finish(out: Path, manifest: dict[str, Any]) -> EncodeReport:
@@ -334,9 +337,9 @@ def _finish(out: Path, manifest: dict[str, Any]) -> EncodeReport:
                     report.bad[index.sample_name(member)] = str(error)
         report.samples += len(index.entries)
     with locked(out):
-        known = (read_manifest(out) or manifest).get("shards", rows)
-        for row, before in zip(rows, known, strict=False):
-            if not report.left and row != before:
+        known = {row["name"]: row for row in (read_manifest(out) or manifest).get("shards", [])}
+        for row in rows:
+            if not report.left and row != known.get(row["name"], row):
                 raise ValueError(f"{out / row['name']} is not what was written; remove it and run the command again")
         if not report.left:
             checkpoint.write_text(out / "manifest.json", json.dumps(manifest | {"shards": rows}, indent=1))

@@ -93,7 +93,7 @@ def read(run: Path) -> dict[str, History]:
     if not path.is_file():
         raise ValueError(f"no {LOG} in {run}: expected a run folder, such as runs/shapes/dalle; is the path right?")
     found: dict[str, History] = {}
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # splitlines would know others
     for number, text in enumerate(lines, 1):
         try:
             line = json.loads(text)

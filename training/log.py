@@ -60,7 +60,7 @@ class Log:
     def __post_init__(self) -> None:
         self.console = Console()
         self.path = self.folder / LOG
-        self._own = json.dumps({"stage": self.stage}, ensure_ascii=False).encode()[:-1] + b","  # how its lines begin
+        self._own = json.dumps({"stage": self.stage}).encode()[:-1] + b","  # how its lines begin
         self._history: History | None = None
         self._step = 0  # of the last line
         self._started: dict[str, Any] = {}
@@ -147,7 +147,7 @@ class Log:
         try:
             with open(self.path, "ab") as file:
                 size = file.tell()
-                file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
+                file.write((json.dumps(entry) + "\n").encode())  # in ASCII: a name in a shard may be no Unicode
         except OSError as error:  # a full disk, which must not end what would go on once there is room
             self.say(f"{self.path}: a line is lost ({error})")
             if size is not None:

@@ -122,7 +122,8 @@ class _Run:
         path = exchange.newest_checkpoint(self.checkpoints, self.accelerator)
         if path is None:
             return
-        keys = differences(state.identity_of(path), self.identity, self.extend)
+        known = state.identity_of(path) | {"export": self.identity["export"]}  # what leaves is chosen at the end
+        keys = differences(known, self.identity, self.extend)
         if keys:
             raise TrainingError(
                 f"{self.folder}: the recipe changed since this run began ({keys}); put it back, or start another run "

@@ -10,6 +10,7 @@ It does not know what a shard holds (`samples` does), nor who reads it.
 
 import contextlib
 import functools
+import glob
 import json
 import math
 import os
@@ -164,6 +165,8 @@ def _opened(shard: Path) -> BinaryIO:
         if not shard.is_file() or shard.stat().st_size != row.bytes:
             keep, rows = table(shard.parent) or (0, {})
             shard.unlink(missing_ok=True)
+            for part in shard.parent.glob(f".{glob.escape(shard.name)}.[0-9]*"):  # of a process that was killed
+                part.unlink()
             _make_room(shard.parent, keep - row.bytes, rows)
             _fetch(row.address, shard, row.bytes, row)
         _touch(shard)

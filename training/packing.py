@@ -69,7 +69,7 @@ def pack_folder(
     """
     folder, report = Path(folder), PackReport()
     out_path = Path(out).resolve()
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and out_path not in p.resolve().parents]
+    files = [path for path in sorted(_walk(folder, report)) if out_path not in path.resolve().parents]
     pictures = [p for p in files if _extension(p) in PICTURES]
     tables = [p for p in files if p.name in CAPTION_TABLES]
     rows = _Rows(folder, pictures, caption, captionless, report)
@@ -92,6 +92,23 @@ def pack_folder(
         kind = report.no_picture if _extension(path) == "txt" else report.ignored
         kind.append(path.relative_to(folder).as_posix())
     return report
+
+
+def _walk(folder: Path, report: PackReport) -> Iterator[Path]:
+    """The files of a folder and its subfolders; what is there and cannot be had is reported."""
+
+    def lost(path: Path | str, why: str) -> None:
+        report.bad[Path(path).relative_to(folder).as_posix()] = why
+
+    for place, folders, names in os.walk(folder, onerror=lambda error: lost(error.filename, f"cannot read: {error}")):
+        for name in folders:
+            if (path := Path(place, name)).is_symlink():
+                lost(path, "a link to a folder, which is not followed; pack that one on its own, or copy it here")
+        for name in names:
+            if (path := Path(place, name)).is_file():
+                yield path
+            else:
+                lost(path, "a link to nothing" if path.is_symlink() else "no file of bytes")
 
 
 def _extension(path: Path) -> str:

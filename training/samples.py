@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import tarfile
 import warnings
 import weakref
@@ -200,7 +199,6 @@ def build_index(shard: Path | str) -> Index:
     try:
         write_text(index_path(shard), json.dumps(content))
     except OSError:
-        index_path(shard).with_name(f".{index_path(shard).name}.{os.getpid()}").unlink(missing_ok=True)
         if speaks():
             warnings.warn(
                 f"{shard.parent} cannot be written to, so that its shards are read whole at each start; where it holds "

@@ -177,7 +177,7 @@ def _pictures(tokenizers: list[_Tokenizer], data: Path | None, count: int, seed:
     """The number of pictures, what they are, and they in batches. Raises ValueError where not all read the same."""
     sizes = {tokenizer.recipe.image_size for tokenizer in tokenizers}
     jitters = {tokenizer.data.get("jitter", JITTER) for tokenizer in tokenizers}
-    kinds = {tokenizer.data.get("kind", "shapes") for tokenizer in tokenizers}
+    kinds = {tokenizer.data.get("kind", "unknown pictures") for tokenizer in tokenizers}
     if len(sizes) > 1 or data is None and len(jitters) > 1:
         raise ValueError(
             f"tokenizers in one table give back the same pictures, got sizes {sorted(sizes)} px and jitters "
