@@ -25,7 +25,7 @@ def read(folder: Path, context_length: int) -> tuple[CaptionTokenizer, int]:
     """
     config, special = (archive.table(folder / f"{name}.json") for name in ("tokenizer_config", "special_tokens_map"))
     # As transformers reads the two; of Stable Diffusion 2 they differ, and its captions are filled with "!".
-    settings = {**special, **config} if "added_tokens_decoder" in config else {**config, **special}
+    settings = config if "added_tokens_decoder" in config else {**config, **special}
     given = settings.get("pad_token") or CLIP_END
     pad = str(given.get("content") if isinstance(given, dict) else given)
     try:

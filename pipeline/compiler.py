@@ -4,6 +4,7 @@ It does not know what is compiled.
 """
 
 import os
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -18,7 +19,7 @@ def lacking(device: str) -> str:
     if device != "cpu":
         return ""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if not shutil.which(compiler):
+    if not shutil.which((shlex.split(compiler) or [""])[0]):  # as in CXX="ccache g++"
         return f"kernels for a CPU need a C++ compiler, and there is no {compiler}; install it, or do not compile"
     if not (headers := Path(sysconfig.get_path("include"))).joinpath("Python.h").is_file():
         return f"kernels for a CPU need Python's headers, and {headers} has none; install them, or do not compile"

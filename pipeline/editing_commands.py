@@ -83,6 +83,7 @@ def interpolate(
     negative: Negative = None,
     device: Device = "auto",
     dtype: DType = "float32",
+    micro_batch: MicroBatch = None,
     out: Out = Path("out"),
     as_json: Json = False,
 ) -> None:
@@ -96,7 +97,14 @@ def interpolate(
     knobs = given(num_steps=steps, sampler=sampler, guidance_scale=guidance, negative=negative)
     with progress_bar("painting") as progress:
         pictures = system.interpolate(
-            first, second, frames=frames, seed=seed, to_seed=to_seed, progress=progress, **knobs
+            first,
+            second,
+            frames=frames,
+            seed=seed,
+            to_seed=to_seed,
+            progress=progress,
+            micro_batch=micro_batch,
+            **knobs,
         )
     facts = {"prompts": [first, second], "seeds": [seed, seed if to_seed is None else to_seed], "frames": frames}
     facts |= {"model": system.recipe.name, "model_hash": system.model_hash, "knobs": knobs}

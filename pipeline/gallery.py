@@ -73,8 +73,8 @@ def targets(out: Path, count: int, grid: bool = False) -> list[Path]:
     """Where `count` pictures, or one grid of them, go: a .png file, numbered if there are several, or a folder.
 
     In a folder the numbers go on from what lies there, so that nothing is painted over; an empty file keeps each place
-    from others who paint into the folder at the same time, so ask when the pictures are there. Raises as
-    `check_target`.
+    from others who paint into the folder at the same time, so ask when the pictures are there: what is not written
+    then stays empty. Raises as `check_target`.
     """
     check_target(out)
     if not _is_file(out):

@@ -19,7 +19,7 @@ from ..priors.condition import Condition
 from ..priors.diffusion_samplers import Walk
 from .drawing import DiffusionDrawing
 from .images import to_pil
-from .memory import Progress, in_batches
+from .memory import Progress, batch_of, in_batches
 from .recipe import sampling_knobs
 
 if TYPE_CHECKING:
@@ -68,21 +68,22 @@ def interpolate(
     seed: int = 0,
     to_seed: int | None = None,
     progress: Progress | None = None,
-    micro_batch: int = 8,
+    micro_batch: int | None = None,
     **knobs: Any,
 ) -> list[Image]:
     """F pictures from that of one caption to that of another, in equal steps.
 
     seed: of the noise of all of them. to_seed: of the noise of the last one, to which that of the others changes then.
-    progress, micro_batch, knobs: as in painting. The first and, by a sampler that draws no noise on the way, the last
-    are what `system` paints. Raises ValueError for frames outside [2, 64], empty captions, and a model without captions
-    or a diffusion prior.
+    progress, micro_batch, knobs: as in painting, but 8 at once at most if nobody says. The first and, by a sampler that
+    draws no noise on the way, the last are what `system` paints. Raises ValueError for frames outside [2, 64], empty
+    captions, and a model without captions or a diffusion prior.
     """
     if not isinstance(system.draw, DiffusionDrawing) or system.draw.text is None:
         raise ValueError(f"{system.recipe.name} must have a diffusion prior that reads captions, to pass between two")
     if not 2 <= frames <= MAX_FRAMES:
         raise ValueError(f"frames must lie between 2 and {MAX_FRAMES}, both ends among them, got {frames}")
     end = seed if to_seed is None else to_seed
+    micro_batch = min(8, batch_of(system.draw.prior, system.recipe.image_size)) if micro_batch is None else micro_batch
     system._check([first, second], [seed, end], 1, 1, micro_batch)
     draw, used = system.draw, sampling_knobs(system.recipe, knobs, "knobs of painting")
     device = next(draw.prior.parameters()).device

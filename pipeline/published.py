@@ -26,7 +26,7 @@ from .whole_file import save_tensors
 
 HUB = "hf-hub:"
 SCALING_FACTOR = 0.18215  # of KL-f8 in Stable Diffusion: 1 / the deviation of its latents
-_SCALING_FACTOR_XL = 0.13025
+SCALING_FACTOR_XL = 0.13025
 _CLASSES = {"VQModel": "vqgan", "AutoencoderKL": "autoencoder_kl"}
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _HALVES = ("encoder.pkl", "decoder.pkl")
@@ -128,29 +128,37 @@ def _openai(path: Path, image_size: int | None) -> tuple[dict[str, Any], dict[st
 
 def _compvis(path: Path, image_size: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if path.suffix == ".safetensors":
-        table = archive.load(path)
-        stored = _first_stage(table)
-        if any(name.startswith("conditioner.") for name in table):  # Stable Diffusion XL's file, which does not say it
-            stored.setdefault("scale_factor", torch.tensor(_SCALING_FACTOR_XL, dtype=torch.float64))
-        return from_names(path, stored, image_size or 256)
+        table: dict[str, Any] = archive.load(path)
+        return from_names(path, _first_stage(table), image_size or 256, _usual_factor(table))
+    table = {}
 
     def select(content: Any) -> dict[str, StoredTensor]:
-        return _first_stage(archive.state_dict(content))
+        table.update(archive.state_dict(content))
+        return _first_stage(table)
 
-    return from_names(path, archive.read(path, select), image_size or 256)
+    stored = archive.read(path, select)
+    return from_names(path, stored, image_size or 256, _usual_factor(table))
 
 
-def from_names(path: Path, stored: dict[str, Tensor], image_size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _usual_factor(table: dict[Any, Any]) -> float:
+    """What the latents of KL-f8 are multiplied by in the system whose tensors these are, whose file does not say it."""
+    return SCALING_FACTOR_XL if any(str(name).startswith("conditioner.") for name in table) else SCALING_FACTOR
+
+
+def from_names(
+    path: Path, stored: dict[str, Tensor], image_size: int, usual_factor: float = SCALING_FACTOR
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The section and the weights of an autoencoder with CompVis' names, and its scale_factor if there is one.
 
-    path: where they are from, for errors. Raises WeightsError where they are of none.
+    path: where they are from, for errors. usual_factor: of KL-f8 if there is none. Raises WeightsError where they are
+    of no autoencoder.
     """
     stored = dict(stored)
     factor = stored.pop("scale_factor", None)
     section = _sizes(path, stored, image_size)
     if section["kind"] == "autoencoder_kl" and factor is None:
         known = section["latent_channels"] == 4 and len(section["channel_mult"]) == 4
-        factor = torch.tensor(SCALING_FACTOR if known else 1.0, dtype=torch.float64)
+        factor = torch.tensor(usual_factor if known else 1.0, dtype=torch.float64)
     return section, from_compvis(stored, None if section["kind"] == "vqgan" or factor is None else float(factor))
 
 

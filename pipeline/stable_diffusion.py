@@ -154,7 +154,7 @@ def _check(recipe: Recipe, weights: dict[str, Weights], captions: CaptionTokeniz
     denoiser_of(recipe, lambda x_t, t, condition: x_t)
     halvings = sum(len(recipe.parts[part]["channel_mult"]) - 1 for part in ("tokenizer", "prior"))
     if recipe.image_size % 2**halvings:
-        raise WeightsError(f"it paints pictures whose side is a multiple of {2**halvings}, got {recipe.image_size}")
+        raise WeightsError(f"its image size must be a multiple of {2**halvings}, got {recipe.image_size}; give another")
     read, given = recipe.parts["prior"]["context_dim"], recipe.parts["text"]["width"]
     if read != given:
         raise WeightsError(f"its prior looks at tokens of width {read}, its text encoder gives {given}")

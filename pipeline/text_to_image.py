@@ -265,11 +265,11 @@ def repaint(system: TextToImage, facts: Any) -> Painting:
     def paint(some: slice, report: Progress | None) -> list[Painting]:
         return system._paint([row] * some.stop, knobs, report)
 
-    count = wanted["micro_batch"]
-    if (found := attempt(paint, slice(0, count), None, system.parts)) is not None:
-        return found[wanted["row"]]
-    warnings.warn(f"out of memory with {count} pictures, as many as were painted at once: painted alone", stacklevel=2)
-    return paint(slice(0, 1), None)[0]
+    if (count := wanted["micro_batch"]) > 1:
+        if (found := attempt(paint, slice(0, count), None, system.parts)) is not None:
+            return found[wanted["row"]]
+        warnings.warn(f"out of memory with the {count} pictures that were painted at once: painted alone", stacklevel=2)
+    return in_batches(paint, 1, 1, system.parts, None)[0]
 
 
 def check_facts(facts: Any) -> dict[str, Any]:

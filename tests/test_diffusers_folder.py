@@ -177,13 +177,22 @@ def test_open_clips_vocabulary_is_that_of_transformers(tmp_path):
     checkpoint.check_captions(tmp_path, recipe, "text", CLIPText(49408, 77, 8, 1, 1))
 
 
-@pytest.mark.parametrize(("decoder", "pad"), [({}, "!"), ({"added_tokens_decoder": {}}, "<|endoftext|>")])
-def test_of_two_files_that_name_a_padding_that_of_transformers_counts(decoder, pad, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "pad"),
+    [
+        ({"pad_token": "<|endoftext|>"}, "!"),
+        ({"pad_token": "!", "added_tokens_decoder": {}}, "!"),
+        ({"pad_token": "<|endoftext|>", "added_tokens_decoder": {}}, "<|endoftext|>"),
+        ({"pad_token": None, "added_tokens_decoder": {}}, "<|endoftext|>"),
+    ],
+)
+def test_of_two_files_that_name_a_padding_that_of_transformers_counts(changes, pad, tmp_path):
     """Those of the published Stable Diffusion 2 differ; an `added_tokens_decoder` is in what is saved since."""
     words = tmp_path / "t"
     caption_files.write(words, caption_files.of_open_clip(75), 49408, 49407)
     config = json.loads((words / "tokenizer_config.json").read_text())
-    (words / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<|endoftext|>", **decoder}))
+    kept = {key: value for key, value in (config | changes).items() if value is not None}
+    (words / "tokenizer_config.json").write_text(json.dumps(kept))
     (words / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
     captions, number = caption_files.read(words, 75)
     reference = transformers.CLIPTokenizer.from_pretrained(words)

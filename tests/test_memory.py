@@ -4,7 +4,10 @@ import pytest
 import torch
 from PIL import ImageChops
 from test_drawing import LATENT, write_model
+from typer.testing import CliRunner
 
+from kartina import cli
+from kartina.pipeline.images import read_metadata, read_picture, save_png
 from kartina.pipeline.memory import batch_of, in_batches
 from kartina.pipeline.text_to_image import TextToImage, metadata, repaint
 
@@ -59,10 +62,39 @@ def test_a_picture_of_a_batch_that_does_not_fit_is_painted_again_alone(tmp_path,
         return paint(rows, *rest)
 
     monkeypatch.setattr(system, "_paint", tight)
-    with pytest.warns(UserWarning, match="out of memory with 3 pictures.*painted alone"):
+    with pytest.warns(UserWarning, match="out of memory with the 3 pictures.*painted alone"):
         again = repaint(system, facts)
     assert (again.seed, again.facts["micro_batch"], again.facts["row"]) == (painting.seed, 1, 0)
     assert max(high for _, high in ImageChops.difference(again.image, painting.image).getextrema()) <= 1
+    tried = []
+
+    def tighter(rows, *rest):
+        tried.append(len(rows))
+        return paint(rows, *rest) if len(tried) > 2 else tight([*rows, *rows], *rest)
+
+    monkeypatch.setattr(system, "_paint", tighter)
+    with pytest.warns(UserWarning, match="attention takes"):
+        assert repaint(system, facts).facts["sliced"]
+    assert tried == [3, 1, 1]
+
+
+def test_the_command_line_says_how_many_at_once_and_one_alone_without_the_device(tmp_path, monkeypatch):
+    def run(*words):
+        done = CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    folder = write_model(tmp_path / "model", LATENT)
+    here = ("--model", folder, "--device", "cpu", "--micro-batch", 2)
+    run("paint", "a red ring", "a blue ring", "a green ring", *here, "--out", tmp_path / "out")
+    facts = [read_metadata(tmp_path / "out" / f"000{k}.png") for k in range(3)]
+    assert [one["micro_batch"] for one in facts] == [2, 2, 1]
+    away = facts[1] | {"device": "cuda:7", "compiled": True, "micro_batch": 64, "row": 9}
+    save_png(read_picture(tmp_path / "out" / "0001.png"), tmp_path / "away.png", away)
+    said = run("reproduce", tmp_path / "away.png", "--model", folder, "--out", tmp_path / "again.png")
+    again = read_metadata(tmp_path / "again.png")
+    assert "painting on the CPU" in said and (again["micro_batch"], again["row"]) == (1, 0)
+    assert "compiled" not in again
 
 
 def test_the_way_between_two_captions_takes_what_memory_there_is(tmp_path, monkeypatch):

@@ -101,10 +101,11 @@ def test_the_first_stage_of_stable_diffusion_is_found_and_scaled(tmp_path, endin
     assert read_card(tmp_path / "m")["licence"] == "not stated"
 
 
-def test_the_first_stage_of_stable_diffusion_xl_has_a_scale_of_its_own(tmp_path):
-    reader = {"conditioner.embedders.0.weight": torch.zeros(2)}
-    stand_in("kl", tmp_path / "xl.safetensors", "first_stage_model.", **reader)
-    assert published.load(tmp_path / "xl.safetensors", 16)[1]["scale.std"].tolist() == pytest.approx([1 / 0.13025] * 4)
+@pytest.mark.parametrize("ending", ["ckpt", "safetensors"])
+def test_the_first_stage_of_stable_diffusion_xl_has_a_scale_of_its_own(ending, tmp_path):
+    path, reader = tmp_path / f"xl.{ending}", {"conditioner.embedders.0.weight": torch.zeros(2)}
+    stand_in("kl", path, "first_stage_model.", **reader)
+    assert published.load(path, 16)[1]["scale.std"].tolist() == pytest.approx([1 / 0.13025] * 4)
 
 
 def test_a_scale_that_the_checkpoint_holds_goes_first(tmp_path):

@@ -275,7 +275,7 @@ def test_a_single_file_that_does_not_tell_enough_is_refused(published, tmp_path)
         save_file(weights | change, tmp_path / "changed.safetensors")
         with pytest.raises(WeightsError, match=message):
             stable_diffusion.load(tmp_path / "changed.safetensors", **more)
-    with pytest.raises(WeightsError, match="a multiple of 16, got 40"):
+    with pytest.raises(WeightsError, match="a multiple of 16, got 40; give another"):
         stable_diffusion.load(path, **more | {"image_size": 40})
     save_file({name: value.half() for name, value in weights.items()}, tmp_path / "half.safetensors")
     assert stable_diffusion.load(tmp_path / "half.safetensors", **more).recipe.diffusion.prediction == "v"

@@ -175,10 +175,14 @@ def _indexes(folder: Path, manifest: dict[str, Any], source: ShardSource) -> lis
     if "shards" not in manifest:
         raise RecipeError(f"training.data.cache: {folder} is not finished; run its `kartina data encode` again")
     rows, found = {row["name"]: row for row in manifest["shards"]}, []
+    if lost := [origin.path.name for origin in source.indexes if origin.path.name not in rows]:
+        raise RecipeError(
+            f"training.data.cache: {folder / lost[0]} is missing or not finished; run its `kartina data encode` again"
+        )
     for origin in source.indexes:
         path = folder / origin.path.name
         index = load_index(path) if path.is_file() else None
-        if index is None or index.sha256 != rows.get(path.name, {}).get("sha256"):
+        if index is None or index.sha256 != rows[path.name]["sha256"]:
             state = "missing" if index is None else "not what was written"
             raise RecipeError(
                 f"training.data.cache: {path} is {state}; remove it and run its `kartina data encode` again"

@@ -75,8 +75,7 @@ def check(
         passes, why = runs.division(config, processes)[1], stage.coupled(recipe, config)
         if config.compile != "none" and (problem := _not_compiled(stage, built[name], training.shard)):
             raise RecipeError(f"stages.{name}.compile={config.compile}: {problem}")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if config.compile == "inductor" and (problem := compiler.lacking(device)):
+        if config.compile == "inductor" and (problem := compiler.lacking(_device())):
             raise RecipeError(f"stages.{name}.compile=inductor: {problem}")
         if config.compile == "cudagraphs" and passes > 1:
             raise RecipeError(
@@ -88,6 +87,13 @@ def check(
                 f"stage {name}: {why}, so its samples cannot be read in {passes} passes; "
                 "leave out micro_batch, or use more processes"
             )
+
+
+def _device() -> str:
+    """What Accelerator will take."""
+    from accelerate.utils import parse_flag_from_env
+
+    return "cuda" if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU") else "cpu"
 
 
 def _not_compiled(stage: Any, part: Any, shard: str) -> str:

@@ -190,7 +190,8 @@ def identity(
 
     data: the source's fingerprint. against: hashes of what the stage depends on, the caption tokenizer's too. beside:
     parts that are trained along. begun: hashes of trained weights that it begins with, if any. How often a run logs,
-    previews and saves, and how a batch is split over devices and computed, are left out: they may change at resume.
+    previews and saves, and how a batch is split over devices and computed, are left out: they may change at resume, and
+    so may `export`, which is in it for the part that is written at the end.
     """
     left_out = {*CADENCE, "levels", "jitter"}  # the fingerprint tells of them
     config = training.stages[name].model_dump(mode="json", exclude=left_out)
