@@ -3,8 +3,8 @@
     pip install --no-deps --target build/bench/image_tokenizers -r benchmarks/image_tokenizers.txt    (in `make bench`)
     PYTHONPATH=build/bench/image_tokenizers python benchmarks/image_tokenizers.py [--device cuda] [--threads N] [--json]
 
-- encode, decode: `AutoencoderKL` and diffusers' with the same weights; outputs must be equal. In float32, and in
-  bfloat16 where the device is fast in it.
+- encode, decode: `AutoencoderKL` and diffusers' with the same weights, ours packed as a loaded system's are; outputs
+  must be equal. In float32, and in bfloat16 where the device is fast in it.
 - dvae: forward, backward and Adam of `DiscreteVAE` and dalle-pytorch's, noise included, as in a step that writes no
   line and whose KL has no weight: theirs computes the KL all the same. The networks differ, so that weights and FLOPs
   of both are told.
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from kartina.benchmarks._timing import Work, compare, layouts, told, training_step
 from kartina.layers import random
+from kartina.layers.packed import pack
 from kartina.pipeline.convert import to_diffusers
 from kartina.tokenizers.autoencoder_kl import AutoencoderKL
 from kartina.tokenizers.dvae import DiscreteVAE
@@ -137,6 +138,7 @@ def autoencoder(device: torch.device, dtype: torch.dtype) -> list[dict]:
     ).eval()  # fmt: skip
     peer.load_state_dict(to_diffusers(ours.state_dict()), strict=True)
     ours, peer = ours.to(device, dtype), peer.to(device, dtype)
+    pack(ours)
     image = (torch.rand(batch, 3, sizes["image_size"], sizes["image_size"], device=device) * 2 - 1).to(dtype)
     latents = torch.randn(batch, *ours.spec.shape, device=device, dtype=dtype)
     error = (ours.decode(latents) - peer.decode(latents).sample).abs().max()

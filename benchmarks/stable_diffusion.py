@@ -4,9 +4,9 @@ Run as `python -m kartina.benchmarks.stable_diffusion [--size small] [--compile]
 installed; sizes are in `sizes.yaml`. From tokens of captions to 8-bit pictures: DDIM, classifier-free guidance of 7.5,
 decoding. Ours as `kartina paint` does it; theirs as built, with channels last as their documentation advises, and with
 --compile both also with a compiled U-Net. Both have the same weights, random ones, the same tokens and noise; that they
-come to the same latents, and to the same pictures of the same latents, is checked first. A row has the best of two
-rounds of batch 1, of other batches one round, after a short one to warm up. Memory is a side's weights and what it
-takes beyond them: on a CPU, by Linux's count of resident pages. `limit` is the share of what a large matrix product of
+come to the same latents, and to the same pictures of the same latents, is checked first. A row has the best of three
+rounds in which both take turns. Memory is a side's weights and what it takes beyond them: on a CPU, by Linux's count of
+resident pages. `limit` is the share of what a large matrix product of
 the same dtype reaches, by FLOPs of products and convolutions. `--json` prints one JSON line. On a GPU if there is one.
 Without other work on the machine only.
 """
@@ -27,6 +27,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from kartina.benchmarks._timing import flops, limit
+from kartina.layers.packed import pack, unpack
 from kartina.layers.random import normal
 from kartina.pipeline.convert import to_diffusers
 from kartina.pipeline.convert_scheduler import scheduler_config
@@ -88,10 +89,13 @@ class Ours:
         self.tokens, null = (torch.randn(n, *shape[1:], device=device).to(dtype) for n in (shape[0], 1))
         self.text = NoCaptions(null)
         parts = {"prior": self.unet, "tokenizer": self.vae, "text": self.text}
+        for network in self.networks:
+            pack(network)
         self.draw = DiffusionDrawing(self.recipe, parts, None)
 
     def compile(self) -> None:
         """As `TextToImage.compile` does."""
+        unpack(self.unet)
         self.unet.compile(mode="reduce-overhead", dynamic=False)
 
     @torch.inference_mode()
@@ -195,35 +199,41 @@ def forget_peak() -> bool:
     return True
 
 
-def measure(paint: Paint, networks: list[nn.Module], batch: int, steps: int, device: str) -> tuple[float, float | None]:
-    """Seconds for a batch of pictures, and gibibytes: those of the weights and what is taken beside them."""
+def memory(paint: Paint, networks: list[nn.Module], batch: int, steps: int, device: str) -> float | None:
+    """Gibibytes: of the weights, and what a few steps take beside them."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         held: int | None = torch.cuda.memory_allocated()
     else:
+        paint(batch, 1)  # brings weights into another order, which happens once
         held = resident("VmRSS") if forget_peak() else None
-    paint(batch, min(3, steps))  # counts for the memory: what a graph is captured in is not seen when it is replayed
-    taken = []
-    for _ in range(2 if batch == 1 else 1):
-        begin = time.perf_counter()
-        paint(batch, steps)  # pictures are on the CPU, so nothing is left to wait for
-        taken.append(time.perf_counter() - begin)
+    paint(batch, min(3, steps))  # what a graph is captured in is not seen when it is replayed
     most = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
     if held is None or most is None:
-        return min(taken), None
+        return None
     weights = sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
-    return min(taken), round((weights + most - held) / 2**30, 3)
+    return round((weights + most - held) / 2**30, 3)
+
+
+def seconds(sides: list[Paint], batch: int, steps: int, rounds: int) -> list[float]:
+    """For a batch of pictures, the best of each side's rounds; they take turns."""
+    taken: list[list[float]] = [[] for _ in sides]
+    for _ in range(rounds):
+        for paint, times in zip(sides, taken, strict=True):
+            begin = time.perf_counter()
+            paint(batch, steps)  # pictures are on the CPU, so nothing is left to wait for
+            times.append(time.perf_counter() - begin)
+    return [min(times) for times in taken]
 
 
 def rows(
-    name: str, precision: str, batches: list[int], steps: int, compiled: bool, device: str
+    name: str, precision: str, batches: list[int], steps: int, rounds: int, compiled: bool, device: str
 ) -> Iterator[dict[str, Any]]:
     """Of one dtype: each batch beside each setting of theirs."""
     ours = Ours(SIZES[name], device, DTYPES[precision])
     theirs = Theirs(ours)
     apart = check(ours, theirs, precision)
-    own = {batch: measure(ours.paint, ours.networks, batch, steps, device) for batch in batches}
     top = limit(torch.device(device), DTYPES[precision])
     work = {batch: ours.flops(batch, steps) for batch in batches}
     settings: dict[str, Callable[[], None]] = {"eager": lambda: None, "channels last": theirs.channels_last}
@@ -234,9 +244,10 @@ def rows(
         if prepare == theirs.compile:
             ours.compile()
             apart = check(ours, theirs, precision)
-            own = {batch: measure(ours.paint, ours.networks, batch, steps, device) for batch in batches}
         for batch in batches:
-            seconds, memory = measure(theirs.paint, theirs.networks, batch, steps, device)
+            sides = [(side.paint, side.networks) for side in (ours, theirs)]
+            gib = [memory(paint, networks, batch, steps, device) for paint, networks in sides]
+            own, other = seconds([paint for paint, _ in sides], batch, steps, rounds)
             yield {
                 "size": name,
                 "precision": precision,
@@ -244,12 +255,12 @@ def rows(
                 "batch": batch,
                 "steps": steps,
                 "diffusers": setting,
-                "seconds": round(own[batch][0], 3),
-                "diffusers_seconds": round(seconds, 3),
-                "ratio": round(seconds / own[batch][0], 2),
-                "gib": own[batch][1],
-                "diffusers_gib": memory,
-                "limit": round(work[batch] / own[batch][0] / top, 3),
+                "seconds": round(own, 3),
+                "diffusers_seconds": round(other, 3),
+                "ratio": round(other / own, 2),
+                "gib": gib[0],
+                "diffusers_gib": gib[1],
+                "limit": round(work[batch] / own / top, 3),
                 "apart": float(f"{apart:.2g}"),
             }
 
@@ -261,6 +272,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=list(DTYPES), help="by default fp16 and bf16 on a GPU")
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--rounds", type=int, default=3, help="of each side, of which the best counts")
     parser.add_argument("--compile", action="store_true", help="both with a compiled U-Net too, which takes minutes")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -269,7 +281,7 @@ def main() -> None:
     batches, steps = options.batches or SIZES[name]["batches"], options.steps or SIZES[name]["steps"]
     found = []
     for precision in precisions:
-        for row in rows(name, precision, batches, steps, options.compile, device):
+        for row in rows(name, precision, batches, steps, options.rounds, options.compile, device):
             found.append(row)
             if not options.json:
                 print(

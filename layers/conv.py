@@ -186,11 +186,14 @@ class Up(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled() and x[:, 0].numel() <= 256:
             return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return F.conv_transpose2d(x, self.transposed(), self.conv.bias, stride=2, padding=1)
+
+    def transposed(self) -> Tensor:
+        """The kernel (n_in, n_out, 4, 4) of the transposed convolution."""
         weight = self.conv.weight
         with without_autocast(weight):
             kernel = full(weight).flatten(2)  # (n_out, n_in, 9)
-            boxes = (kernel @ _boxes(kernel)).to(weight.dtype).unflatten(2, (4, 4)).transpose(0, 1)
-        return F.conv_transpose2d(x, boxes, self.conv.bias, stride=2, padding=1)
+            return (kernel @ _boxes(kernel)).to(weight.dtype).unflatten(2, (4, 4)).transpose(0, 1)
 
 
 def _boxes(like: Tensor) -> Tensor:

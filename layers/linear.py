@@ -1,17 +1,31 @@
-"""A linear map with very many inputs or outputs.
+"""A linear map with very many inputs or outputs, and one that is gated.
 
 N rows of I numbers, O outputs.
 
-It does not know what it maps.
+It does not know what they map.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 _COLUMNS = 1024
+
+
+class GEGLU(nn.Linear):
+    """(N, ..., I) -> (N, ..., O), value * GELU(gate), both linear in x (Shazeer 2020, arXiv:2002.05202, equation 6).
+
+    weight: (2 O, I), first the value's, then the gate's, as diffusers has them.
+    """
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, 2 * n_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = super().forward(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
 
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

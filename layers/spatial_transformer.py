@@ -1,17 +1,16 @@
 """The spatial transformer of latent diffusion: the positions of a feature map look at each other, then at a context
-such as the tokens of a caption (Rombach 2022, arXiv:2112.10752, section 3.3 and appendix E.2.1); its MLP is gated by a
-GELU (Shazeer 2020, arXiv:2002.05202, equation 6).
+such as the tokens of a caption (Rombach 2022, arXiv:2112.10752, section 3.3 and appendix E.2.1); its MLP is gated.
 
 B images, C channels, H x W pixels, N = H * W positions, S tokens of context of width D.
 
 It does not know what the context is.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attend, check_heads
 from .conv import group_norm
+from .linear import GEGLU
 
 
 class CrossAttention(nn.Module):
@@ -49,14 +48,13 @@ class CrossAttentionBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.attn2 = CrossAttention(width, num_heads, context_dim)
         self.norm3 = nn.LayerNorm(width)
-        self.mlp_in = nn.Linear(width, 8 * width)
+        self.mlp_in = GEGLU(width, 4 * width)
         self.mlp_out = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context, mask)
-        value, gate = self.mlp_in(self.norm3(x)).chunk(2, dim=-1)  # each (B, N, 4 width)
-        return x + self.mlp_out(value * F.gelu(gate))
+        return x + self.mlp_out(self.mlp_in(self.norm3(x)))
 
 
 class SpatialTransformer(nn.Module):

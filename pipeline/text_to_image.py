@@ -24,6 +24,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from ..layers.packed import pack, unpack
 from ..tokenizers.captions import CaptionTokenizer
 from . import checkpoint, compiler, editing, interpolation, stable_diffusion
 from .built import check_built
@@ -127,18 +128,21 @@ class TextToImage:
             raise ValueError(f"{self.recipe.name}: what is compiled is a diffusion prior, and its own draws codes")
         if problem := compiler.lacking(next(self.parts["prior"].parameters()).device.type):
             raise ValueError(f"{self.recipe.name}: {problem}")
+        unpack(self.parts["prior"])
         self.parts["prior"].compile(mode="reduce-overhead", dynamic=False)
         self.compiled = True
         return self
 
     def _sound(self, folder: Path) -> "TextToImage":
-        """Itself, where its parts are of one system. Raises ModelError where they are not."""
+        """Itself, its weights as the kernels read them. Raises ModelError where its parts are not of one system."""
         painted = self.recipe.image_size
         seen = self.parts["clip"].image_size if "clip" in self.parts else painted
         if seen != painted:
             raise checkpoint.ModelError(f"{folder}: the clip reads {seen} px, the recipe paints {painted}")
         if self.draw.problem:
             raise checkpoint.ModelError(f"{folder}: {self.draw.problem}")
+        for part in {"tokenizer", "prior"} & set(self.parts):
+            pack(self.parts[part])
         return self
 
     def __call__(

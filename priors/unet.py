@@ -23,6 +23,8 @@ from ..layers.random import Draws, dropout
 from ..layers.spatial_transformer import CrossAttention, SpatialTransformer
 from .condition import Condition
 
+_LANES = 16
+
 
 class UNetBlock(nn.Module):
     """A residual block, then attention where there is some: (B, n_in, h, w) -> (B, n_out, h, w)."""
@@ -231,11 +233,11 @@ class UNet(nn.Module):
         tokens, mask = condition.tokens, condition.mask
         tokens = None if tokens is None else tokens.to(self.conv_in.weight.dtype)
         if self.tokens_in is None or condition.embedding is None:
-            return tokens, mask
+            return _whole_lanes(tokens, mask)
         made = self.tokens_in(condition.embedding.to(self.conv_in.weight.dtype)).unflatten(1, (-1, self.context_dim))
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(made.shape[:2])], dim=1)
-        return made if tokens is None else torch.cat([tokens, made], dim=1), mask
+        return _whole_lanes(made if tokens is None else torch.cat([tokens, made], dim=1), mask)
 
     def _check(self, x_t: Tensor, t: Tensor, condition: Condition) -> None:
         if not isinstance(condition, Condition):
@@ -269,3 +271,13 @@ class UNet(nn.Module):
                 )
         if condition.mask is not None and tuple(condition.mask.shape) != (batch, length):
             raise ValueError(f"UNet: mask must be {(batch, length)}, as tokens are, got {tuple(condition.mask.shape)}")
+
+
+def _whole_lanes(tokens: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """On a CPU, tokens up to a multiple of 16, masked: its attention takes those beyond 16, 32 ... one by one."""
+    # Nor for a plan, where a tensor is a shape alone.
+    if tokens is None or type(tokens) is not Tensor or tokens.device.type != "cpu" or not tokens.shape[1] % _LANES:
+        return tokens, mask
+    lacking = -tokens.shape[1] % _LANES
+    mask = torch.ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
+    return F.pad(tokens, (0, 0, 0, lacking)), F.pad(mask, (0, lacking))
