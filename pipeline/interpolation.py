@@ -19,7 +19,7 @@ from ..priors.condition import Condition
 from ..priors.diffusion_samplers import Walk
 from .drawing import DiffusionDrawing
 from .images import to_pil
-from .memory import Progress, batch_of, in_batches
+from .memory import Progress, in_batches
 from .recipe import sampling_knobs
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def interpolate(
     if not 2 <= frames <= MAX_FRAMES:
         raise ValueError(f"frames must lie between 2 and {MAX_FRAMES}, both ends among them, got {frames}")
     end = seed if to_seed is None else to_seed
-    micro_batch = min(8, batch_of(system.draw.prior, system.recipe.image_size)) if micro_batch is None else micro_batch
-    system._check([first, second], [seed, end], 1, 1, micro_batch)
+    micro_batch = system.at_once(micro_batch, 8)
+    system._check([first, second], [seed, end], 1, 1)
     draw, used = system.draw, sampling_knobs(system.recipe, knobs, "knobs of painting")
     device = next(draw.prior.parameters()).device
     numbers = torch.tensor([seed, end], device=device)

@@ -10,6 +10,7 @@ It does not know how a file is read, nor how a model folder is written.
 import contextlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .whole_file import save_tensors
 HUB = "hf-hub:"
 SCALING_FACTOR = 0.18215  # of KL-f8 in Stable Diffusion: 1 / the deviation of its latents
 SCALING_FACTOR_XL = 0.13025
+XL_READERS = "conditioner."  # before the names of its text encoders, in CompVis' files
 _CLASSES = {"VQModel": "vqgan", "AutoencoderKL": "autoencoder_kl"}
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _HALVES = ("encoder.pkl", "decoder.pkl")
@@ -140,9 +142,14 @@ def _compvis(path: Path, image_size: int | None) -> tuple[dict[str, Any], dict[s
     return from_names(path, stored, image_size or 256, _usual_factor(table))
 
 
+def is_xl(table: Iterable[Any]) -> bool:
+    """Whether tensors of these names, as CompVis has them, are those of Stable Diffusion XL: its text encoders tell."""
+    return any(str(name).startswith(XL_READERS) for name in table)
+
+
 def _usual_factor(table: dict[Any, Any]) -> float:
     """What the latents of KL-f8 are multiplied by in the system whose tensors these are, whose file does not say it."""
-    return SCALING_FACTOR_XL if any(str(name).startswith("conditioner.") for name in table) else SCALING_FACTOR
+    return SCALING_FACTOR_XL if is_xl(table) else SCALING_FACTOR
 
 
 def from_names(

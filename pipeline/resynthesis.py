@@ -104,7 +104,7 @@ class Resynthesis:
         means, readers, lengths = (self.weights[key].split(sizes)[number] for key in ("means", "readers", "lengths"))
         gram = readers @ means.T  # (v, v), of rank v - 1
         scores = (z - self.weights["origins"][number]) @ readers.T  # (B, v)
-        near = (scores - gram.diagonal() / 2)[:, list(wanted)].argmax(dim=1)  # by the distance within the values
+        near = (scores - gram.diagonal() / 2)[:, wanted].argmax(dim=1)  # by the distance within the values
         target = torch.tensor(wanted, device=z.device)[near]  # (B,)
         here = scores @ torch.linalg.pinv(gram, rtol=1e-4, hermitian=True) @ means  # what tells the values apart
         return z + lengths[target, None] * means[target] - here

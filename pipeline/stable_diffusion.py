@@ -29,8 +29,7 @@ Weights = dict[str, Tensor]
 
 _FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
-_UNET, _XL = "model.diffusion_model.", "conditioner."
-_READERS = ("cond_stage_model.", _XL)  # text encoders
+_UNET, _READERS = "model.diffusion_model.", ("cond_stage_model.", published.XL_READERS)  # the latter read text
 _READ: dict[str, tuple[str, ...]] = {"tokenizer": (), "text": ("captions",), "prior": ("tokenizer", "text", "captions")}
 _SAMPLING = {"num_steps": 25, "guidance_scale": 7.5}
 _DAMAGE = (KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError, ValueError, RuntimeError)
@@ -215,7 +214,7 @@ def _folder(path: Path, image_size: int | None) -> _Found:
 
 def _file(path: Path, image_size: int | None, prediction: str | None, tokenizer: Path | None) -> _Found:
     stored = archive.load(path) if path.suffix == ".safetensors" else archive.read(path, _without_average)
-    if any(name.startswith(_XL) for name in stored):
+    if published.is_xl(stored):
         raise WeightsError("it is of Stable Diffusion XL, of which the autoencoder alone is read, by --part tokenizer")
     weights = convert_unet.split_single_file(stored)
     missing = [part for part, found in weights.items() if not found]

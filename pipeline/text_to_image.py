@@ -166,8 +166,8 @@ class TextToImage:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else [index(s) for s in seed]
-        micro_batch = batch_of(self.parts["prior"], self.recipe.image_size) if micro_batch is None else micro_batch
-        self._check(prompts, seeds, candidates, keep, micro_batch)
+        self._check(prompts, seeds, candidates, keep)
+        micro_batch = self.at_once(micro_batch)
         knobs = sampling_knobs(self.recipe, knobs, "knobs of painting")
         rows = [(p, first + k, k) for p, first in zip(prompts, seeds, strict=True) for k in range(candidates)]
 
@@ -186,7 +186,15 @@ class TextToImage:
         """Pictures on the way from one caption to another; see `kartina.pipeline.interpolation.interpolate`."""
         return interpolation.interpolate(self, first, second, **how)
 
-    def _check(self, prompts: list[str], seeds: list[int], candidates: int, keep: int, micro_batch: int) -> None:
+    def at_once(self, micro_batch: int | None, most: int = MAX_MICRO_BATCH) -> int:
+        """How many pictures are painted at once: as given, else what memory holds, `most` at most."""
+        if micro_batch is None:
+            return min(most, batch_of(self.parts["prior"], self.recipe.image_size))
+        if not 1 <= micro_batch <= MAX_MICRO_BATCH:
+            raise ValueError(f"micro_batch must lie between 1 and {MAX_MICRO_BATCH}, got {micro_batch}")
+        return micro_batch
+
+    def _check(self, prompts: list[str], seeds: list[int], candidates: int, keep: int) -> None:
         if not prompts or not all(_is_text(prompt) for prompt in prompts):
             raise ValueError(
                 "a prompt is empty or not Unicode; expected a caption such as 'a small red ring on a blue background'"
@@ -195,8 +203,6 @@ class TextToImage:
             raise ValueError(f"keep must lie between 1 and candidates ({candidates}), got {keep}")
         if keep < candidates and self.scorer is None:
             raise ValueError(f"{self.recipe.name} has no trained CLIP to rank candidates; set keep equal to candidates")
-        if not 1 <= micro_batch <= MAX_MICRO_BATCH:
-            raise ValueError(f"micro_batch must lie between 1 and {MAX_MICRO_BATCH}, got {micro_batch}")
         if len(seeds) != len(prompts):
             raise ValueError(f"give one seed, or one for each of the {len(prompts)} prompts, got {len(seeds)}")
         if not all(_is_seed(s) and _is_seed(s + candidates - 1) for s in seeds):

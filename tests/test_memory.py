@@ -78,7 +78,7 @@ def test_a_picture_of_a_batch_that_does_not_fit_is_painted_again_alone(tmp_path,
     assert tried == [3, 1, 1]
 
 
-def test_the_command_line_says_how_many_at_once_and_one_alone_without_the_device(tmp_path, monkeypatch):
+def test_the_command_line_says_how_many_at_once_and_one_alone_without_the_device(tmp_path):
     def run(*words):
         done = CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
         assert done.exit_code == 0, done.output
