@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from kartina.layers import packed
 from kartina.training.footprint import ATTENTION
 
 Work = Callable[[], Any]
@@ -41,16 +42,18 @@ def _linear(x: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
     return 2 * math.prod(out_shape) * x[-1]
 
 
-PACKED: dict[Any, Callable[..., int]] = {
-    torch.ops.mkldnn._convolution_pointwise: _convolution,
-    torch.ops.mkldnn._convolution_transpose_pointwise: _transposed,
-    torch.ops.mkldnn._linear_pointwise: _linear,
-}
+def _packed() -> dict[Any, Callable[..., int]]:
+    ops = torch.ops.mkldnn
+    return {
+        ops._convolution_pointwise: _convolution,
+        ops._convolution_transpose_pointwise: _transposed,
+        ops._linear_pointwise: _linear,
+    }
 
 
 def flops(work: Work) -> int:
-    """Of products and convolutions, of one call."""
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION | PACKED) as counter:
+    """Of products and convolutions, of one call, of all that it computes."""
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION | (_packed() if packed.known() else {})) as counter:
         work()
     return counter.get_total_flops()
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kartina.benchmarks._timing import Work, compare, layouts, told, training_step
 from kartina.layers import random
+from kartina.layers.attention import short_in_float32
 from kartina.priors.condition import Condition
 from kartina.priors.denoiser import Denoiser
 from kartina.priors.schedules import new_schedule
@@ -54,7 +55,8 @@ def measure(name: str, bf16: bool, device: torch.device) -> dict[str, Any]:
         x_0, draws = 2 * image - 1, random.Draws(0, 0, samples)
         t = (random.uniform(*draws, (), "timestep") * 1000).long()
         eps = random.normal(*draws, (3, side, side), "noise")
-        found = denoise(denoise.schedule.diffuse(x_0, t, eps), t, Condition())
+        with short_in_float32(bf16 and device.type == "cpu"):  # as the trainer does
+            found = denoise(denoise.schedule.diffuse(x_0, t, eps), t, Condition())
         (total, count), _ = diffusion(found, x_0, eps, *denoise.schedule.at(t, x_0), weight)
         return total / count
 

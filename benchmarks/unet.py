@@ -18,11 +18,13 @@ import yaml
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from kartina.layers.attention import short_in_float32
 from kartina.pipeline.convert_unet import unet_to_diffusers
 from kartina.pipeline.convert_unet_config import unet_config
 from kartina.priors.condition import Condition
 from kartina.priors.unet import UNet
 from kartina.training.optim import fast_bf16
+from kartina.training.parallel import lay_out
 
 SIZES = yaml.safe_load(Path(__file__).with_name("sizes.yaml").read_text(encoding="utf-8"))["unet"]
 
@@ -62,10 +64,16 @@ def measure(name: str, bf16: bool, rounds: int, device: str) -> dict[str, Any]:
     x_t = torch.randn(batch, size["model"]["in_channels"], image, image, device=device)
     t = torch.randint(0, 1000, (batch,), device=device)
     tokens = torch.randn(batch, size["tokens"], size["model"]["context_dim"], device=device)
+
+    def our_pass() -> Tensor:
+        with short_in_float32(bf16 and device == "cpu"):  # as the trainer does
+            return ours(x_t, t, Condition(tokens=tokens))
+
     ways: list[tuple[Callable[[], Tensor], torch.nn.Module]] = [
-        (lambda: ours(x_t, t, Condition(tokens=tokens)), ours),
+        (our_pass, ours),
         (lambda: theirs(x_t, t, tokens).sample, theirs),
     ]
+    lay_out(ours, torch.device(device), bf16)  # as the trainer does
     with torch.no_grad():
         found, expected = (forward() for forward, _ in ways)
     if (found - expected).abs().max() > 1e-3 * expected.abs().max():

@@ -1,8 +1,8 @@
 """Layers whose weights lie as the kernels of a CPU read them, for inference.
 
 oneDNN brings a weight into an order of its own at every call, which for few pictures of few places takes longer than
-the product: of 2 pictures with 320 channels and 8 x 8 places a convolution in bfloat16 takes half the time without it.
-Here that is done once for a shape. What is computed is the same, rounded as oneDNN does.
+the product (benchmarks/stable_diffusion.py has whole pictures). Here that is done once, until another shape comes. What
+is computed is the same but for rounding.
 
 It does not know which network is packed, or what for.
 """
@@ -25,36 +25,35 @@ class Packed(nn.Module):
 
     weight: Any
     plain: type[nn.Module]  # the layer that it was
-    shape: torch.Size | None  # what the weights are ordered for, None where they are those of `plain`
+    shape: torch.Size | None  # what the weights are ordered for, if that was not broken off
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape != self.shape:
-            self.reset()
+            self.shape = None
+            self.restore()
             self.order(x.shape)
             self.shape = x.shape
         return self.compute(x)
 
-    def reset(self) -> None:
-        """Back to the weights of `plain`."""
-        if self.shape is not None:
-            self.shape = None
-            self.restore()
-
     def order(self, shape: torch.Size) -> None:
+        """From the weights of `plain`."""
         raise NotImplementedError
 
     def restore(self) -> None:
-        self.weight = _frozen(self.weight.to_dense())
+        """To the weights of `plain`, from those or others."""
+        if self.weight.is_mkldnn:
+            self.weight = _frozen(self.weight.to_dense())
 
     def compute(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
 
 def pack(network: nn.Module) -> None:
-    """From now on `network` is for inference alone, without gradients, and `unpack` must come before it is saved.
+    """From now on `network` computes without gradients, one call at a time, and `unpack` must come before it is saved,
+    copied, moved or cast.
 
     In place: convolutions of float32 and bfloat16, linear maps of bfloat16, for in float32 they gain nothing, and the
-    fused `GEGLU` of both. What lies elsewhere than on a CPU with these kernels stays as it is.
+    fused `GEGLU` of both. What lies elsewhere than on a CPU with these kernels stays as it is; Arm's do not fuse.
     """
     for module in network.modules():
         if (kind := _kind(module)) is not None:
@@ -62,18 +61,24 @@ def pack(network: nn.Module) -> None:
 
 
 def unpack(network: nn.Module) -> None:
-    """The inverse of `pack`, in place."""
+    """The inverse of `pack`, in place, but that weights with channels last become contiguous."""
     for module in network.modules():
         if isinstance(module, Packed):
-            module.reset()
+            module.restore()
             module.__class__ = module.plain  # type: ignore[assignment]
             del module.plain, module.shape
+
+
+def known() -> bool:
+    """Whether this build of torch has the kernels, and may use them."""
+    there = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+    return there and not _ops._is_mkldnn_acl_supported()
 
 
 def _kind(module: nn.Module) -> type[Packed] | None:
     """What a layer becomes, None where it stays as it is."""
     layer, kind = module.conv if isinstance(module, Up) else module, _KINDS.get(type(module))
-    if kind is None or layer.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if kind is None or layer.weight.device.type != "cpu" or not known():
         return None
     if isinstance(layer, _ConvNd) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
         return None
@@ -113,7 +118,7 @@ class PackedUp(Packed, Up):
         return _ops._convolution_transpose_pointwise(x, self.ordered, self.conv.bias, *self._how, *_PLAIN)
 
     def restore(self) -> None:
-        del self.ordered
+        self._parameters.pop("ordered", None)
 
 
 class PackedLinear(Packed, nn.Linear):
@@ -129,13 +134,18 @@ class PackedLinear(Packed, nn.Linear):
 class PackedGEGLU(Packed, GEGLU):
     """`GEGLU`, as two products: the gate's, and the value's, which multiplies what it gives by the gate as it goes."""
 
+    value: nn.Parameter
+    gate: nn.Parameter
+
     def order(self, shape: torch.Size) -> None:
         value, gate = (_frozen(_rows(half, shape)) for half in self.weight.chunk(2))
-        self.value, self.gate, self.weight = value, gate, None  # type: ignore[assignment]
+        self.value, self.gate, self.weight = value, gate, None
 
     def restore(self) -> None:
-        self.weight = _frozen(torch.cat([self.value.to_dense(), self.gate.to_dense()]))
-        del self.value, self.gate
+        if self.weight is None:
+            self.weight = _frozen(torch.cat([self.value.to_dense(), self.gate.to_dense()]))
+        for half in ("value", "gate"):
+            self._parameters.pop(half, None)
 
     def compute(self, x: Tensor) -> Tensor:
         value_bias, gate_bias = self.bias.chunk(2)

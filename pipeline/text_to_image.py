@@ -89,7 +89,8 @@ class TextToImage:
 
         device: None is `default_device`. dtype: None is float32. reranker: ranks in place of the folder's own CLIP,
         which is then not loaded. Raises ModelError for an unknown, untrained, altered or mismatched model: each part
-        must have been trained against the very parts that lie beside it.
+        must have been trained against the very parts that lie beside it. On a CPU they are then for painting alone, one
+        call at a time: see `layers.packed.pack`.
         """
         device, dtype = device or checkpoint.default_device(), dtype or torch.float32
         folder = find_model(str(name))
@@ -97,7 +98,7 @@ class TextToImage:
             whole = stable_diffusion.load(folder)
             parts, hashes = whole.build(device, dtype), checkpoint.hashes(whole.card, whole.recipe)
             digest = model_hash(whole.recipe, hashes, whole.captions)
-            return cls(whole.recipe, parts, whole.captions, digest, reranker)._sound(folder)
+            return cls(whole.recipe, parts, whole.captions, digest, reranker)._ready(folder)
         card, recipe = checkpoint.read_card(folder), checkpoint.load_recipe(folder)
         if "prior" not in recipe.parts:
             raise checkpoint.ModelError(f"{folder}: its recipe has no prior, so it paints nothing; name another model")
@@ -115,7 +116,7 @@ class TextToImage:
         needed += ["clip"] if "clip" in card["parts"] and reranker is None else []
         parts = {part: checkpoint.load_part(folder, recipe, part, device, dtype) for part in needed}
         captions = checkpoint.load_captions(folder, recipe)
-        return cls(recipe, parts, captions, model_hash(recipe, hashes, captions), reranker)._sound(folder)
+        return cls(recipe, parts, captions, model_hash(recipe, hashes, captions), reranker)._ready(folder)
 
     def compile(self) -> "TextToImage":
         """Itself, with its diffusion prior through torch.compile, which is meant for GPUs, where few pictures wait for
@@ -133,8 +134,8 @@ class TextToImage:
         self.compiled = True
         return self
 
-    def _sound(self, folder: Path) -> "TextToImage":
-        """Itself, its weights as the kernels read them. Raises ModelError where its parts are not of one system."""
+    def _ready(self, folder: Path) -> "TextToImage":
+        """Itself, packed. Raises ModelError where its parts are not of one system."""
         painted = self.recipe.image_size
         seen = self.parts["clip"].image_size if "clip" in self.parts else painted
         if seen != painted:

@@ -275,9 +275,9 @@ class UNet(nn.Module):
 
 def _whole_lanes(tokens: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """On a CPU, tokens up to a multiple of 16, masked: its attention takes those beyond 16, 32 ... one by one."""
-    # Nor for a plan, where a tensor is a shape alone.
+    # Nor for a plan, whose tensors are shapes alone: it is for GPUs too.
     if tokens is None or type(tokens) is not Tensor or tokens.device.type != "cpu" or not tokens.shape[1] % _LANES:
         return tokens, mask
     lacking = -tokens.shape[1] % _LANES
-    mask = torch.ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
+    mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask
     return F.pad(tokens, (0, 0, 0, lacking)), F.pad(mask, (0, lacking))

@@ -7,7 +7,7 @@ from kartina.layers.random import Draws
 from kartina.pipeline import convert_unet as convert
 from kartina.pipeline.convert_unet_config import unet_arguments, unet_config
 from kartina.priors.condition import Condition
-from kartina.priors.unet import UNet
+from kartina.priors.unet import UNet, _whole_lanes
 from kartina.training.parallel import recompute_blocks
 
 TINY = {"in_channels": 3, "width": 8, "channel_mult": (1, 2), "blocks_per_level": 1, "norm_groups": 4}
@@ -309,3 +309,19 @@ def test_the_whole_unet_of_stable_diffusion_equals_diffusers():
         found, expected = ours(x_t, t, Condition(tokens=tokens)), reference(x_t, t, tokens).sample
     assert expected.std() > 0.05
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17])
+@pytest.mark.parametrize("masked", [False, True])
+def test_tokens_that_fill_a_lane_change_nothing(length, masked):
+    network = perturbed(UNet(**CAPTIONED)).double()
+    x, t, tokens = draw(2, 4, 8, 8).double(), torch.tensor([3, 700]), draw(2, length, 6, seed=2).double()
+    mask = (torch.arange(length) < torch.tensor([[1], [length]])) if masked else None
+    with torch.no_grad():
+        found = network(x, t, Condition(tokens=tokens, mask=mask))
+        short = network(x[:1], t[:1], Condition(tokens=tokens[:1, :1] if masked else tokens[:1]))
+        layer = next(block.attn for block in network.blocks if block.attn is not None).blocks[0].attn2
+        y = draw(2, 5, layer.q.in_features, seed=3).double()
+        alone, padded = layer(y, tokens, mask), layer(y, *_whole_lanes(tokens, mask))
+    assert torch.allclose(found[:1], short, atol=1e-12) and torch.allclose(alone, padded, atol=1e-12)
+    assert _whole_lanes(tokens, mask)[0].shape[1] == 16 * -(-length // 16)

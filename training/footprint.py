@@ -1,7 +1,8 @@
 """What the passes of a stage cost, forward and backward, counted without computing them: FLOPs and bytes.
 
 They run on fake tensors: they have shapes and dtypes but no values, so 12 billion parameters take no memory. They
-behave as CPU tensors do under bfloat16 autocast; a GPU's autocast keeps a few more operations in float32.
+behave as CPU tensors do under bfloat16 autocast, but that captions are not padded for a CPU's attention; a GPU's
+autocast keeps a few more operations in float32.
 
 - FLOPs: of matrix products, convolutions and attention, forward and backward, where a multiply-add is two. Attention
   counts every pair of places, masked or not, and in its backward pass also the scores that the kernel computes again.
