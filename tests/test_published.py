@@ -14,10 +14,13 @@ from typer.testing import CliRunner
 from kartina import cli
 from kartina.pipeline import published
 from kartina.pipeline.checkpoint import load_part, load_recipe, read_card
+from kartina.pipeline.convert import from_diffusers
+from kartina.pipeline.recipe import build, defaults
 from kartina.pipeline.unpickle import WeightsError
 from kartina.tokenizers.autoencoder_kl import AutoencoderKL
 from kartina.tokenizers.dvae import DiscreteVAE, openai_state_dict
 from kartina.tokenizers.vqgan import VQGAN
+from kartina.training.run import load
 
 LAYOUT = {"image_size": 16, "width": 32, "blocks_per_level": 1}
 TWO = LAYOUT | {"channel_mult": (1, 2), "attn_resolutions": (8,)}
@@ -271,3 +274,35 @@ def test_wrong_folders_of_diffusers_are_one_clear_error(tmp_path):
         published.load(folder)
     with pytest.raises(ValueError, match="is there already"):
         run("convert", folder, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["paper/kl-f8", "paper/vqgan-f16-1024", "paper/vqgan-f16-16384"])
+@torch.no_grad()
+def test_the_whole_autoencoders_equal_diffusers(name):
+    """At their published sizes, 72 to 84 million parameters, in float32, one picture of 256 pixels there and back."""
+    import diffusers
+
+    recipe = load(name, [])[0]
+    ours, section = build(recipe, "tokenizer").eval(), defaults("tokenizer", recipe.parts["tokenizer"]["kind"])
+    section |= recipe.parts["tokenizer"]
+    codes = {"num_vq_embeddings": section["num_codes"], "vq_embed_dim": section["code_dim"]} if "vq" in name else {}
+    kind = diffusers.VQModel if codes else diffusers.AutoencoderKL
+    torch.manual_seed(0)
+    theirs = kind(**published.autoencoder_layout(section), **codes).eval()
+    if codes:
+        theirs.quantize.embedding.weight.normal_()  # as it begins, several codes would be equally near
+    ours.load_state_dict(from_diffusers(theirs.state_dict(), None if codes else 1.0))
+    image = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    encoded = theirs.encode(image)
+    if codes:
+        latents, out = encoded.latents, ours(image)
+        again, found, seen = theirs.decode(latents).sample, out["latents"], out["reconstruction"]
+        assert torch.equal(theirs.quantize(latents)[2][2], out["codes"].flatten())
+    else:
+        latents, noise = encoded.latent_dist.mode(), torch.zeros(1, 4, 32, 32)
+        out = ours(image, noise)
+        again, found, seen = theirs.decode(latents).sample, out["mean"], out["reconstruction"]
+    for one, other in ((found, latents), (seen, again)):
+        assert other.std() > 0.05
+        assert (one - other).abs().max() <= 1e-4 * other.abs().max()
