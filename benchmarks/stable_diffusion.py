@@ -6,9 +6,8 @@ decoding. Ours as `kartina paint` does it; theirs as built, with channels last a
 --compile both also with a compiled U-Net. Both have the same weights, random ones, the same tokens and noise; that they
 come to the same latents, and to the same pictures of the same latents, is checked first. A row has the best of three
 rounds in which both take turns. Memory is a side's weights and what it takes beyond them: on a CPU, by Linux's count of
-resident pages. `limit` is the share of what a large matrix product of
-the same dtype reaches, by FLOPs of products and convolutions. `--json` prints one JSON line. On a GPU if there is one.
-Without other work on the machine only.
+resident pages. `limit` is the share of what a large matrix product of the same dtype reaches, by FLOPs of products and
+convolutions. `--json` prints one JSON line. On a GPU if there is one. Without other work on the machine only.
 """
 
 import argparse

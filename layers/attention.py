@@ -157,13 +157,13 @@ class SpatialAttention(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # As linear maps over the channels: the numbers of a head lie side by side, as quick kernels of attention want.
-        layers = self.q, self.k, self.v
-        weight, bias = torch.cat([f.weight for f in layers]).flatten(1), torch.cat([f.bias for f in layers])
-        made = F.linear(self.norm(x).flatten(2).mT, weight, bias)  # (B, H*W, 3C)
-        q, k, v = made.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, H*W, E)
-        y = attend(q, k, v, piece=self.piece).transpose(1, 2).flatten(2)  # (B, H*W, C)
-        return x + F.linear(y, self.proj_out.weight.flatten(1), self.proj_out.bias).mT.unflatten(2, x.shape[2:])
+        normed = self.norm(x)
+        heads = (f(normed).flatten(2).unflatten(1, (self.num_heads, -1)).mT for f in (self.q, self.k, self.v))
+        # The kernels of attention want the numbers of a head side by side, as with channels last they are; else torch
+        # takes the plain formula.
+        q, k, v = (y if y.stride(-1) == 1 else y.contiguous() for y in heads)  # each (B, heads, H*W, E)
+        y = attend(q, k, v, piece=self.piece).mT  # (B, heads, E, H*W)
+        return x + self.proj_out(y.reshape(x.shape))
 
 
 def check_heads(num_heads: int, width: int) -> None:

@@ -113,3 +113,13 @@ def test_rms_norm_keeps_bfloat16_without_a_warning():
     found.sum().backward()
     assert norm.weight.grad.dtype == torch.float32 and norm.weight.grad.abs().min() > 0
     assert torch.equal(norm(x), expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_heads_of_places_lie_side_by_side_for_the_kernels(layout, monkeypatch):
+    """Else torch takes the plain formula, which keeps all scores."""
+    seen = []
+    monkeypatch.setattr(layer, "attend", lambda q, k, v, **_: seen.append((q, k, v)) or v)
+    network = layer.SpatialAttention(8, norm_groups=4, num_heads=2).to(memory_format=layout)
+    network(torch.randn(2, 8, 4, 6).to(memory_format=layout))
+    assert [y.stride(-1) for y in seen[0]] == [1, 1, 1] and seen[0][0].shape == (2, 2, 24, 4)
