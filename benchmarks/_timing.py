@@ -71,17 +71,22 @@ def limit(device: torch.device, dtype: torch.dtype) -> float:
     return flops(work) / min(seconds(work, device) for _ in range(5))
 
 
+def turns(works: dict[str, Work], device: torch.device, rounds: int) -> dict[str, float]:
+    """Seconds of each side's best round; they take turns."""
+    times: dict[str, list[float]] = {side: [] for side in works}
+    for _ in range(rounds):
+        for side, work in works.items():
+            times[side].append(seconds(work, device))
+    return {side: min(each) for side, each in times.items()}
+
+
 def compare(
     name: str, ours: Work, peers: dict[str, Work], device: torch.device, dtype: torch.dtype, rounds: int, **facts: Any
 ) -> dict[str, Any]:
     """The best of rounds in which both take turns, and with them `product`; of the peer, in its best setting."""
     works = {"ours": ours, **peers, "limit": product(device, dtype)}
     counted = {side: flops(work) for side, work in works.items()}  # and warms up
-    times: dict[str, list[float]] = {side: [] for side in works}
-    for _ in range(rounds):
-        for side, work in works.items():
-            times[side].append(seconds(work, device))
-    best = {side: min(each) for side, each in times.items()}
+    best = turns(works, device, rounds)
     setting, speed = min(peers, key=best.__getitem__), {side: counted[side] / best[side] for side in works}
     return {
         "what": name,

@@ -13,8 +13,8 @@ convolutions. `--json` prints one JSON line. On a GPU if there is one. Without o
 import argparse
 import ctypes
 import json
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import yaml
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from kartina.benchmarks._timing import flops, limit
+from kartina.benchmarks._timing import flops, limit, turns
 from kartina.layers.packed import pack, unpack
 from kartina.layers.random import normal
 from kartina.pipeline.convert import to_diffusers
@@ -215,17 +215,6 @@ def memory(paint: Paint, networks: list[nn.Module], batch: int, steps: int, devi
     return round((weights + most - held) / 2**30, 3)
 
 
-def seconds(sides: list[Paint], batch: int, steps: int, rounds: int) -> list[float]:
-    """For a batch of pictures, the best of each side's rounds; they take turns."""
-    taken: list[list[float]] = [[] for _ in sides]
-    for _ in range(rounds):
-        for paint, times in zip(sides, taken, strict=True):
-            begin = time.perf_counter()
-            paint(batch, steps)  # pictures are on the CPU, so nothing is left to wait for
-            times.append(time.perf_counter() - begin)
-    return [min(times) for times in taken]
-
-
 def rows(
     name: str, precision: str, batches: list[int], steps: int, rounds: int, compiled: bool, device: str
 ) -> Iterator[dict[str, Any]]:
@@ -244,9 +233,9 @@ def rows(
             ours.compile()
             apart = check(ours, theirs, precision)
         for batch in batches:
-            sides = [(side.paint, side.networks) for side in (ours, theirs)]
-            gib = [memory(paint, networks, batch, steps, device) for paint, networks in sides]
-            own, other = seconds([paint for paint, _ in sides], batch, steps, rounds)
+            gib = [memory(side.paint, side.networks, batch, steps, device) for side in (ours, theirs)]
+            works = {"ours": partial(ours.paint, batch, steps), "theirs": partial(theirs.paint, batch, steps)}
+            own, other = turns(works, torch.device(device), rounds).values()
             yield {
                 "size": name,
                 "precision": precision,
