@@ -215,17 +215,21 @@ def published_sized() -> DiscreteVAE:
 
 
 def check_against(model: DiscreteVAE, recorder, logits, parameters, codes, decoded) -> None:
-    image, soft = recorder.inputs(recorder.SEED)
+    """Within 2e-5 in float32 and 1e-10 in float64."""
+    dtype = logits.dtype
+    bound = {"atol": 2e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-10, "rtol": 1e-10}
+    image, soft = (given.to(dtype) for given in recorder.inputs(recorder.SEED))
     with torch.no_grad():
         ours = image * 2 - 1
-        torch.testing.assert_close(model.logits(ours), logits, atol=2e-5, rtol=1e-5)
-        torch.testing.assert_close(model.decoder(soft), parameters, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(model.logits(ours), logits, **bound)
+        torch.testing.assert_close(model.decoder(soft), parameters, **bound)
         assert torch.equal(model.encode(ours), codes)
         ours = (model.decode(codes).clamp(-1, 1) + 1) / 2
-        torch.testing.assert_close(ours, decoded, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours, decoded, **bound | {"atol": bound["atol"] / 2})
 
 
-def test_equals_the_recorded_published_model(recorder):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_the_recorded_published_model(recorder, dtype):
     with np.load(HERE / "data" / "parity" / "dvae.npz") as file:
         data = dict(file)
     seed = int(data["seed"])
@@ -235,20 +239,22 @@ def test_equals_the_recorded_published_model(recorder):
         halves.append(recorder.weights(data[f"{half}_names"].tolist(), shapes, seed + offset))
     model = published_sized()
     model.load_state_dict(openai_state_dict(*halves))
-    outputs = (torch.from_numpy(data[name]) for name in ("logits", "parameters", "codes", "decoded"))
-    check_against(model, recorder, *outputs)
-    image, soft = recorder.inputs(recorder.SEED)
+    model = model.to(dtype)
+    logits, parameters, decoded = (torch.from_numpy(data[n]).to(dtype) for n in ("logits", "parameters", "decoded"))
+    check_against(model, recorder, logits, parameters, torch.from_numpy(data["codes"]), decoded)
+    image, soft = (given.to(dtype) for given in recorder.inputs(recorder.SEED))
+    bound = 1e-5 if dtype == torch.float32 else 1e-10
     for half, given in (("encoder", map_pixels(image * 2 - 1)), ("decoder", soft)):
         inner, own = recorder.gradients(getattr(model, half), given)
-        expected = torch.from_numpy(data[f"{half}_input_gradient"])
-        torch.testing.assert_close(inner, expected, atol=1e-5 * max(1, float(expected.abs().max())), rtol=0)
+        expected = torch.from_numpy(data[f"{half}_input_gradient"]).to(dtype)
+        torch.testing.assert_close(inner, expected, atol=bound * max(1, float(expected.abs().max())), rtol=0)
         names = data[f"{half}_names"].tolist()
         blank = {name: torch.empty((1,) * (4 if name.endswith(".w") else 1)) for name in names}
         ours = openai_state_dict(*(blank if half == one else {} for one in ("encoder", "decoder")))
         assert len(ours) == len(own)
         for name, sums in zip(ours, data[f"{half}_gradients"], strict=True):
             gradient = own[name.removeprefix(f"{half}.")]
-            scale = 1e-5 * max(1, sums[4]) * gradient.numel() ** 0.5  # of a sum of so many, each off by no more
+            scale = bound * max(1, sums[4]) * gradient.numel() ** 0.5  # of a sum of so many, each off by no more
             np.testing.assert_allclose(recorder.digest(gradient), sums, rtol=0, atol=scale, err_msg=name)
 
 

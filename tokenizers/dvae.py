@@ -160,7 +160,7 @@ class GumbelAutoencoder(nn.Module):
     @staticmethod
     def image(parameters: Tensor) -> Tensor:
         """Parameters (B, 6, H, W) -> image float32 (B, 3, H, W): unmap_pixels(sigmoid(mu)), unclamped."""
-        return unmap_pixels(torch.sigmoid(parameters[:, :3].float()))
+        return unmap_pixels(torch.sigmoid(full(parameters[:, :3])))
 
     def forward(self, image: Tensor, gumbel_noise: Tensor | None, temperature: float) -> dict[str, Tensor]:
         """Relaxed pass: softmax((logits + noise) / temperature) over the codes, in float32, then the decoder.
@@ -276,7 +276,7 @@ def relax(logits: Tensor, gumbel_noise: Tensor, temperature: float) -> Tensor:
 
     Neither the noise nor the temperature get a gradient, and that of the logits cannot be differentiated again.
     """
-    return _Relaxation.apply(logits.float(), gumbel_noise.float(), temperature)
+    return _Relaxation.apply(full(logits), full(gumbel_noise), temperature)
 
 
 def openai_state_dict(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> dict[str, Tensor]:

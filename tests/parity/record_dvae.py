@@ -1,4 +1,5 @@
-"""Record the published discrete VAE at a tiny size into tests/data/parity/dvae.npz (Ramesh 2021, arXiv:2102.12092).
+"""Record the published discrete VAE at a tiny size, in float64, into tests/data/parity/dvae.npz (Ramesh 2021,
+arXiv:2102.12092).
 
 Run by `make parity`, which installs what record_dvae.txt names, without dependencies, into a folder of its own.
 
@@ -7,6 +8,7 @@ legacy generator. It does not know of kartina.
 """
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -47,7 +49,7 @@ def gradients(model: torch.nn.Module, given: torch.Tensor) -> tuple[torch.Tensor
     model, given = model.requires_grad_(True), given.clone().requires_grad_(True)
     out = model(given)
     random = np.random.RandomState(SEED + 2)
-    (out * torch.from_numpy(random.standard_normal(out.shape).astype(np.float32))).sum().backward()
+    (out * torch.from_numpy(random.standard_normal(out.shape).astype(np.float32)).to(out)).sum().backward()
     return given.grad, {name: value.grad for name, value in model.named_parameters()}
 
 
@@ -63,14 +65,16 @@ def digest(gradient: torch.Tensor) -> np.ndarray:
 def record(path: Path) -> None:
     from dall_e import map_pixels, unmap_pixels
 
-    encoder, decoder = published()
-    image, soft = inputs(SEED)
-    with torch.enable_grad():
-        found = [gradients(encoder, map_pixels(image)), gradients(decoder, soft)]
-    logits, parameters = encoder(map_pixels(image)), decoder(soft)
-    codes = logits.argmax(dim=1)
-    one_hot = torch.nn.functional.one_hot(codes, SIZES["vocab_size"]).permute(0, 3, 1, 2).float()
-    decoded = unmap_pixels(torch.sigmoid(decoder(one_hot)[:, :3]))
+    encoder, decoder = (model.double() for model in published())
+    image, soft = (given.double() for given in inputs(SEED))
+    # The published code asks for torch.float and torch.float32 by name, and makes these of all else.
+    with mock.patch.multiple(torch, float=torch.float64, float32=torch.float64):
+        with torch.enable_grad():
+            found = [gradients(encoder, map_pixels(image)), gradients(decoder, soft)]
+        logits, parameters = encoder(map_pixels(image)), decoder(soft)
+        codes = logits.argmax(dim=1)
+        one_hot = torch.nn.functional.one_hot(codes, SIZES["vocab_size"]).permute(0, 3, 1, 2).double()
+        decoded = unmap_pixels(torch.sigmoid(decoder(one_hot)[:, :3]))
     tables = {}
     for half, model, (inner, own) in (("encoder", encoder, found[0]), ("decoder", decoder, found[1])):
         state = model.state_dict()

@@ -1,5 +1,5 @@
-"""Record taming's VQ-GAN and its Gumbel form at a tiny size, outputs and gradients, into tests/data/parity/vqgan.npz
-(Esser 2021, arXiv:2012.09841).
+"""Record taming's VQ-GAN and its Gumbel form at a tiny size, outputs and gradients in float64, into
+tests/data/parity/vqgan.npz (Esser 2021, arXiv:2012.09841).
 
 Run by `make parity`, which installs what record_vqgan.txt names, without dependencies, into a folder of its own. The
 package imports parts of Lightning and omegaconf that a network does not use: `published` puts empty ones in their
@@ -21,6 +21,7 @@ SIZES |= {"resolution": 16, "z_channels": 6, "double_z": False, "dropout": 0.0}
 CODES = {"n_embed": 20, "embed_dim": 6}
 SEED = 20201217
 KINDS = ("vector", "gumbel")
+TEMPERATURE = 0.7  # of the relaxation of "gumbel"
 
 
 def weights(names: list[str], shapes: list[tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
@@ -78,26 +79,32 @@ def published(kind: str) -> torch.nn.Module:
 def record(path: Path) -> None:
     tables: dict[str, np.ndarray] = {}
     for kind in KINDS:
-        model, pixels = published(kind), image(SEED)
+        model, pixels = published(kind).double(), image(SEED).double()
         state = model.state_dict()
         tables[f"{kind}_names"] = np.array(list(state))
         tables[f"{kind}_shapes"] = np.array([",".join(map(str, t.shape)) for t in state.values()])
         latents = model.quant_conv(model.encoder(pixels))
+        tables[f"{kind}_latents"] = latents.detach().numpy()
         if kind == "vector":
             _, _, (_, _, codes) = model.quantize(latents)
             codes = codes.view(2, 8, 8)
             # The published forward, without a straight-through sum of its own: the decoder is what is compared.
             decoded = model(pixels)[0]
         else:
-            # Its noise comes from torch's generator: the decoder gets the likeliest codes, and the logits are compared.
-            codes = model.quantize.proj(latents).argmax(dim=1)
-            entry = model.quantize.get_codebook_entry(codes.flatten(), (2, 8, 8, 6))
-            decoded = model.decode(entry)
-            (model.quantize.proj(latents).square().mean()).backward(retain_graph=True)
+            logits = model.quantize.proj(latents)
+            codes = logits.argmax(dim=1)
+            torch.manual_seed(SEED)
+            quantized, _, _ = model.quantize(latents, temp=TEMPERATURE)
+            torch.manual_seed(SEED)  # the draws once more, as torch.nn.functional.gumbel_softmax makes them
+            noise = -torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_().log()
+            tables["gumbel_noise"] = noise.detach().numpy()
+            decoded = model.decode(quantized)
+            # get_codebook_entry makes its one-hot codes in float32
+            entry = model.quantize.embed(codes).permute(0, 3, 1, 2)
+            tables["gumbel_likeliest"] = model.decode(entry).detach().numpy()
         decoded.square().mean().backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        tables |= {f"{kind}_latents": latents.detach().numpy(), f"{kind}_decoded": decoded.detach().numpy()}
-        tables[f"{kind}_codes"] = codes.numpy()
+        tables |= {f"{kind}_decoded": decoded.detach().numpy(), f"{kind}_codes": codes.numpy()}
         tables |= {f"{kind}_gradient/{name}": sample(gradient) for name, gradient in gradients.items()}
     np.savez_compressed(path, seed=SEED, **tables)
 

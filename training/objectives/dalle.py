@@ -11,6 +11,7 @@ It does not know the network, nor where the codes came from.
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...layers.precision import full
 from .weighting import weighted
 
 
@@ -37,5 +38,5 @@ def dalle(
 def nats(logits: Tensor, target: Tensor) -> Tensor:
     """Mean cross-entropy of a sample's tokens, in nats and float32: logits (B, L, K), target int64 (B, L) -> (B,)."""
     # Flattened: over a transposed axis the softmax strides through memory, and was a fifth of a training step on CPU.
-    each = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none")
+    each = F.cross_entropy(full(logits).flatten(0, 1), target.flatten(), reduction="none")
     return each.view(target.shape).mean(dim=1)

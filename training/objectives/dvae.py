@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ...layers.precision import full
 from ...tokenizers.dvae import map_pixels
 from .weighting import weighted
 
@@ -21,14 +22,14 @@ def logit_laplace_nll(parameters: Tensor, mapped: Tensor) -> Tensor:
 
     parameters: (B, 6, H, W), mu then ln b. mapped: (B, 3, H, W) inside (0, 1), from `map_pixels`. Returns (B, 3, H, W).
     """
-    mu, log_b = parameters.float().chunk(2, dim=1)
-    x = mapped.float()
+    mu, log_b = full(parameters).chunk(2, dim=1)
+    x = full(mapped)
     return math.log(2) + log_b + torch.log(x) + torch.log1p(-x) + (torch.logit(x) - mu).abs() * torch.exp(-log_b)
 
 
 def uniform_kl(logits: Tensor) -> Tensor:
     """KL(softmax(logits) || uniform) at each position, in nats: (B, K, h, w) -> float32 (B, h, w), in [0, ln K]."""
-    log_q = torch.log_softmax(logits.float().permute(0, 2, 3, 1), dim=-1)  # (B, h, w, K), as the encoder lays it out
+    log_q = torch.log_softmax(full(logits).permute(0, 2, 3, 1), dim=-1)  # (B, h, w, K), as the encoder lays it out
     return (log_q.exp() * log_q).sum(dim=-1) + math.log(logits.shape[1])
 
 
@@ -82,9 +83,9 @@ def dvae(
             "dvae objective needs parameters (B, 6, H, W), image (B, 3, H, W) and weight (B,), "
             f"got {tuple(parameters.shape)}, {tuple(image.shape)} and {tuple(weight.shape)}"
         )
-    mapped = map_pixels(image.float())
+    mapped = map_pixels(full(image))
     nll = logit_laplace_nll(parameters, mapped).mean(dim=(1, 2, 3))  # (B,)
-    squared = (torch.sigmoid(parameters[:, :3].float()) - mapped).square().mean(dim=(1, 2, 3))  # (B,)
+    squared = (torch.sigmoid(full(parameters[:, :3])) - mapped).square().mean(dim=(1, 2, 3))  # (B,)
     loss, known, kl = nll, logits.detach(), None
     if beta != 0:
         each = uniform_kl(logits).sum(dim=(1, 2))  # (B,)
