@@ -1,8 +1,8 @@
 """The scheduler_config.json of diffusers to the noise and the sampler of a recipe, and back.
 
-A config comes from anyone: noise that ours does not make is an error. What it says of the steps themselves (their
-spacing, an offset, the order of a solver) is left to our sampler of that name. The other way, what their class would do
-otherwise than ours is an error too; guidance is no part of a config.
+A config comes from anyone: noise that ours does not make is an error. Of the steps themselves the spacing goes along
+where ours means the same by it; an offset and the order of a solver are left to our sampler of that name. The other
+way, what their class would do otherwise than ours is an error too; guidance is no part of a config.
 """
 
 import inspect
@@ -53,21 +53,28 @@ def noise_of(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def sampler_of(config: Mapping[str, Any]) -> str:
-    """Our sampler that a scheduler is; `dpmpp_2m` where there is none, as for Stable Diffusion's PNDM."""
+def sampling_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The `sampler` that a scheduler is, and its `spacing` where ours means the same by it and does not take it anyway.
+
+    `dpmpp_2m` where there is none, as for Stable Diffusion's PNDM.
+    """
     name, algorithm = config.get("_class_name"), config.get("algorithm_type", "dpmsolver++")
     for ours, (theirs, settings) in _CLASSES.items():
         if name == theirs and settings.get("algorithm_type", algorithm) == algorithm:
-            return ours
-    return _DEFAULT
+            karras = config.get("use_karras_sigmas") and not config.get("rescale_betas_zero_snr")
+            spacing = "karras" if karras else str(config.get("timestep_spacing"))
+            keeps = ours in _BETWEEN and spacing in ("karras", "trailing")
+            return {"sampler": ours, **({"spacing": spacing} if keeps else {})}
+    return {"sampler": _DEFAULT}
 
 
 def scheduler_config(recipe: Recipe) -> dict[str, Any]:
     """A scheduler of diffusers with the recipe's noise, that takes the steps of its sampler.
 
     Raises ValueError where that class takes others: it cannot be set so, its steps begin at timestep 0 ("leading"),
-    which their pipeline of Stable Diffusion moves by one, it rounds timesteps that ours does not ("linspace" of the
-    samplers from timestep to timestep), or the recipe names one of their classes, which has a spacing of its own here.
+    which their pipeline of Stable Diffusion moves by one, it rounds timesteps that ours does not ("linspace" and
+    "karras" of the samplers from timestep to timestep), or the recipe names one of their classes, which has a spacing
+    of its own here.
     """
     import diffusers  # slow to import
 
@@ -93,7 +100,7 @@ def scheduler_config(recipe: Recipe) -> dict[str, Any]:
         **({"rescale_betas_zero_snr": True} if noise.zero_terminal else {}),
     }
     lacking = [key for key in config if key not in inspect.signature(getattr(diffusers, name)).parameters]
-    if lacking or spacing == "leading" or (spacing == "linspace" and sampler not in _BETWEEN):
-        what = lacking[0] if lacking else f"timestep_spacing {spacing!r} that takes the steps of {sampler}"
+    if lacking or spacing == "leading" or (spacing in ("linspace", "karras") and sampler not in _BETWEEN):
+        what = lacking[0] if lacking else f"spacing {spacing!r} that takes the steps of {sampler}"
         raise ValueError(f"{recipe.name}: {name} of diffusers has no {what}; set another sampling.sampler or spacing")
     return {"_class_name": name, **config}

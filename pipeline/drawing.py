@@ -22,11 +22,13 @@ from ..priors.code_samplers import sample_codes
 from ..priors.condition import Condition
 from ..priors.denoiser import Clipped, Denoise, Guided
 from ..priors.diffusers_schedulers import find_sampler
-from ..priors.diffusion_samplers import Walk
+from ..priors.diffusion_samplers import SAMPLERS, Walk
 from ..tokenizers.captions import CaptionTokenizer
-from .denoising import denoiser_of
+from .denoising import denoiser_of, ends_of, schedule_of
 from .memory import Progress
-from .recipe import Recipe, RecipeError
+from .recipe import Recipe, RecipeError, sampling_knobs
+
+_LEFT = 0.02  # of the picture's variance at most, in the noisiest timestep; Stable Diffusion leaves 0.0047
 
 
 class Drawing(Protocol):
@@ -64,6 +66,46 @@ class CodeDrawing:
         """See `Drawing` and `sample_codes`."""
         text = self.encode(captions)[0].to(next(self.prior.parameters()).device)  # (B, T)
         return sample_codes(self.prior, text, seeds, progress=progress, **knobs)
+
+
+def sampler_of(knobs: dict[str, Any]) -> Callable[..., Tensor]:
+    """The sampler of the knobs of `pipeline.recipe.DiffusionSampling`; see `find_sampler`."""
+    walk = {name: knobs[name] for name in ("num_steps", "spacing", "eta") if knobs[name] is not None}
+    if "eta" in walk and knobs["sampler"] != "ddim":
+        raise RecipeError(f"eta belongs to the sampler ddim, got {knobs['sampler']}; leave it out, or take ddim")
+    if "spacing" in walk and knobs["sampler"] not in SAMPLERS:
+        raise RecipeError(
+            f"a spacing belongs to one of {', '.join(SAMPLERS)}, got one for {knobs['sampler']} of diffusers, which "
+            "has its own; leave it out"
+        )
+    return partial(find_sampler(knobs["sampler"]), **walk)
+
+
+def check_sampling(recipe: Recipe, told: bool) -> None:
+    """Raises ValueError for noise that samplers could not begin with, and where a recipe's `sampling` could paint
+    nothing. told: whether the prior reads captions or classes.
+    """
+    noise, schedule, knobs = recipe.diffusion, schedule_of(recipe), sampling_knobs(recipe, {}, "sampling")
+    left = float(schedule.alpha_bar[-1])
+    if left > _LEFT:
+        ends = {end: f"{value * 1000 / noise.num_timesteps:.3g}" for end, value in ends_of(noise).items()}
+        raise RecipeError(
+            f"its noise leaves {left:.0%} of the picture's variance after {noise.num_timesteps} timesteps, and "
+            "samplers begin with noise alone; for fewer than 1,000 write in `diffusion` schedule: cosine, or larger "
+            f"ends {ends}"
+        )
+    sampler_of(knobs)
+    if knobs["sampler"] in SAMPLERS:
+        schedule.levels(knobs["num_steps"], knobs["spacing"] or "trailing")
+    _check_guidance(recipe, knobs, told)
+
+
+def _check_guidance(recipe: Recipe, knobs: dict[str, Any], told: bool) -> None:
+    others = knobs["negative"] or knobs["guidance_rescale"] or knobs["guidance_low"]
+    if knobs["guidance_scale"] != 1 and not told:
+        raise RecipeError(f"{recipe.name} reads no captions to be guided by; leave guidance_scale at 1")
+    if knobs["guidance_scale"] == 1 and (others or knobs["guidance_high"] is not None):
+        raise RecipeError("a negative prompt and the other knobs of guidance need a guidance_scale other than 1")
 
 
 class DiffusionDrawing:
@@ -107,7 +149,7 @@ class DiffusionDrawing:
 
         Raises ValueError for knobs that do not fit each other, and where the numbers do not stay finite.
         """
-        weight, sampler, denoise = next(self.prior.parameters()), self.sampler(knobs), self.denoiser(condition, knobs)
+        weight, sampler, denoise = next(self.prior.parameters()), sampler_of(knobs), self.denoiser(condition, knobs)
         numbers = torch.tensor([int(seed) for seed in seeds], dtype=torch.int64, device=weight.device)
         z = sampler(denoise, condition, self.shape, numbers, **walk)
         if not z.isfinite().all():
@@ -116,13 +158,6 @@ class DiffusionDrawing:
                 f"{str(weight.dtype).removeprefix('torch.')}; take float32, less guidance or another sampler"
             )
         return z.to(weight.dtype)
-
-    def sampler(self, knobs: dict[str, Any]) -> Callable[..., Tensor]:
-        """The sampler of the knobs; see `find_sampler`."""
-        walk = {name: knobs[name] for name in ("num_steps", "spacing", "eta") if knobs[name] is not None}
-        if "eta" in walk and knobs["sampler"] != "ddim":
-            raise RecipeError(f"eta belongs to the sampler ddim, got {knobs['sampler']}; leave it out, or take ddim")
-        return partial(find_sampler(knobs["sampler"]), **walk)
 
     def denoiser(self, condition: Condition, knobs: dict[str, Any] | None = None) -> Denoise:
         """The prior as samplers call it, guided under a condition as the knobs say, without them not at all.
@@ -135,15 +170,12 @@ class DiffusionDrawing:
         return Clipped(denoise) if self.tokenizer is None else denoise
 
     def _guided(self, denoise: Denoise, condition: Condition, knobs: dict[str, Any]) -> Denoise:
+        told = condition.labels if condition.tokens is None else condition.tokens
+        _check_guidance(self.recipe, knobs, told is not None)
         scale, rescale, negative = knobs["guidance_scale"], knobs["guidance_rescale"], knobs["negative"]
         low, high = knobs["guidance_low"], knobs["guidance_high"]
-        if scale == 1 and (negative or rescale or low or high is not None):
-            raise RecipeError("a negative prompt and the other knobs of guidance need a guidance_scale other than 1")
-        if scale == 1:
+        if scale == 1 or told is None:
             return denoise
-        told = condition.labels if condition.tokens is None else condition.tokens
-        if told is None:
-            raise RecipeError(f"{self.recipe.name} reads no captions to be guided by; leave guidance_scale at 1")
         batch = len(told)
         null = self.condition([negative] * batch) if negative else self.null(batch)
         null = null._replace(image=condition.image)

@@ -19,6 +19,7 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,11 +51,23 @@ class EditDrawing:
     def __init__(
         self, draw: DiffusionDrawing, image: Tensor, mask: Tensor | None, strength: float, invert: str | None
     ) -> None:
-        self.draw, self.strength, self.invert = draw, strength, invert
-        with torch.no_grad():
-            self.x_0 = draw.encode(image)  # (1, C, h, w)
-            self.beside = draw.beside(image, mask) if draw.fills else None  # (1, 1 + C, h, w)
-        self.kept = None if mask is None or draw.fills else 1 - draw.shrink(mask).to(self.x_0)
+        self.draw, self.image, self.mask, self.strength, self.invert = draw, image, mask, strength, invert
+
+    # When first painted with, where too little memory is dealt with.
+    @cached_property
+    def x_0(self) -> Tensor:
+        """What the prior draws of the image, (1, C, h, w)."""
+        return self.draw.encode(self.image)
+
+    @cached_property
+    def beside(self) -> Tensor | None:
+        """What a prior that fills reads beside, (1, 1 + C, h, w)."""
+        return self.draw.beside(self.image, self.mask) if self.draw.fills else None
+
+    @cached_property
+    def kept(self) -> Tensor | None:
+        """1 where the image stays, (1, 1, h, w)."""
+        return None if self.mask is None or self.draw.fills else 1 - self.draw.shrink(self.mask).to(self.x_0)
 
     def __call__(
         self, captions: Sequence[str], seeds: Sequence[int], knobs: dict[str, Any], progress: Progress | None
@@ -69,31 +82,33 @@ class EditDrawing:
                 f"an inversion is undone by the sampler ddim with eta 0, got {knobs['sampler']} with eta "
                 f"{knobs['eta']}; leave both out"
             )
-        x_0 = self._many(self.x_0, captions)
+        x_0 = self._many(self.x_0, len(captions))
         walk = Walk(progress=progress)
         if self.strength < 1:
             walk |= Walk(start=x_0, strength=self.strength)
         if self.kept is not None:
-            walk |= Walk(keep=Keep(x_0, self._many(self.kept, captions)))
+            walk |= Walk(keep=Keep(x_0, self._many(self.kept, len(captions))))
         if self.invert is not None:
-            walk |= Walk(noise=self._many(self._noise(self.invert, knobs), captions))
+            walk |= Walk(noise=self._many(self._noise(self.invert, knobs), len(captions)))
         return self.draw.sample(self._condition(captions), seeds, knobs, **walk)
 
     def _noise(self, caption: str, knobs: dict[str, Any]) -> Tensor:
         """What the picture is made of under a caption, without guidance, (1, C, h, w)."""
-        condition = self._condition([caption])
+        condition = self._condition([caption]) if caption else self._filled(self.draw.null(1))
         spacing = knobs["spacing"] or "trailing"
         return ddim_invert(
             self.draw.denoiser(condition), condition, self.x_0, knobs["num_steps"], spacing, strength=self.strength
         )
 
     def _condition(self, captions: Sequence[str]) -> Any:
-        condition = self.draw.condition(captions)
-        return condition if self.beside is None else condition._replace(image=self._many(self.beside, captions))
+        return self._filled(self.draw.condition(captions), len(captions))
+
+    def _filled(self, condition: Any, count: int = 1) -> Any:
+        return condition if self.beside is None else condition._replace(image=self._many(self.beside, count))
 
     @staticmethod
-    def _many(one: Tensor, captions: Sequence[str]) -> Tensor:
-        return one.expand(len(captions), -1, -1, -1)
+    def _many(one: Tensor, count: int) -> Tensor:
+        return one.expand(count, -1, -1, -1)
 
 
 def edit(
@@ -123,7 +138,7 @@ def edit(
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be in (0, 1], from nearly the picture to none of it, got {strength:g}")
     if invert is not None:
-        painting.setdefault("sampler", "ddim")
+        painting = {"sampler": "ddim", "eta": 0.0} | painting
         if painting.get("candidates", 1) != 1:
             raise ValueError("an inversion has one candidate, for its noise is the picture's; leave candidates at 1")
     size, image = system.recipe.image_size, upright(image)
@@ -170,7 +185,9 @@ def mask_of(mask: Image, picture_size: tuple[int, int], size: int, how: str | No
     if grey > _MOST_GREY:
         raise ValueError(f"a mask must be black and white, got {grey:.0%} of grey; set each pixel to 0 or 255")
     if not (share >= 0.5).any():
-        raise ValueError("a mask must be white where the picture is to be painted, got black alone; draw it, or none")
+        cut = "; the centre square cuts all of its white off, so fit it by stretch"
+        cut = cut if any(mask.convert("L").histogram()[128:]) else "; draw it, or none"
+        raise ValueError(f"a mask must be white where the picture is to be painted, got black alone{cut}")
     return (share >= 0.5).float()
 
 

@@ -13,6 +13,7 @@ from .commands import OWN, Device, Json, MicroBatch, Reranker, RerankerWeights, 
 app = typer.Typer()
 
 Model = Annotated[str, typer.Option(help="a diffusion model's name or folder")]
+MODEL = "shapes/stable-diffusion"
 Steps = Annotated[int | None, typer.Option(help=f"from noise to picture, of which an edit takes a share; {OWN}")]
 Sampler = Annotated[str | None, typer.Option(help=f"ddim, dpmpp_2m, unipc ...; {OWN}")]
 Guidance = Annotated[float | None, typer.Option(help=f"above 1: closer to the caption; {OWN}")]
@@ -25,7 +26,7 @@ Out = Annotated[Path, typer.Option(help="a .png file, or a folder")]
 def edit(
     image: Annotated[Path, typer.Argument(help="the picture: PNG, JPEG or WebP")],
     prompt: Annotated[str, typer.Option(help="the caption of what it is to become")],
-    model: Model,
+    model: Model = MODEL,
     strength: Annotated[float | None, typer.Option(help="in (0, 1]: 1 forgets the picture; 0.8, with a mask 1")] = None,
     mask: Annotated[Path | None, typer.Option(help="a picture of its size, white where it is painted anew")] = None,
     invert: Annotated[
@@ -73,7 +74,7 @@ def edit(
 def interpolate(
     first: Annotated[str, typer.Argument(help="the caption of the first picture")],
     second: Annotated[str, typer.Argument(help="the caption of the last one")],
-    model: Model,
+    model: Model = MODEL,
     frames: Annotated[int, typer.Option(help="pictures, both ends among them")] = 8,
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
     to_seed: Annotated[int | None, typer.Option(help="of the last picture's noise; the same")] = None,

@@ -76,7 +76,10 @@ def find_by_hash(wanted: str) -> Path:
     for folder in known_models().values():
         if _hash_of(folder) == wanted:
             return folder
-    raise checkpoint.ModelError(f"no known model has the hash {wanted[:12]}...; `kartina models` lists the known ones")
+    raise checkpoint.ModelError(
+        f"no known model has the hash {wanted[:12]}...; `kartina models` lists the known ones, and --model names "
+        "one that lies elsewhere"
+    )
 
 
 def _hash_of(folder: Path) -> str | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..priors.schedules import new_schedule
 from ..tokenizers.captions import CaptionTokenizer
 from . import archive, caption_files, checkpoint, convert_unet, published
-from .convert_scheduler import noise_of, sampler_of
+from .convert_scheduler import noise_of, sampling_of
 from .convert_unet_config import clip_text_arguments, unet_arguments
 from .denoising import denoiser_of
 from .recipe import Captions, Diffusion, Recipe, check_name
@@ -42,7 +42,7 @@ class _Found(NamedTuple):
     weights: dict[str, Weights]
     diffusion: dict[str, Any]
     captions: CaptionTokenizer
-    sampler: str
+    sampling: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def load(
             parts=found.sections,
             frozen=["text"],  # as when it was trained
             licence=licence,
-            sampling={"sampler": found.sampler, **_SAMPLING},
+            sampling={**found.sampling, **_SAMPLING},
             diffusion=Diffusion(**found.diffusion),
         )
         weights = {part: _renamed(recipe, part, given) for part, given in found.weights.items()}
@@ -209,7 +209,7 @@ def _folder(path: Path, image_size: int | None) -> _Found:
         "text": archive.load(archive.find(path / "text_encoder", "model", "pytorch_model")),
         "prior": archive.load(archive.find(path / "unet", "diffusion_pytorch_model")),
     }
-    return _Found(sections, weights, noise_of(scheduler), captions, sampler_of(scheduler))
+    return _Found(sections, weights, noise_of(scheduler), captions, sampling_of(scheduler))
 
 
 def _file(path: Path, image_size: int | None, prediction: str | None, tokenizer: Path | None) -> _Found:
@@ -239,7 +239,7 @@ def _file(path: Path, image_size: int | None, prediction: str | None, tokenizer:
     captions = caption_files.of_open_clip(length) if tokenizer is None else caption_files.read(tokenizer, length)[0]
     sections = {"tokenizer": vae, "text": text, "prior": _prior_sizes(weights["prior"], first)}
     noise = {"schedule": "scaled_linear", "prediction": prediction}
-    return _Found(sections, weights | {"tokenizer": first_stage}, noise, captions, sampler_of({}))
+    return _Found(sections, weights | {"tokenizer": first_stage}, noise, captions, sampling_of({}))
 
 
 def _prior_sizes(weights: Weights, first: bool) -> dict[str, Any]:

@@ -203,7 +203,8 @@ class TextToImage:
         if not 1 <= keep <= candidates:
             raise ValueError(f"keep must lie between 1 and candidates ({candidates}), got {keep}")
         if keep < candidates and self.scorer is None:
-            raise ValueError(f"{self.recipe.name} has no trained CLIP to rank candidates; set keep equal to candidates")
+            how = "set keep equal to candidates, or --reranker ViT-B-32 --reranker-pretrained FILE, of open_clip"
+            raise ValueError(f"{self.recipe.name} has no trained CLIP to rank candidates; {how}")
         if len(seeds) != len(prompts):
             raise ValueError(f"give one seed, or one for each of the {len(prompts)} prompts, got {len(seeds)}")
         if not all(_is_seed(s) and _is_seed(s + candidates - 1) for s in seeds):

@@ -124,6 +124,8 @@ def _build(scheduler_class: Any, betas: Tensor, config: dict[str, Any]) -> Any:
     ours = {"num_train_timesteps": len(betas), "trained_betas": betas.numpy(), "prediction_type": "v_prediction"}
     if "clip_sample" in _accepts(scheduler_class):
         ours["clip_sample"] = False  # see `denoiser.Clipped`
+    if "snr_shift_scale" in _accepts(scheduler_class):
+        ours["snr_shift_scale"] = 1.0  # or the betas would not be those of the network
     unknown = [key for key in config if key in ours or key not in _accepts(scheduler_class)]
     if unknown:
         raise ValueError(f"{scheduler_class.__name__} has no knob {unknown[0]!r}; see its constructor in diffusers")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from kartina import cli
 from kartina.layers.random import normal
 from kartina.pipeline import caption_files, checkpoint
-from kartina.pipeline.convert_scheduler import noise_of, sampler_of, scheduler_config
+from kartina.pipeline.convert_scheduler import noise_of, sampling_of, scheduler_config
 from kartina.pipeline.denoising import schedule_of
 from kartina.pipeline.recipe import Recipe, build, dump
 from kartina.pipeline.text_to_image import TextToImage
@@ -229,8 +229,9 @@ def test_diffusers_has_no_other_kinds(tmp_path):
         run("export", folder, tmp_path / "there")
     assert not (tmp_path / "there").exists()
     for sampling, message in (
-        ({"spacing": "leading"}, "has no timestep_spacing 'leading'"),
-        ({"sampler": "ddim", "spacing": "linspace"}, "has no timestep_spacing 'linspace' that takes the steps of ddim"),
+        ({"spacing": "leading"}, "has no spacing 'leading'"),
+        ({"sampler": "ddim", "spacing": "linspace"}, "has no spacing 'linspace' that takes the steps of ddim"),
+        ({"sampler": "unipc", "spacing": "karras"}, "has no spacing 'karras' that takes the steps of unipc"),
         ({"sampler": "DDIMScheduler"}, "DDIMScheduler has its own steps; set one of ddpm, ddim"),
         ({"sampler": "ddim", "eta": 1.0}, "eta is 1.0, which no config of diffusers holds"),
     ):
@@ -253,4 +254,22 @@ def test_noise_and_sampler_go_there_and_back(sampler, kind):
     same = schedule_of(back).alpha_bar[:-1].float()
     torch.testing.assert_close(scheduler.alphas_cumprod[:-1], same, atol=1e-5, rtol=1e-3)
     assert schedule_of(back).alpha_bar.equal(schedule_of(recipe).alpha_bar)
-    assert sampler_of(config) == sampler
+    assert sampling_of(config) == {"sampler": sampler}
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "karras"])
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "heun"])
+def test_spacings_go_there_and_back(sampler, spacing):
+    """Of a model of few steps, as one that looks at 999 and 499 alone, they are part of what it is."""
+    sampling = {"sampler": sampler, "spacing": spacing}
+    recipe = Recipe(name="a/b", paper="", image_size=8, parts={}, sampling=sampling)
+    if (sampler, spacing) == ("euler_ancestral", "karras"):
+        with pytest.raises(ValueError, match="EulerAncestralDiscreteScheduler of diffusers has no use_karras_sigmas"):
+            scheduler_config(recipe)
+        return
+    config = scheduler_config(recipe)
+    assert sampling_of(config) == sampling
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    scheduler.set_timesteps(4)
+    ours = [level.t for level in schedule_of(recipe).levels(4, spacing)[:-1]]
+    assert scheduler.timesteps.unique().flip(0).tolist() == pytest.approx(ours, abs=0.5)

@@ -288,6 +288,14 @@ TEXT = "parts.text={kind: caption_encoder, text_vocab: 300, text_length: 12, wid
         ([f"{OBJECTIVE}={{uniform: 0.1}}"], "uniform is of logit_std, which is 0; write that too, or leave uniform"),
         ([f"{OBJECTIVE}={{logit_std: 1}}", "parts.prior.out_channels=6"], "from timesteps that are drawn uniformly"),
         ([f"{OBJECTIVE}={{loss: vlb, logit_std: 1}}"], "from timesteps that are drawn uniformly"),
+        (["diffusion={schedule: linear, num_timesteps: 100}"], "leaves 36% of the picture's variance after 100 timest"),
+        (["sampling={sampler: dimm}"], "no sampler 'dimm'"),
+        (["sampling={eta: 0.5}"], "eta belongs to the sampler ddim, got dpmpp_2m"),
+        (["sampling={guidance_scale: 2.0}"], "reads no captions to be guided by; leave guidance_scale at 1"),
+        (["sampling={guidance_high: 2.0}"], "the other knobs of guidance need a guidance_scale other than 1"),
+        (["sampling={num_steps: 2000}"], "takes 1 to 1000 steps, got 2000"),
+        (["sampling={spacing: even}"], "timesteps are spaced by one of leading, trailing"),
+        (["sampling={sampler: DDIMScheduler, spacing: trailing}"], "for DDIMScheduler of diffusers, which has its own"),
         ([f"{OBJECTIVE}={{loss: vlb, gamma: 1}}"], "loss: vlb is the bound of 8-bit pixels, without a tokenizer and"),
     ],
 )
@@ -298,6 +306,12 @@ def test_a_prior_that_does_not_fit_is_refused_before_anything_trains(overrides, 
     recipe, training = runs.load("shapes/ddpm", [*own, *overrides])
     with pytest.raises(RecipeError, match=re.escape(said)):
         checks.check(recipe, training, ["prior"], 1, Path("none"))
+
+
+def test_few_timesteps_are_taken_where_their_noise_covers_the_picture():
+    noise = "diffusion={schedule: linear, num_timesteps: 100, beta_start: 0.001, beta_end: 0.2}"  # as the refusal says
+    recipe, training = runs.load("shapes/ddpm", [noise])
+    checks.check(recipe, training, ["prior"], 1, Path("none"))
 
 
 def test_noise_that_cannot_be_is_refused():

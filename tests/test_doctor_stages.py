@@ -91,3 +91,22 @@ def test_whatever_a_rule_reads_some_stage_logs(latent, tiny, trained_tokenizer, 
         for log in history.read(run).values():
             logged |= set(log.curves) | {name.replace("clip/", "prior/") for name in log.curves}
     assert asked <= logged, asked - logged
+
+
+def test_a_run_that_went_back_once_has_healed_after_a_while():
+    events = [{"event": "returned", "reached": 1000}]
+    facts = {"steps": 10_000, "networks": ["prior"]}
+    of = {step: history.History("prior", facts, {}, events, step) for step in (2500, 3500)}
+    (found,) = doctor.judge(of[2500])
+    assert found.name == "learning rate too high" and "went back, 1 times, last at step 1000" in found.seen
+    assert not doctor.judge(of[3500])
+
+
+@pytest.mark.parametrize(
+    ("counts", "usage", "wrong"), [(3.1, 0.4, True), (3.1, 0.5, False), (1.0, 0.33, False), (0.5, 0.01, False)]
+)
+def test_codes_may_be_left_out_by_chance_where_few_are_drawn(counts, usage, wrong):
+    """Of even codes with c counts each 1 - exp(-c) are met; half of that is asked for."""
+    curves = {"valid/usage": usage, "valid/perplexity": 9.0, "valid/counts_per_code": counts}
+    log = history.History("tokenizer", {"steps": 100}, {name: {100: value} for name, value in curves.items()}, step=100)
+    assert [finding.name for finding in doctor.judge(log)] == ["codebook collapse"] * wrong

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kartina.layers.discriminator import PatchDiscriminator
+from kartina.training import corruptions
 from kartina.training.objectives import autoencoder as ae
 from kartina.training.objectives import vae as vae_objective
 from kartina.training.objectives import vqgan as vqgan_objective
@@ -301,15 +302,15 @@ def test_sparsity_by_hand(shape):
 
 def test_corruptions_do_what_their_draws_say():
     x = images(2)
-    assert torch.equal(ae.add_gaussian(x, torch.ones_like(x), 0.5), x + 0.5)
+    assert torch.equal(corruptions.add_gaussian(x, torch.ones_like(x), 0.5), x + 0.5)
     u = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    masked, noisy = ae.mask(x, u, 0.3), ae.salt_and_pepper(x, u, 0.4)
+    masked, noisy = corruptions.mask(x, u, 0.3), corruptions.salt_and_pepper(x, u, 0.4)
     gone = (u < 0.3).expand_as(x)
     assert (masked[gone] == -1).all() and torch.equal(masked[~gone], x[~gone])
     pepper, salt = (u < 0.2).expand_as(x), ((u >= 0.2) & (u < 0.4)).expand_as(x)
     assert (noisy[pepper] == -1).all() and (noisy[salt] == 1).all() and salt.any() and pepper.any()
     assert torch.equal(noisy[~(salt | pepper)], x[~(salt | pepper)])
-    assert noisy.dtype == x.dtype and torch.equal(ae.mask(x, u, 0.0), x)
+    assert noisy.dtype == x.dtype and torch.equal(corruptions.mask(x, u, 0.0), x)
 
 
 def test_half_precision_is_summed_in_full():

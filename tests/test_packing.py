@@ -102,11 +102,18 @@ def test_pictures_without_captions_are_packed_where_asked_for(tmp_path):
     source = stream.ShardSource(tmp_path / "out", 8, seed=0)
     batch = source.read(range(4))
     assert batch.captions == [""] * 4 and batch.weight.tolist() == [1] * 4 and not batch.problems
+    source.captioned = True  # then each is unreadable, named, and counts towards the limit
+    told = source.read(range(4))
+    assert told.weight.tolist() == [0] * 4
+    assert all("packed without one; put a .txt" in why for why in told.problems.values())
+    source.captioned = False
     recipe, training = runs.load("shapes/dalle", ["stages.clip.objective={}"])
     clip = CLIPStage(recipe, training.stages["clip"], source, SHIPPED / "shapes/dalle", 0, torch.device("cpu"))
     refusing = [lambda: source.captions(range(4)), lambda: captions_of(batch), lambda: next(clip.updates(batch, 0))]
     for refused in refusing:
-        with pytest.raises(ValueError, match="shard-000000/00000000. was packed without one; put a .txt beside"):
+        with pytest.raises(
+            ValueError, match="captions are read here, and the .* packed without one; put a .txt beside"
+        ):
             refused()
 
 

@@ -17,6 +17,7 @@ from kartina.cli import app
 from kartina.pipeline import checkpoint
 from kartina.pipeline.images import to_pil, to_uint8
 from kartina.pipeline.recipe import build, parse
+from kartina.training import corruptions
 from kartina.training.data.shapes import ShapesSource
 from kartina.training.evaluation import reconstruction
 from kartina.training.evaluation.shapes_checker import check
@@ -203,6 +204,23 @@ def test_digits_are_those_that_training_held_out(kl):
         reconstruction.evaluate([kl(), kl(data="{kind: digits,  jitter: 0.0}")])
 
 
+def test_corrupted_pictures_are_judged_by_the_pictures_themselves(kl, monkeypatch):
+    """A tokenizer that gives back what it sees is as good as what it was given."""
+    monkeypatch.setattr(reconstruction._Tokenizer, "reconstruct", lambda self, image: to_uint8(image))
+    spoiling = "salt_and_pepper", 0.2
+    found = reconstruction.evaluate([kl()], count=16, corruption=spoiling)
+    tests = [ShapesSource(32, 0, split=test, jitter=0.0).read(range(4)).image for test in ("S1", "S2a", "S2b", "S2c")]
+    image = torch.cat(tests)
+    spoiled = corruptions.corrupt(image, *spoiling, 0, 0, torch.arange(16))
+    error = (to_uint8(image).double() - to_uint8(spoiled).double()).square().mean()
+    assert abs(found["seen"] - float(10 * torch.log10(255**2 / error))) <= 1e-9
+    assert found["tokenizers"][0]["psnr"] == found["seen"] < 20
+    assert found["corruption"] == {"kind": "salt_and_pepper", "level": 0.2}
+    for wrong, message in ((("blur", 0.2), "one of"), (("mask", 1.2), "at most 1"), (("mask", 0.0), "above 0")):
+        with pytest.raises(ValueError, match=message):
+            reconstruction.evaluate([kl()], corruption=wrong)
+
+
 def test_one_table_holds_the_same_pictures(kl):
     with pytest.raises(ValueError, match=r"sizes \[32, 64\] px"):
         reconstruction.evaluate([kl(), kl(side=64)])
@@ -216,5 +234,7 @@ def test_the_command_prints_the_table(trained_tokenizer, kl):
     words = ["reconstruct", str(trained_tokenizer / "model"), kl(), "--count=8", "--device=cpu"]
     shown = CliRunner().invoke(app, words)
     assert shown.exit_code == 0 and "16x8 of 32" in shown.output and "4x16x16" in shown.output, shown.output
+    spoiled = CliRunner().invoke(app, [*words, "--corruption=mask", "--corruption-level=0.1"])
+    assert "through mask of 0.1, which leaves" in spoiled.output and "through" not in shown.output, spoiled.output
     rows = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)["tokenizers"]
     assert [row["latent"] for row in rows] == [[16, 8], [4, 16, 16]]

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from kartina.pipeline.rerank import OpenCLIPScorer, clip_scores, rank
+from kartina.pipeline.text_to_image import TextToImage
 from kartina.tokenizers.clip_towers import CLIP
 
 CONFIG = {
@@ -94,6 +95,19 @@ def test_scorer_reads_an_architecture_and_a_file(folder, tmp_path):
     with pytest.raises(ValueError, match="one caption per picture"):
         scorer.score(_pictures(), ["a"])
     assert scorer.score([], []).shape == (0,)
+
+
+def test_pictures_of_published_systems_are_ranked(folder, tmp_path, tiny_stable_diffusion):
+    tiny_stable_diffusion("sd1").save_pretrained(tmp_path / "there")
+    scorer = OpenCLIPScorer(folder[0])
+    system = TextToImage.load(tmp_path / "there", reranker=scorer)
+    painted = system("a red ring", candidates=3, keep=3, num_steps=2)
+    scores = [painting.clip_score for painting in painted]
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) == 3
+    assert scores == pytest.approx(
+        scorer.score([each.image for each in painted], ["a red ring"] * 3).tolist(), abs=1e-5
+    )
+    assert [each.seed for each in system("a red ring", candidates=3, num_steps=2)] == [painted[0].seed]
 
 
 def test_scorer_refuses_what_it_cannot_read(folder, tmp_path):

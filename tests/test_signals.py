@@ -14,6 +14,7 @@ import torch
 
 from kartina.training import __main__ as trainer
 from kartina.training import state
+from kartina.training.stages.dvae import DVAEStage
 
 
 def events(folder, name):
@@ -205,3 +206,21 @@ def test_a_trainer_of_several_ends_without_pythons_shutdown(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "closed\n" * 2  # by atexit, and not "shut down"
+
+
+def test_a_signal_at_the_last_step_stops_before_what_comes_after(folder, tiny, monkeypatch):
+    """What a stage does when its steps are done may take long: it is done when the run goes on."""
+    real = DVAEStage.updates
+
+    def updates(self, batch, step):
+        if step == 19:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, batch, step)
+
+    argv = [*tiny["patch_dvae"][1], "--run", str(folder)]
+    with monkeypatch.context() as patch:
+        patch.setattr(DVAEStage, "updates", updates)
+        assert trainer.main(argv) == 128 + signal.SIGTERM
+    assert newest(folder)["step"] == 20 and not (folder / "model" / "tokenizer.safetensors").exists()
+    assert trainer.main(argv) == 0
+    assert (folder / "model" / "tokenizer.safetensors").exists() and len(events(folder, "stopped")) == 1

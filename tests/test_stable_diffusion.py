@@ -139,11 +139,12 @@ def test_a_long_prompt_is_cut_with_a_word_of_what_was(published):
         assert (ours(system, "a " * 75) == long).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("published", ["sd1"], indirect=True)
-def test_half_the_digits(published):
+def test_half_the_digits(published, dtype):
     _, folder, picture = published
-    half = TextToImage.load(folder, dtype=torch.bfloat16)
-    assert {p.dtype for part in half.parts.values() for p in part.parameters()} == {torch.bfloat16}
+    half = TextToImage.load(folder, dtype=dtype)
+    assert {p.dtype for part in half.parts.values() for p in part.parameters()} == {dtype}
     assert np.abs(ours(half) - picture).mean() < 8
 
 

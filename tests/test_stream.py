@@ -2,9 +2,12 @@
 
 import errno
 import io
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -269,3 +272,30 @@ def test_a_recipe_holds_out_a_share_of_its_shards(tmp_path):
     assert trainer.source_of(recipe, none).size == 200 and trainer.validation_of(recipe, none) is None
     tiny = data.model_copy(update={"validation_share": 1e-9})
     assert trainer.source_of(recipe, tiny).size == 200 and trainer.validation_of(recipe, tiny) is None
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a parent's death is told on Linux alone")
+def test_workers_end_at_once_with_a_trainer_that_is_killed(tmp_path):
+    """They hold the lock of its run folder, which the next trainer must get."""
+    code = """
+import sys, time
+from pathlib import Path
+from kartina.training import run
+from kartina.training.data.shapes import ShapesSource
+from kartina.training.stream import prefetch
+with run.locked(Path(sys.argv[1])):
+    batches = prefetch(ShapesSource(), ([k] for k in range(10**6)), workers=2)
+    next(batches)
+    print("reads", flush=True)
+    time.sleep(60)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout is not None and trainer.stdout.readline() == "reads\n"
+    workers = psutil.Process(trainer.pid).children(recursive=True)
+    assert len(workers) >= 2
+    trainer.kill()
+    trainer.wait()
+    _, alive = psutil.wait_procs(workers, timeout=3)  # torch's own look at the parent comes every 5 s
+    assert not alive
+    with runs.locked(tmp_path):
+        pass

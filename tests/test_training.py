@@ -163,7 +163,7 @@ def test_accumulation_gives_the_same_gradient(tmp_path):
 
 def test_a_part_trained_with_another_recipe_is_not_reused(run, capsys):
     assert trainer.main(["shapes/dalle", *TINY, "stages.tokenizer.steps=9", "--run", str(run)]) == 2
-    assert "tokenizer was trained with another recipe (differs in steps: 4 -> 9)" in capsys.readouterr().err
+    assert "with another recipe or other data (differs in steps: 4 -> 9); put the" in capsys.readouterr().err
 
 
 def test_swapped_captions_are_refused(run, tmp_path):
@@ -201,7 +201,7 @@ def test_a_changed_recipe_is_refused_with_the_differing_key(run, capsys):
         assert trainer.main(["shapes/dalle", *TINY, "stages.tokenizer.steps=9", "--run", str(run)]) == 2
     finally:
         (run / "card.json").rename(run / "model" / "card.json")
-    assert "the recipe changed since this run began (steps: 4 -> 9)" in capsys.readouterr().err
+    assert "the recipe or its data changed since this run began (steps: 4 -> 9)" in capsys.readouterr().err
 
 
 def test_painting_from_the_command_line(run, tmp_path, capsys):
@@ -239,8 +239,8 @@ def test_a_changed_section_of_a_trained_part_is_refused(run, capsys):
 def test_another_caption_tokenizer_is_not_reused(run, capsys):
     command = ["shapes/dalle", *TINY, "--run", str(run), "training.data.seed=1"]
     assert trainer.main(command) == 2
-    said = capsys.readouterr().err
-    assert "caption tokenizer was trained with another recipe (differs in data" in said
+    assert "put back what it began with" in (said := capsys.readouterr().err)
+    assert "caption tokenizer was trained with another recipe or other data (differs in data" in said
 
 
 def test_notices_of_the_data_go_to_the_model(tmp_path):
@@ -252,7 +252,7 @@ def test_notices_of_the_data_go_to_the_model(tmp_path):
 
 
 def test_a_run_folder_has_one_trainer(tmp_path, capsys):
-    with trainer._locked(tmp_path):
+    with runs.locked(tmp_path):
         assert trainer.main(["shapes/dalle", *TINY, "--run", str(tmp_path)]) == 2
     assert "in use by another trainer" in capsys.readouterr().err
 

@@ -228,6 +228,18 @@ def test_a_full_disk_costs_nothing_but_the_new_checkpoint(tiny, tmp_path, monkey
     assert "make room" in capsys.readouterr().err
 
 
+def test_a_skipped_step_is_measured_like_any_other(tiny, tmp_path, monkeypatch):
+    """Or a run whose last step is bad has no metric at all."""
+    real = loop._Run._update
+    monkeypatch.setattr(
+        loop._Run, "_update", lambda self, batches: None if self.state.step == 19 else real(self, batches)
+    )
+    argv = [*tiny["patch_dvae"][1], "stages.tokenizer.validate_every=20", "stages.tokenizer.export=best"]
+    assert trainer.main([*argv, "--run", str(tmp_path)]) == 0
+    assert [event["step"] for event in events(tmp_path, "skipped")] == [20] and not events(tmp_path, "no best")
+    assert newest(tmp_path)["best"][1:] == (20, 20)
+
+
 def test_a_best_that_could_not_be_saved_is_not_the_best(tiny, tmp_path, monkeypatch):
     """Nor does it keep a later one from being it, and the run can be finished."""
     argv = [*tiny["patch_dvae"][1], "stages.tokenizer.validate_every=5", "stages.tokenizer.export=best"]

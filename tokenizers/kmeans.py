@@ -35,7 +35,10 @@ def kmeans(
     centre that loses all its points stays where it is. Raises ValueError when there are fewer points than centres.
     """
     if len(points) < num_centres:
-        raise ValueError(f"k-means needs at least as many points as centres, got {len(points)} for {num_centres}")
+        raise ValueError(
+            f"k-means needs at least as many points as centres, got {len(points)} for {num_centres}; give "
+            "more pictures, or lower num_codes"
+        )
     points = points.float().cpu()
     weighted = points  # times the weight
     if weight is None:

@@ -14,7 +14,6 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,7 +25,7 @@ from ..pipeline.recipe import Recipe, RecipeError, dump, is_pretrained, reads_ca
 from ..pipeline.whole_file import replaced
 from . import cache, notices, warm_start
 from . import run as runs
-from .sources import source_of, validation_of
+from .sources import expect_captions, source_of, validation_of
 
 # Others wait for so long while one writes a checkpoint or paints; one that fails is noticed at once by the launcher.
 _PATIENCE = timedelta(hours=1)
@@ -74,8 +73,8 @@ def _prepare_captions(recipe: Recipe, source: Any, model: Path, begun: Path | No
     if known:
         if keys := runs.differences(known, wanted):
             raise RecipeError(
-                f"{path}: the caption tokenizer was trained with another recipe (differs in {keys}); "
-                "put the recipe back, or start another run with --run FOLDER"
+                f"{path}: the caption tokenizer was trained with another recipe or other data (differs in {keys}); "
+                + runs.remedy(keys)
             )
         return
     model.mkdir(parents=True, exist_ok=True)
@@ -86,22 +85,6 @@ def _prepare_captions(recipe: Recipe, source: Any, model: Path, begun: Path | No
             captions = source.captions(range(20_000))
             CaptionTokenizer.train(captions, recipe.captions.vocab_size, recipe.captions.context_length).save(temporary)
     checkpoint.write_text(origin, json.dumps(wanted))
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds a run folder. Raises RecipeError where another trainer does: two would delete each other's checkpoints."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RecipeError(f"{folder} is in use by another trainer; wait for it, or name another --run") from None
-        except OSError as error:  # some network file systems
-            print(f"kartina: {folder} cannot be locked ({error}); start no other trainer in it", file=sys.stderr)
-        yield
 
 
 def _carry_notices(data: runs.Data, model: Path) -> None:
@@ -217,6 +200,8 @@ def _train(
         kind, config = stage_of(recipe, name), training.stages[name]
         against = _against(recipe, model, kind.needs(recipe))
         source = sources[training.data_of(name)]
+        for each in (source, validation):
+            expect_captions(each, "captions" in kind.depends and reads_captions(recipe))
         trained = None if begun is None else warm_start.began_with(recipe, begun, (name, *kind.beside))
         identity = runs.identity(recipe, training, name, source.fingerprint, against, kind.beside, trained)
         if _finished(model, name, identity, name in extended):
@@ -269,8 +254,7 @@ def _finished(model: Path, part: str, identity: dict[str, Any], extended: bool) 
         return False
     if keys:
         raise RecipeError(
-            f"{model}: {part} was trained with another recipe (differs in {keys}); "
-            "put the recipe back, or start another run with --run FOLDER"
+            f"{model}: {part} was trained with another recipe or other data (differs in {keys}); {runs.remedy(keys)}"
         )
     return True
 
@@ -324,7 +308,10 @@ def main(argv: list[str] | None = None) -> int:
         training, extended = _extend(training, given.extend)
         names, folder = names_of(training, given.stage), given.run or runs.folder_of(recipe)
         begun = None if given.origin is None else find_model(given.origin)
-        with _locked(folder) if rank == "0" else contextlib.nullcontext(), watched() as stop:  # the lock is the job's
+        with (
+            runs.locked(folder) if rank == "0" else contextlib.nullcontext(),
+            watched() as stop,
+        ):  # the lock is the job's
             _train(recipe, training, names, folder, given.processes, extended, begun, stop)
     except Stopped as stopped:
         from torch.distributed import is_torchelastic_launched

@@ -105,6 +105,7 @@ class CachedSource:
         try:
             read = partial(read_encoded, entry=index.entries[member], names=list(self.arrays))
             arrays, captions = patiently(index.path, read)
+            self.source.check_captions(captions)
             if [array.shape for array in arrays] != list(shapes):
                 raise BadSample(f"arrays of another shape than {list(shapes)}")
             return arrays, self.source.drawn(captions, position), key, None

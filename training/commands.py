@@ -222,6 +222,12 @@ def reconstruct(
         Path | None, typer.Option(help="shards of pictures; by default shapes' tests, or digits held out")
     ] = None,
     count: Annotated[int, typer.Option(min=4, help="pictures, at most")] = 2000,
+    corruption: Annotated[
+        str | None, typer.Option(help="what they see pictures through: gaussian, mask, salt_and_pepper")
+    ] = None,
+    corruption_level: Annotated[
+        float, typer.Option(min=0, help="deviation of the noise, or share of the pixels that are lost")
+    ] = 0.3,
     seed: int = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -232,8 +238,9 @@ def reconstruct(
 
     with progress_bar("giving back") as progress:
         result = reconstruction.evaluate(
-            models, data=data, count=count, seed=seed, device=device_named(device), progress=progress
-        )
+            models, data=data, count=count, seed=seed, device=device_named(device), progress=progress,
+            corruption=(corruption, corruption_level) if corruption is not None else None,
+        )  # fmt: skip
     typer.echo(json.dumps(result) if as_json else reconstruction.report(result))
 
 

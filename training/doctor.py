@@ -21,6 +21,7 @@ It does not know the models.
 
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -32,14 +33,14 @@ from .log import Log
 # A rule speaks from so many steps on, and at this share of the stage, or at half of it on what comes late; means are
 # over so many lines.
 _STEPS, _SHARE, _HALF, _LINES = 20, 0.2, 0.5, 10
-_USAGE, _PERPLEXITY_LEFT, _COUNTS = 0.5, 1 / 3, 4  # fewer counts a code leave some out by chance
+_USAGE, _PERPLEXITY_LEFT, _COUNTS = 0.5, 1 / 3, 1  # usage of that of even codes; of fewer counts a code nothing is said
 _ACTIVE = 0.1
 _WINS, _GAP = 0.97, 8.0  # a gap of 8 between mean logits is 98 % right at the threshold between them
 _STD = (0.8, 1.25)
 _CHANCE = 0.95
 _GAIN = 0.005  # of what the caption makes worse
 _YOUNG = 0.05  # of the headline metric
-_LOST, _CLIPPED = 0.5, 0.9
+_LOST, _CLIPPED, _HEALED = 0.5, 0.9, 1000
 _WAIT = 0.3
 
 
@@ -118,17 +119,18 @@ def _recent(history: History, name: str) -> float | None:
 
 def codebook_collapse(history: History) -> Found:
     usage = history.last("valid/usage", _begin(history))
-    counts = history.last("valid/counts_per_code", _begin(history))
-    if usage is None or not _ripe(history) or (counts is not None and counts < _COUNTS):
+    counts = history.last("valid/counts_per_code", _begin(history)) or math.inf
+    if usage is None or not _ripe(history) or counts < _COUNTS:
         return
+    expected = _USAGE * (1 - math.exp(-counts))  # codes that come alike leave some out by chance
     perplexities = [value for _, value in history.curve("valid/perplexity", _begin(history))] or [float("nan")]
     seen = f"{usage:.0%} of the codes occur in the validation set, with a perplexity of {perplexities[-1]:.1f}"
     advice = (
         "start the codes from k-means (stages.tokenizer.objective.kmeans=0.05, of a dVAE autoencoder=0.2), revive dead "
         "ones (restart_every=50, not of a dVAE), or lower num_codes or kl_weight"
     )
-    if usage < _USAGE:
-        yield "codebook collapse", f"{seen}; at least {_USAGE:.0%} are expected", advice
+    if usage < expected:
+        yield "codebook collapse", f"{seen}; at least {expected:.0%} are expected", advice
     elif perplexities[-1] < _PERPLEXITY_LEFT * max(perplexities):
         yield "codebook collapse", f"{seen}, which was {max(perplexities):.1f} before", advice
 
@@ -201,7 +203,8 @@ def ema_young(history: History) -> Found:
 def learning_rate(history: History) -> Found:
     name, advice = "learning rate too high", "lower optimizer.lr, and muon where it is set, three to ten times"
     returned = [event for event in history.events if event["event"] == "returned"]
-    if returned:
+    since = history.step - (returned[-1].get("reached", history.step) if returned else 0)
+    if returned and since < max(_HEALED, _SHARE * history.steps):
         seen = f"steps were not finite so often that the run went back, {len(returned)} times"
         yield name, f"{seen}, last at step {returned[-1].get('reached', history.step)}", advice
         return

@@ -7,19 +7,19 @@ it ends where we are killed.
 It does not know recipes.
 """
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
+from .stopping import ends_with_parent
+
 _CONFIG = Path(__file__).parent.parent / "accelerate_config.yaml"
-_PR_SET_PDEATHSIG = 1
 
 
 def launch(trainer: Sequence[str], processes: int) -> int:
@@ -36,7 +36,9 @@ def launch(trainer: Sequence[str], processes: int) -> int:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
         starter = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, "-m", *starter, "-m", *trainer]
-    agent = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent())
+    agent = subprocess.Popen(
+        command, env=environment, start_new_session=True, preexec_fn=ends_with_parent(signal.SIGTERM)
+    )
     asked: list[int] = []
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
@@ -63,11 +65,3 @@ def _signal_trainers(agent: int, signum: int) -> None:
             process.send_signal(signum)
     except psutil.NoSuchProcess:
         pass  # it has ended by itself
-
-
-def _end_with_parent() -> Callable[[], None] | None:
-    """What a child calls first on Linux: SIGTERM reaches it when its parent dies, by SIGKILL too."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None).prctl
-    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) and None

@@ -28,7 +28,7 @@ from . import doctor, exchange, history, parallel, state
 from .exchange import TrainingError
 from .log import Log
 from .optim import EMA, build_optimizers, rate
-from .run import Stage, Training, differences, division
+from .run import Stage, Training, differences, division, remedy
 from .stages import TrainingStage
 from .state import RunState
 from .stopping import Stop, Stopped
@@ -126,8 +126,8 @@ class _Run:
         keys = differences(known, self.identity, self.extend)
         if keys:
             raise TrainingError(
-                f"{self.folder}: the recipe changed since this run began ({keys}); put it back, or start another run "
-                "with --run FOLDER; more steps alone are taken with --extend STAGE=STEPS"
+                f"{self.folder}: the recipe or its data changed since this run began ({keys}); {remedy(keys)}; more "
+                "steps alone are taken with --extend STAGE=STEPS"
             )
         self.state.restore(path)
         restart = self.stage.restart_step
@@ -159,13 +159,14 @@ class _Run:
             batches = self._read()
             scalars = self._update(batches)
             run.step, run.at = run.step + 1, run.at + 1
-            self.log.at = run.at
+            self.log.at, reached = run.at, run.step
             if scalars is None:
                 self._skip(batches)
             else:
                 self.streak = 0
                 if scalars:
                     self._report(scalars)
+            if run.step == reached:  # it did not go back
                 self._look()
             if self.streak == 0 or run.step == steps:
                 self._save_if_due()
@@ -319,7 +320,7 @@ class _Run:
                 self.log.say(f"{path} is not saved ({problem})")
 
     def _save_if_due(self) -> None:
-        """By steps, by the first rank's clock, at the end, and where any rank was asked to stop."""
+        """By steps, by the first rank's clock, at the end, and where any rank was asked to stop, which then it does."""
         last = self.state.step == self.config.steps
         due = last or self.state.step % (self.config.save_every or self.config.steps) == 0
         late = self.accelerator.is_main_process and time.monotonic() - self.saved > 60 * self.config.save_minutes
@@ -327,7 +328,7 @@ class _Run:
         signum, late = (self.accelerator.gather(wishes[None]).amax(0)).tolist()
         if due or late or signum:
             self._save(must=last or bool(signum))
-        if signum and not last:
+        if signum:
             self.log.event(self.state.step, "stopped", "saved and stopped; the same command goes on from here")
             raise Stopped(int(signum))
 

@@ -3,7 +3,11 @@
 It does not know the models: they are in the recipe's other half, `kartina.pipeline.recipe`.
 """
 
+import contextlib
 import json
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -168,6 +172,15 @@ def differences(old: dict[str, Any], new: dict[str, Any], extend: bool = False) 
     return "; ".join(lines[:_SHOWN]) + (f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else "")
 
 
+def remedy(keys: str) -> str:
+    """What to do about such `differences` between a run and what is asked of it now."""
+    back = "put back what it began with" if re.search("(^|; )data: ", keys) else "put the recipe back"
+    anew = "start another run with --run FOLDER"
+    return (
+        f"{back}, or {anew}, which --from RUN begins with what is trained" if "began" in back else f"{back}, or {anew}"
+    )
+
+
 def _changes(key: str, old: Any, new: Any) -> list[str]:
     """`key.sub: old -> new` for each value that differs in what two equal keys hold."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -200,3 +213,19 @@ def identity(
     along = {"beside": {part: recipe.parts[part] for part in beside if part in recipe.parts}} if beside else {}
     along |= {"diffusion": recipe.diffusion.model_dump()} if recipe.parts[name]["kind"] == "unet" else {}
     return {"stage": name, "part": recipe.parts[name], **along, **shared, **run, **config}
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a run folder. Raises RecipeError where another trainer does: two would delete each other's checkpoints."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError(f"{folder} is in use by another trainer; wait for it, or name another --run") from None
+        except OSError as error:  # some network file systems
+            print(f"kartina: {folder} cannot be locked ({error}); start no other trainer in it", file=sys.stderr)
+        yield

@@ -143,8 +143,8 @@ def check_whole(where: Path | str | Sequence[Path | str], indexes: Sequence[Inde
     if found:
         raise RecipeError(
             f"the data is not whole: {'; '.join(f'{name}: {why}' for name, why in [*found.items()][:5])}"
-            f"{f'; and {len(found) - 5} more' if len(found) > 5 else ''}. Copy or pack it again; to do without these, "
-            "remove them and manifest.json"
+            f"{f'; and {len(found) - 5} more' if len(found) > 5 else ''}. Copy or pack it again; another run "
+            "can do without these, once they and manifest.json are removed"
         )
 
 

@@ -33,6 +33,12 @@ def source_of(recipe: Recipe, data: Data) -> Any:
     return ShardSource(data.shards, recipe.image_size, data.seed, part="train", share=data.validation_share)
 
 
+def expect_captions(source: Any, read: bool) -> None:
+    """Says whether a stage reads the captions of a source; those of `shards` may lack them."""
+    if hasattr(source, "captioned"):
+        source.captioned = read
+
+
 def validation_of(recipe: Recipe, data: Data) -> Any:
     """Where the headline metrics are measured, or None: `shapes` has meanings that training never shows."""
     if data.kind == "shapes":

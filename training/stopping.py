@@ -1,14 +1,17 @@
-"""SIGTERM and SIGINT: the first asks a run to save and stop, a later one stops it at once.
+"""SIGTERM and SIGINT: the first asks a run to save and stop, a later one stops it at once. No process outlives its run.
 
 It does not know what is saved.
 """
 
+import ctypes
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_PR_SET_PDEATHSIG = 1
 _SAME = 2.0  # seconds in which a launcher, a scheduler and a terminal may all pass on one wish
 
 
@@ -46,3 +49,14 @@ def watched() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def ends_with_parent(number: int) -> Callable[[], None] | None:
+    """What a child calls first on Linux: the signal reaches it when its parent dies, by SIGKILL too.
+
+    More exactly the thread that started it, which must live as long.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(_PR_SET_PDEATHSIG, number) and None

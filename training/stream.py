@@ -33,14 +33,15 @@ from ..pipeline.terminal import followed, speaks
 from .mirror import patiently
 from .samples import BadSample, Index, find_shards, load_index, read_captions, read_sample
 from .shards import check_whole
+from .stopping import ends_with_parent
 
 _log = logging.getLogger(__name__)
 _SHARDS, _MEMBERS = 0, 1  # the two uses of Philox, kept apart by its counter
 FIT = "upright RGB over white, centre square, box to about twice the side, bicubic"  # what `fit` reads and does
 _WORD = 2**64 - 1
 NO_CAPTION = (
-    "captions are read here, and the sample {} was packed without one; put a .txt beside each picture and pack "
-    "again, or train a recipe that reads none, as shapes/vqvae"
+    "captions are read here, and {} packed without one; put a .txt beside each picture and pack again, or train "
+    "a recipe that reads none, as shapes/vqvae"
 )
 
 
@@ -109,7 +110,11 @@ class ShardSource:
     part: None for all samples; "validation" for about `share` of them, "train" for the rest. A hash of what a sample is
     called in its json, or of its picture, says where it belongs: however it is packed, it stays there. Only a
     validation part may be empty.
+
+    captioned: whether captions are read of it; then a sample that was packed without one counts as unreadable.
     """
+
+    captioned = False
 
     def __init__(
         self,
@@ -137,7 +142,10 @@ class ShardSource:
             if index.problem and speaks():
                 _log.warning("shard %s: %s", index.path.name, index.problem)
         if not self._total and part != "validation":
-            raise ValueError(f"no samples in {len(self.indexes)} shards; check_shards names what is wrong with each")
+            held = f", or all are held out (validation_share {share:g})" if part else ""
+            raise ValueError(
+                f"no samples in {len(self.indexes)} shards{held}; `kartina data check FOLDER` says what is wrong"
+            )
 
     def _holds(self, origin: str) -> bool:
         """Whether a sample of this origin (64 bits, hexadecimal) belongs to the part."""
@@ -202,9 +210,15 @@ class ShardSource:
         key = index.sample_name(member)
         try:
             picture, captions = patiently(index.path, partial(read_sample, entry=index.entries[member]))
+            self.check_captions(captions)
             return fit(picture, self.side), self.drawn(captions, position), key, None
         except BadSample as error:
             return torch.zeros(3, self.side, self.side), "", key, str(error)
+
+    def check_captions(self, captions: Sequence[str]) -> None:
+        """Raises BadSample for a sample without a caption where captions are read."""
+        if self.captioned and not captions[0]:
+            raise BadSample(NO_CAPTION.format("it was"))
 
     def drawn(self, captions: Sequence[str], position: int) -> str:
         """That of a sample's captions which stands at a position: another pass draws anew."""
@@ -223,16 +237,19 @@ class ShardSource:
         return Batch(torch.stack(images), list(captions), list(keys), samples, weight, problems)
 
     def captions(self, positions: Sequence[int]) -> list[str]:
-        """The captions at these positions, without those that cannot be read. Raises ValueError where there is none."""
-        found = []
+        """The captions at these positions, without those that cannot be read. Raises ValueError where all samples were
+        packed without.
+        """
+        found, without = [], 0
         for position in positions:
             shard, member = self.place(int(position))
             index = self.indexes[shard]
             with contextlib.suppress(BadSample):
                 told = patiently(index.path, partial(read_captions, entry=index.entries[member]))
-                found.append(self.drawn(told, int(position)))
-            if found and not found[-1]:
-                raise ValueError(NO_CAPTION.format(index.sample_name(member)))
+                without += not told[0]
+                found += [self.drawn(told, int(position))] if told[0] else []
+        if without and not found:
+            raise ValueError(NO_CAPTION.format("the samples were"))
         return found
 
     def meaning(self, caption: str) -> Hashable:
@@ -304,16 +321,20 @@ def _whole(batch: Batch) -> Batch:
     return batch
 
 
-def _ignore_signals(worker: int) -> None:
-    """A signal to the whole group asks the trainer to save, which needs no dead workers; they end with it."""
+def _end_with_trainer(worker: int) -> None:
+    """A signal to the whole group asks the trainer to save, which needs no dead workers; they end with it, at once
+    where it is killed: they hold its run folder's lock.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    if (begin := ends_with_parent(signal.SIGKILL)) is not None:
+        begin()
 
 
 def _by_workers(source: Source, positions: Iterable[Sequence[int]], ahead: int, workers: int) -> Generator[Batch]:
     loader = torch.utils.data.DataLoader(
         _Reads(source), batch_sampler=positions, num_workers=workers, prefetch_factor=ahead, collate_fn=_whole,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_end_with_trainer,
     )  # fmt: skip
     read = iter(loader)
     try:

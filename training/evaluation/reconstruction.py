@@ -9,6 +9,7 @@ All figures are of 8-bit pictures that training does not show.
   features are EfficientNet-Lite0's, which no loss uses; the name "KID-lite0" is to tell it from Inception's.
 - facts: how often `shapes_checker` still finds the facts of a picture of shapes; what bounds every prior.
 - usage, perplexity: of the codebook over all pictures.
+- seen: psnr of what the tokenizers were given, where that was corrupted.
 
 N pictures, B of a batch, S their side, D size of a feature.
 
@@ -30,6 +31,7 @@ from torch.nn import functional as F
 from ...pipeline import checkpoint
 from ...pipeline.images import to_uint8
 from ...pipeline.known_models import find_model
+from .. import corruptions
 from ..data.shapes import JITTER, ShapesSource
 from ..data.shapes_scenes import Facts
 from ..features import RULER, EfficientNetLite, ruler
@@ -258,27 +260,36 @@ def evaluate(
     count: int = 2000,
     seed: int = 0,
     device: Any = "cpu",
+    corruption: tuple[str, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
     """Judges the tokenizers of model folders on the same pictures; a model needs no prior.
 
     models: shipped names or folders. data: a folder of shards, of which one that was trained on gives what it held out;
     None for the tests of shapes, or the digits that training held out.
-    count: of pictures, at most. progress: called with the pictures read and in all. Returns {"pictures", "n", "seed",
-    "features", "tokenizers": [see the module's legend, and parameters, latent, trained_on: pictures seen]}; what a
-    tokenizer does not have (facts, codes) is left out, psnr is None where nothing differs. Raises ValueError for
-    tokenizers that do not read the same pictures, or did not hold out the same, fewer than 4 pictures, and as loading
-    does.
+    count: of pictures, at most. corruption: what the tokenizers see pictures through, see `corruptions.corrupt`; they
+    are judged by the pictures themselves. progress: called with the pictures read and in all. Returns {"pictures", "n",
+    "seed", "features", "tokenizers": [see the module's legend, and parameters, latent, trained_on: pictures seen]};
+    what a tokenizer does not have (facts, codes) is left out, psnr is None where nothing differs; with a corruption
+    also that as {"kind", "level"} and `seen`. Raises ValueError for tokenizers that do not read the same pictures, or
+    did not hold out the same, fewer than 4 pictures, a corruption that is none, and as loading does.
     """
+    if corruption is not None and (wrong := corruptions.problem(*corruption)):
+        raise ValueError(wrong)
     tokenizers = [_Tokenizer(name, device) for name in models]
     total, what, pictures = _pictures(tokenizers, data, count, seed)
     if total < 4:
         raise ValueError(f"the ruler needs at least 4 pictures, got {total}; ask for more with --count")
     judge, features = ruler().to(device), []
+    spoiled: list[float] = []  # squared errors of what is seen
 
     for image, facts in pictures:
         true = to_uint8(image)
         features.append(features_of(judge, true, device))
+        if corruption is not None:
+            samples = torch.arange(len(spoiled), len(spoiled) + len(image))
+            image = corruptions.corrupt(image, *corruption, seed, 0, samples)
+            spoiled += (true.double() - to_uint8(image).double()).square().mean((1, 2, 3)).tolist()
         for tokenizer in tokenizers:
             again = tokenizer.reconstruct(image)
             tokenizer.judge(true, again, facts)
@@ -287,7 +298,10 @@ def evaluate(
             progress(sum(map(len, features)), total)
     known = torch.cat(features)
     rows = [tokenizer.result(known, seed) for tokenizer in tokenizers]
-    return {"pictures": what, "n": len(known), "seed": seed, "features": RULER, "tokenizers": rows}
+    found = {"pictures": what, "n": len(known), "seed": seed, "features": RULER, "tokenizers": rows}
+    if corruption is None:
+        return found
+    return found | {"corruption": dict(zip(("kind", "level"), corruption, strict=True)), "seen": psnr(spoiled)}
 
 
 def report(result: Result) -> str:
@@ -295,6 +309,9 @@ def report(result: Result) -> str:
     text = io.StringIO()
     console = Console(file=text, width=140, markup=False, highlight=False)
     console.print(f"{result['n']} pictures of {result['pictures']}, seed {result['seed']}; KID of {result['features']}")
+    if spoiled := result.get("corruption"):
+        seen = f"seen through {spoiled['kind']} of {spoiled['level']:g}, which leaves {decibels(result['seen'])}"
+        console.print(f"{seen}; judged by the pictures themselves")
     table = Table(box=box.SIMPLE)
     table.add_column("tokenizer", overflow="fold")
     table.add_column("latent", no_wrap=True)

@@ -1,9 +1,9 @@
 """Objectives of the plain autoencoder and of its kin: denoising (Vincent 2010, JMLR 11:3371), sparse (Ng 2011, CS294A
-lecture notes, section 3) and adversarial (Makhzani 2015, arXiv:1511.05644), with the corruptions of the first.
+lecture notes, section 3) and adversarial (Makhzani 2015, arXiv:1511.05644).
 
 B images of 3 x H x W pixels in [-1, 1]; C units: the channels of the latents.
 
-It does not know the model, and draws nothing: corruptions take their draws.
+It does not know the model, nor what the encoder saw pictures through.
 """
 
 import torch
@@ -12,24 +12,6 @@ from torch.nn import functional as F
 
 from ...layers.precision import full
 from .weighting import Average, check_images, pixel_error, weighted
-
-
-def add_gaussian(image: Tensor, noise: Tensor, std: float) -> Tensor:
-    """image + std * noise, for standard normal noise of the same shape; not clamped (Vincent 2010, section 3.3)."""
-    return image + std * noise
-
-
-def mask(image: Tensor, uniform: Tensor, share: float, value: float = -1.0) -> Tensor:
-    """`share` of the values become `value`, black by default, which is the paper's 0 in our range.
-
-    uniform: draws in (0, 1) that broadcast to the image: (B, 1, H, W) masks whole pixels.
-    """
-    return torch.where(uniform < share, value, image)
-
-
-def salt_and_pepper(image: Tensor, uniform: Tensor, share: float) -> Tensor:
-    """Half of `share` of the values become -1, the other half 1. uniform: see `mask`."""
-    return torch.where(uniform < share / 2, -1.0, torch.where(uniform < share, 1.0, image))
 
 
 def units(latents: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...layers.random import normal
 from ...pipeline.denoising import schedule_of
-from ...pipeline.drawing import DiffusionDrawing, Progress
+from ...pipeline.drawing import DiffusionDrawing, Progress, sampler_of
 from ...pipeline.images import fit, grid
 from ...pipeline.recipe import sampling_knobs
 from ...pipeline.text_to_image import TextToImage
@@ -70,7 +70,7 @@ def reverse(
     condition = draw.condition([caption])
     watched = Watched(draw.denoiser(condition, knobs))
     seeds = torch.tensor([seed], device=next(draw.prior.parameters()).device)
-    return watched.seen, draw.sampler(knobs)(watched, condition, draw.shape, seeds, progress=progress)
+    return watched.seen, sampler_of(knobs)(watched, condition, draw.shape, seeds, progress=progress)
 
 
 def schedules(shown: Image.Image, count: int = 8, seed: int = 0) -> tuple[Image.Image, Numbers]:

@@ -10,9 +10,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from ...layers import random
 from ...pipeline.recipe import Recipe, build
 from ...priors import gaussian
+from .. import corruptions
 from ..objectives import autoencoder as objective
 from ..objectives import gan
 from ..objectives.weighting import ERRORS
@@ -39,7 +39,7 @@ class AutoencoderStage(LatentsStage):
     beside: tuple[str, ...] = (Adversary.part,)
     knobs: ClassVar = {
         "error": Knob(choices=ERRORS),
-        "corruption": Knob(choices=("none", "gaussian", "mask", "salt_and_pepper")),
+        "corruption": Knob(choices=("none", *corruptions.KINDS)),
         "corruption_level": Knob(),
         "sparsity": Knob(choices=("none", "l1", "kl")),
         "sparsity_weight": Knob(),
@@ -64,8 +64,8 @@ class AutoencoderStage(LatentsStage):
                 "stages.tokenizer.objective: corruption goes with a corruption_level, and sparsity with a "
                 f"sparsity_weight above 0, got {dict(config.objective)}; set both of a pair or neither"
             )
-        if self.corruption in ("mask", "salt_and_pepper") and self.level > 1:
-            raise ValueError(f"corruption_level is a share of the pixels, at most 1, got {self.level}; lower it")
+        if self.corruption != "none" and (wrong := corruptions.problem(self.corruption, self.level)):
+            raise ValueError(f"stages.tokenizer.objective: {wrong}")
         if sparsity == "kl" and network.activation != "sigmoid":
             raise ValueError(
                 "stages.tokenizer.objective: sparsity kl is of latents between 0 and 1; write "
@@ -137,16 +137,10 @@ class AutoencoderStage(LatentsStage):
         return self.prior.draw(self.seed, step, samples, "adversarial prior", *labels)
 
     def corrupt(self, batch: Batch, step: int) -> Tensor:
-        """The images as the encoder sees them; masks and salt and pepper take whole pixels."""
-        image, samples = batch.image, batch.samples
-        if self.corruption == "gaussian":
-            noise = random.normal(self.seed, step, samples, tuple(image.shape[1:]), "corruption")
-            return objective.add_gaussian(image, noise, self.level)
+        """The images as the encoder sees them."""
         if self.corruption == "none":
-            return image
-        draws = random.uniform(self.seed, step, samples, (1, *image.shape[2:]), "corruption")
-        lose = objective.mask if self.corruption == "mask" else objective.salt_and_pepper
-        return lose(image, draws, self.level)
+            return batch.image
+        return corruptions.corrupt(batch.image, self.corruption, self.level, self.seed, step, batch.samples)
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Image | None:

@@ -171,7 +171,7 @@ def captions_of(batch: Batch) -> list[str]:
     """The captions of a batch. Raises ValueError where a sample that can be read was packed without one."""
     for key, caption in zip(batch.keys, batch.captions, strict=True):
         if not caption and key not in batch.problems:
-            raise ValueError(NO_CAPTION.format(key))
+            raise ValueError(NO_CAPTION.format(f"the sample {key} was"))
     return batch.captions
 
 

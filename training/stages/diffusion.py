@@ -15,7 +15,7 @@ from ...layers import random
 from ...layers.precision import full
 from ...pipeline import checkpoint
 from ...pipeline.denoising import denoiser_of
-from ...pipeline.drawing import DiffusionDrawing
+from ...pipeline.drawing import DiffusionDrawing, check_sampling
 from ...pipeline.recipe import Recipe, RecipeError, build, is_frozen, is_pretrained, sampling_knobs
 from ...priors.caption_encoder import Captioned
 from ...priors.condition import Condition
@@ -128,6 +128,7 @@ class DiffusionStage(TrainingStage):
         weights = _weights(recipe, config)
         try:
             objective.snr_weight(torch.ones(1), **weights)
+            check_sampling(recipe, "text" in parts or prior.num_classes is not None)
         except ValueError as error:
             return str(error)
         if recipe.diffusion.zero_terminal and weights["target"] == "eps" and weights["weighting"] != "none":
@@ -304,9 +305,7 @@ class DiffusionStage(TrainingStage):
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Image | None:
-        """Sixteen samples, of the batch's captions or classes where the network reads them, as users paint, but in no
-        more than 50 steps.
-        """
+        """Sixteen samples, of the batch's captions or classes if it reads them, as users paint, in at most 50 steps."""
         if self.along and is_sharded(self.network):
             return None  # divided as one network, of which neither half can be called alone
         captions = batch.captions[:16]
