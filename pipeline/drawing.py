@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from ..priors.code_samplers import sample_codes
 from ..priors.condition import Condition
 from ..priors.denoiser import Clipped, Denoise, Guided
-from ..priors.diffusers_schedulers import find_sampler
+from ..priors.diffusers_schedulers import check_signal, find_sampler
 from ..priors.diffusion_samplers import SAMPLERS, Walk
 from ..tokenizers.captions import CaptionTokenizer
-from .denoising import denoiser_of, ends_of, schedule_of
+from .denoising import denoiser_of, schedule_of
 from .memory import Progress
 from .recipe import Recipe, RecipeError, sampling_knobs
 
@@ -85,18 +85,21 @@ def check_sampling(recipe: Recipe, told: bool) -> None:
     """Raises ValueError for noise that samplers could not begin with, and where a recipe's `sampling` could paint
     nothing. told: whether the prior reads captions or classes.
     """
-    noise, schedule, knobs = recipe.diffusion, schedule_of(recipe), sampling_knobs(recipe, {}, "sampling")
+    schedule, knobs = schedule_of(recipe), sampling_knobs(recipe, {}, "sampling")
     left = float(schedule.alpha_bar[-1])
     if left > _LEFT:
-        ends = {end: f"{value * 1000 / noise.num_timesteps:.3g}" for end, value in ends_of(noise).items()}
         raise RecipeError(
-            f"its noise leaves {left:.0%} of the picture's variance after {noise.num_timesteps} timesteps, and "
-            "samplers begin with noise alone; for fewer than 1,000 write in `diffusion` schedule: cosine, or larger "
-            f"ends {ends}"
+            f"its noise leaves {left:.0%} of the picture's variance after {schedule.num_timesteps} timesteps, and "
+            "samplers begin with noise alone; write in `diffusion` schedule: cosine, or a larger beta_end"
         )
     sampler_of(knobs)
-    if knobs["sampler"] in SAMPLERS:
-        schedule.levels(knobs["num_steps"], knobs["spacing"] or "trailing")
+    try:
+        if knobs["sampler"] in SAMPLERS:
+            schedule.levels(knobs["num_steps"], knobs["spacing"] or "trailing")
+        else:
+            check_signal(knobs["sampler"], schedule)
+    except ValueError as error:
+        raise RecipeError(f"sampling.num_steps {knobs['num_steps']} of {knobs['sampler']}: {error}") from None
     _check_guidance(recipe, knobs, told)
 
 

@@ -19,7 +19,6 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,23 +50,11 @@ class EditDrawing:
     def __init__(
         self, draw: DiffusionDrawing, image: Tensor, mask: Tensor | None, strength: float, invert: str | None
     ) -> None:
-        self.draw, self.image, self.mask, self.strength, self.invert = draw, image, mask, strength, invert
-
-    # When first painted with, where too little memory is dealt with.
-    @cached_property
-    def x_0(self) -> Tensor:
-        """What the prior draws of the image, (1, C, h, w)."""
-        return self.draw.encode(self.image)
-
-    @cached_property
-    def beside(self) -> Tensor | None:
-        """What a prior that fills reads beside, (1, 1 + C, h, w)."""
-        return self.draw.beside(self.image, self.mask) if self.draw.fills else None
-
-    @cached_property
-    def kept(self) -> Tensor | None:
-        """1 where the image stays, (1, 1, h, w)."""
-        return None if self.mask is None or self.draw.fills else 1 - self.draw.shrink(self.mask).to(self.x_0)
+        self.draw, self.strength, self.invert = draw, strength, invert
+        with torch.no_grad():
+            self.x_0 = draw.encode(image)  # (1, C, h, w)
+            self.beside = draw.beside(image, mask) if draw.fills else None  # (1, 1 + C, h, w)
+        self.kept = None if mask is None or draw.fills else 1 - draw.shrink(mask).to(self.x_0)
 
     def __call__(
         self, captions: Sequence[str], seeds: Sequence[int], knobs: dict[str, Any], progress: Progress | None
@@ -185,9 +172,11 @@ def mask_of(mask: Image, picture_size: tuple[int, int], size: int, how: str | No
     if grey > _MOST_GREY:
         raise ValueError(f"a mask must be black and white, got {grey:.0%} of grey; set each pixel to 0 or 255")
     if not (share >= 0.5).any():
-        cut = "; the centre square cuts all of its white off, so fit it by stretch"
-        cut = cut if any(mask.convert("L").histogram()[128:]) else "; draw it, or none"
-        raise ValueError(f"a mask must be white where the picture is to be painted, got black alone{cut}")
+        drawn = any(mask.convert("L").histogram()[128:])
+        how = "fit it by stretch, or draw its white larger" if drawn else "draw it, or none"
+        raise ValueError(
+            f"a mask must be white where the picture is to be painted, got black alone at {size} x {size} pixels; {how}"
+        )
     return (share >= 0.5).float()
 
 

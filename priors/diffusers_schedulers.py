@@ -21,6 +21,7 @@ from ..layers.precision import full
 from ..layers.random import normal
 from .denoiser import Denoise
 from .diffusion_samplers import SAMPLERS, Keep
+from .schedules import Schedule
 
 _STEP = ["model_output", "timestep", "sample"]
 
@@ -38,6 +39,15 @@ def find_sampler(name: str) -> Callable[..., Tensor]:
     close = difflib.get_close_matches(name, known or SAMPLERS, n=1)
     hint = f"did you mean {close[0]!r}?" if close else "or the name of a scheduler of diffusers that takes betas"
     raise ValueError(f"no sampler {name!r:.60}; valid: {', '.join(SAMPLERS)}; {hint}")
+
+
+def check_signal(name: str, schedule: Schedule) -> None:
+    """Raises ValueError where a scheduler of diffusers would divide by the signal that a schedule does not leave."""
+    if schedule.alpha_bar[-1] == 0:
+        raise ValueError(
+            f"{name} needs a schedule that keeps some signal, and this one has zero terminal SNR; choose one of "
+            f"{', '.join(SAMPLERS)}"
+        )
 
 
 @cache
@@ -83,11 +93,7 @@ def _walk(
     Raises ValueError for a schedule with zero terminal SNR, of which the schedulers make numbers that are not finite,
     and for a start where a scheduler's first steps are unlike the others.
     """
-    if denoise.schedule.alpha_bar[-1] == 0:
-        raise ValueError(
-            f"{scheduler_class.__name__} needs a schedule that keeps some signal, and this one has zero terminal SNR; "
-            f"choose one of {', '.join(SAMPLERS)}"
-        )
+    check_signal(scheduler_class.__name__, denoise.schedule)
     scheduler = _build(scheduler_class, denoise.schedule.betas, config)
     scheduler.set_timesteps(num_steps, device=seeds.device)  # some compare a timestep with their own
     accepted = _accepts(scheduler.step)

@@ -293,7 +293,11 @@ TEXT = "parts.text={kind: caption_encoder, text_vocab: 300, text_length: 12, wid
         (["sampling={eta: 0.5}"], "eta belongs to the sampler ddim, got dpmpp_2m"),
         (["sampling={guidance_scale: 2.0}"], "reads no captions to be guided by; leave guidance_scale at 1"),
         (["sampling={guidance_high: 2.0}"], "the other knobs of guidance need a guidance_scale other than 1"),
-        (["sampling={num_steps: 2000}"], "takes 1 to 1000 steps, got 2000"),
+        (["sampling={num_steps: 2000}"], "sampling.num_steps 2000 of dpmpp_2m: a sampler of 1000 timesteps takes 1 to"),
+        (
+            ["diffusion={prediction: v, zero_terminal: true}", "sampling={sampler: DDIMScheduler}"],
+            "DDIMScheduler needs a schedule that keeps some signal",
+        ),
         (["sampling={spacing: even}"], "timesteps are spaced by one of leading, trailing"),
         (["sampling={sampler: DDIMScheduler, spacing: trailing}"], "for DDIMScheduler of diffusers, which has its own"),
         ([f"{OBJECTIVE}={{loss: vlb, gamma: 1}}"], "loss: vlb is the bound of 8-bit pixels, without a tokenizer and"),
@@ -309,7 +313,7 @@ def test_a_prior_that_does_not_fit_is_refused_before_anything_trains(overrides, 
 
 
 def test_few_timesteps_are_taken_where_their_noise_covers_the_picture():
-    noise = "diffusion={schedule: linear, num_timesteps: 100, beta_start: 0.001, beta_end: 0.2}"  # as the refusal says
+    noise = "diffusion={schedule: linear, num_timesteps: 100, beta_start: 0.001, beta_end: 0.2}"
     recipe, training = runs.load("shapes/ddpm", [noise])
     checks.check(recipe, training, ["prior"], 1, Path("none"))
 

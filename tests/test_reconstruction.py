@@ -211,7 +211,7 @@ def test_corrupted_pictures_are_judged_by_the_pictures_themselves(kl, monkeypatc
     found = reconstruction.evaluate([kl()], count=16, corruption=spoiling)
     tests = [ShapesSource(32, 0, split=test, jitter=0.0).read(range(4)).image for test in ("S1", "S2a", "S2b", "S2c")]
     image = torch.cat(tests)
-    spoiled = corruptions.corrupt(image, *spoiling, 0, 0, torch.arange(16))
+    spoiled = corruptions.corrupt(image, *spoiling, 0, 0, torch.arange(16)).clamp(-1, 1)
     error = (to_uint8(image).double() - to_uint8(spoiled).double()).square().mean()
     assert abs(found["seen"] - float(10 * torch.log10(255**2 / error))) <= 1e-9
     assert found["tokenizers"][0]["psnr"] == found["seen"] < 20
@@ -234,7 +234,9 @@ def test_the_command_prints_the_table(trained_tokenizer, kl):
     words = ["reconstruct", str(trained_tokenizer / "model"), kl(), "--count=8", "--device=cpu"]
     shown = CliRunner().invoke(app, words)
     assert shown.exit_code == 0 and "16x8 of 32" in shown.output and "4x16x16" in shown.output, shown.output
-    spoiled = CliRunner().invoke(app, [*words, "--corruption=mask", "--corruption-level=0.1"])
-    assert "through mask of 0.1, which leaves" in spoiled.output and "through" not in shown.output, spoiled.output
+    spoiled = CliRunner().invoke(app, [*words, "--corruption=gaussian", "--corruption-level=1.5"])
+    assert "through gaussian of 1.5, which leaves" in spoiled.output and "through" not in shown.output, spoiled.output
+    with pytest.raises(ValueError, match="is of --corruption, which is missing"):
+        CliRunner().invoke(app, [*words, "--corruption-level=0.1"], catch_exceptions=False)
     rows = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)["tokenizers"]
     assert [row["latent"] for row in rows] == [[16, 8], [4, 16, 16]]

@@ -163,7 +163,7 @@ def test_accumulation_gives_the_same_gradient(tmp_path):
 
 def test_a_part_trained_with_another_recipe_is_not_reused(run, capsys):
     assert trainer.main(["shapes/dalle", *TINY, "stages.tokenizer.steps=9", "--run", str(run)]) == 2
-    assert "with another recipe or other data (differs in steps: 4 -> 9); put the" in capsys.readouterr().err
+    assert "with another recipe or other data (differs in steps: 4 -> 9); put back" in capsys.readouterr().err
 
 
 def test_swapped_captions_are_refused(run, tmp_path):
@@ -201,7 +201,7 @@ def test_a_changed_recipe_is_refused_with_the_differing_key(run, capsys):
         assert trainer.main(["shapes/dalle", *TINY, "stages.tokenizer.steps=9", "--run", str(run)]) == 2
     finally:
         (run / "card.json").rename(run / "model" / "card.json")
-    assert "the recipe or its data changed since this run began (steps: 4 -> 9)" in capsys.readouterr().err
+    assert "what this run began with changed (steps: 4 -> 9)" in capsys.readouterr().err
 
 
 def test_painting_from_the_command_line(run, tmp_path, capsys):

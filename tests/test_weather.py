@@ -240,6 +240,33 @@ def test_a_skipped_step_is_measured_like_any_other(tiny, tmp_path, monkeypatch):
     assert newest(tmp_path)["best"][1:] == (20, 20)
 
 
+def test_no_best_is_kept_in_the_midst_of_bad_steps(tiny, tmp_path, monkeypatch):
+    """The run would go back to it, and it has the weights that it goes back from."""
+    real, validate, measured = loop._Run._update, loop.exchange.validate, iter([90.0, 30.0])
+    monkeypatch.setattr(
+        loop._Run, "_update", lambda self, batches: None if self.state.step in (8, 9) else real(self, batches)
+    )
+    monkeypatch.setattr(loop.exchange, "validate", lambda *rest: (validate(*rest)[0] | {"psnr": next(measured)}, {}))
+    argv = [*tiny["patch_dvae"][1], "stages.tokenizer.validate_every=10", "stages.tokenizer.export=best"]
+    assert trainer.main([*argv, "--run", str(tmp_path)]) == 0
+    assert newest(tmp_path)["best"] == (30.0, 20, 20)
+
+
+def test_samples_without_a_caption_are_named_and_left_out_where_captions_are_read(tiny, tmp_path):
+    with ShardWriter(tmp_path / "shards") as writer:
+        for k in range(20):
+            told = {"json": b'{"captionless": true}'} if k == 3 else {"txt": f"number {k}".encode()}
+            writer.write({"png": png((k * 10, 0, 99)), **told})
+    shards = tmp_path / "shards"
+    data = f"training.data={{kind: shards, shards: {shards}, validation: {shards}, bad_limit: 0.1}}"
+    read, unread = tmp_path / "read", tmp_path / "unread"
+    assert trainer.main([*tiny["clip"][1], data, "stages.clip.objective={}", "--run", str(read)]) == 0
+    (reason,) = newest(read, "clip")["problems"].values()
+    assert "captions are read here, and it was packed without one" in reason
+    assert trainer.main([*of_shards(tiny, shards), "--run", str(unread)]) == 0
+    assert not newest(unread)["problems"]
+
+
 def test_a_best_that_could_not_be_saved_is_not_the_best(tiny, tmp_path, monkeypatch):
     """Nor does it keep a later one from being it, and the run can be finished."""
     argv = [*tiny["patch_dvae"][1], "stages.tokenizer.validate_every=5", "stages.tokenizer.export=best"]

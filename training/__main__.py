@@ -74,7 +74,7 @@ def _prepare_captions(recipe: Recipe, source: Any, model: Path, begun: Path | No
         if keys := runs.differences(known, wanted):
             raise RecipeError(
                 f"{path}: the caption tokenizer was trained with another recipe or other data (differs in {keys}); "
-                + runs.remedy(keys)
+                "put back what it began with, or start another run with --run FOLDER"
             )
         return
     model.mkdir(parents=True, exist_ok=True)
@@ -201,7 +201,7 @@ def _train(
         against = _against(recipe, model, kind.needs(recipe))
         source = sources[training.data_of(name)]
         for each in (source, validation):
-            expect_captions(each, "captions" in kind.depends and reads_captions(recipe))
+            expect_captions(each, kind.captioned(recipe))
         trained = None if begun is None else warm_start.began_with(recipe, begun, (name, *kind.beside))
         identity = runs.identity(recipe, training, name, source.fingerprint, against, kind.beside, trained)
         if _finished(model, name, identity, name in extended):
@@ -254,7 +254,8 @@ def _finished(model: Path, part: str, identity: dict[str, Any], extended: bool) 
         return False
     if keys:
         raise RecipeError(
-            f"{model}: {part} was trained with another recipe or other data (differs in {keys}); {runs.remedy(keys)}"
+            f"{model}: {part} was trained with another recipe or other data (differs in {keys}); "
+            "put back what it began with, or start another run with --run FOLDER"
         )
     return True
 

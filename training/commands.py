@@ -226,8 +226,8 @@ def reconstruct(
         str | None, typer.Option(help="what they see pictures through: gaussian, mask, salt_and_pepper")
     ] = None,
     corruption_level: Annotated[
-        float, typer.Option(min=0, help="deviation of the noise, or share of the pixels that are lost")
-    ] = 0.3,
+        float | None, typer.Option(help="deviation of the noise, or share of the pixels that are lost; 0.3")
+    ] = None,
     seed: int = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -236,10 +236,13 @@ def reconstruct(
     from ..pipeline.terminal import progress_bar
     from .evaluation import reconstruction
 
+    if corruption is None and corruption_level is not None:
+        raise ValueError("--corruption-level is of --corruption, which is missing; give both")
+    level = 0.3 if corruption_level is None else corruption_level
     with progress_bar("giving back") as progress:
         result = reconstruction.evaluate(
             models, data=data, count=count, seed=seed, device=device_named(device), progress=progress,
-            corruption=(corruption, corruption_level) if corruption is not None else None,
+            corruption=(corruption, level) if corruption is not None else None,
         )  # fmt: skip
     typer.echo(json.dumps(result) if as_json else reconstruction.report(result))
 

@@ -35,7 +35,7 @@ from .log import Log
 _STEPS, _SHARE, _HALF, _LINES = 20, 0.2, 0.5, 10
 _USAGE, _PERPLEXITY_LEFT, _COUNTS = 0.5, 1 / 3, 1  # usage of that of even codes; of fewer counts a code nothing is said
 _ACTIVE = 0.1
-_WINS, _GAP = 0.97, 8.0  # a gap of 8 between mean logits is 98 % right at the threshold between them
+_WINS, _HINGE = 0.97, 0.1  # a hinge loss of 0.1, where chance has 1, is mostly of pictures beyond its margin
 _STD = (0.8, 1.25)
 _CHANCE = 0.95
 _GAIN = 0.005  # of what the caption makes worse
@@ -144,7 +144,7 @@ def posterior_collapse(history: History) -> Found:
 
 def discriminator_wins(history: History) -> Found:
     accuracy = _recent(history, "discriminator/accuracy")
-    real, fake = (_recent(history, f"discriminator/{kind}_logits") for kind in ("real", "fake"))
+    hinge = _recent(history, "discriminator/hinge")
     advice = (
         "lower stages.tokenizer.optimizers.discriminator.lr or objective.discriminator_weight, or let it begin later "
         "(discriminator_start)"
@@ -154,8 +154,8 @@ def discriminator_wins(history: History) -> Found:
     if accuracy is not None and accuracy > _WINS:
         seen = f"it tells real from fake in {accuracy:.1%} of the last samples; above {_WINS:.0%} it teaches little"
         yield "the discriminator wins", seen, advice
-    elif accuracy is None and real is not None and fake is not None and real - fake > _GAP:
-        seen = f"its mean logits are {real:.1f} of real and {fake:.1f} of fake pictures; they differ by over {_GAP:g}"
+    elif hinge is not None and hinge < _HINGE:
+        seen = f"its hinge loss is {hinge:.2g} over the last lines, 1 by chance; below {_HINGE:g} it teaches little"
         yield "the discriminator wins", seen, advice
 
 

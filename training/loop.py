@@ -28,7 +28,7 @@ from . import doctor, exchange, history, parallel, state
 from .exchange import TrainingError
 from .log import Log
 from .optim import EMA, build_optimizers, rate
-from .run import Stage, Training, differences, division, remedy
+from .run import Stage, Training, differences, division
 from .stages import TrainingStage
 from .state import RunState
 from .stopping import Stop, Stopped
@@ -126,8 +126,8 @@ class _Run:
         keys = differences(known, self.identity, self.extend)
         if keys:
             raise TrainingError(
-                f"{self.folder}: the recipe or its data changed since this run began ({keys}); {remedy(keys)}; more "
-                "steps alone are taken with --extend STAGE=STEPS"
+                f"{self.folder}: what this run began with changed ({keys}); put it back, or start another run with "
+                "--run FOLDER; more steps alone are taken with --extend STAGE=STEPS"
             )
         self.state.restore(path)
         restart = self.stage.restart_step
@@ -303,7 +303,8 @@ class _Run:
             self.unmeasured |= problems
             value, before = found[self.stage.metrics[0]], run.best
             sign = 1 if self.stage.higher_is_better else -1
-            if math.isfinite(value) and (before is None or sign * value > sign * before[0]):
+            good = math.isfinite(value) and (self.streak == 0 or last)  # a run never goes back into a bad streak
+            if good and (before is None or sign * value > sign * before[0]):
                 run.best = (value, run.step, run.at)
                 if not self._save():
                     run.best = before

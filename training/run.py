@@ -5,7 +5,6 @@ It does not know the models: they are in the recipe's other half, `kartina.pipel
 
 import contextlib
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,15 +169,6 @@ def differences(old: dict[str, Any], new: dict[str, Any], extend: bool = False) 
         keys.remove("steps")
     lines = [line for key in keys for line in _changes(key, old.get(key, _ABSENT), new[key])]
     return "; ".join(lines[:_SHOWN]) + (f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else "")
-
-
-def remedy(keys: str) -> str:
-    """What to do about such `differences` between a run and what is asked of it now."""
-    back = "put back what it began with" if re.search("(^|; )data: ", keys) else "put the recipe back"
-    anew = "start another run with --run FOLDER"
-    return (
-        f"{back}, or {anew}, which --from RUN begins with what is trained" if "began" in back else f"{back}, or {anew}"
-    )
 
 
 def _changes(key: str, old: Any, new: Any) -> list[str]:

@@ -267,12 +267,13 @@ def evaluate(
 
     models: shipped names or folders. data: a folder of shards, of which one that was trained on gives what it held out;
     None for the tests of shapes, or the digits that training held out.
-    count: of pictures, at most. corruption: what the tokenizers see pictures through, see `corruptions.corrupt`; they
-    are judged by the pictures themselves. progress: called with the pictures read and in all. Returns {"pictures", "n",
-    "seed", "features", "tokenizers": [see the module's legend, and parameters, latent, trained_on: pictures seen]};
-    what a tokenizer does not have (facts, codes) is left out, psnr is None where nothing differs; with a corruption
-    also that as {"kind", "level"} and `seen`. Raises ValueError for tokenizers that do not read the same pictures, or
-    did not hold out the same, fewer than 4 pictures, a corruption that is none, and as loading does.
+    count: of pictures, at most. corruption: what the tokenizers see pictures through, see `corruptions.corrupt`,
+    within the range of pictures; they are judged by the pictures themselves. progress: called with the pictures read
+    and in all. Returns {"pictures", "n", "seed", "features", "tokenizers": [see the module's legend, and parameters,
+    latent, trained_on: pictures seen]}; what a tokenizer does not have (facts, codes) is left out, psnr is None where
+    nothing differs; with a corruption also that as {"kind", "level"} and `seen`. Raises ValueError for tokenizers that
+    do not read the same pictures, or did not hold out the same, fewer than 4 pictures, a corruption that is none, and
+    as loading does.
     """
     if corruption is not None and (wrong := corruptions.problem(*corruption)):
         raise ValueError(wrong)
@@ -288,7 +289,7 @@ def evaluate(
         features.append(features_of(judge, true, device))
         if corruption is not None:
             samples = torch.arange(len(spoiled), len(spoiled) + len(image))
-            image = corruptions.corrupt(image, *corruption, seed, 0, samples)
+            image = corruptions.corrupt(image, *corruption, seed, 0, samples).clamp(-1, 1)
             spoiled += (true.double() - to_uint8(image).double()).square().mean((1, 2, 3)).tolist()
         for tokenizer in tokenizers:
             again = tokenizer.reconstruct(image)

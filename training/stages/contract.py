@@ -96,6 +96,11 @@ class TrainingStage(ABC):
         self.networks: dict[str, nn.Module] = {self.part: network, **beside}
         self.forward: dict[str, Callable[..., Any]] = dict(self.networks)
 
+    @classmethod
+    def captioned(cls, recipe: Recipe) -> bool:
+        """Whether it reads captions, by the own caption tokenizer or by that of a pretrained text encoder."""
+        return "captions" in cls.needs(recipe) or (cls.part == "prior" and "text" in recipe.parts)
+
     @staticmethod
     def coupled(recipe: Recipe, config: Stage) -> str:
         """Why a step of this recipe cannot be split in passes, or "" where it can.
