@@ -50,7 +50,9 @@ def save(model: Path, out: Path) -> None:
     prior = unet_config(sizes["prior"]) | {"sample_size": recipe.image_size >> (len(_mult(recipe)) - 1)}
     published.save_diffusers(out / "vae", recipe.parts["tokenizer"], _one_factor(weights["tokenizer"]))
     _write(out / "unet", prior, "diffusion_pytorch_model", unet_to_diffusers(weights["prior"]))
-    _write(out / "text_encoder", clip_text_config(sizes["text"]), "model", clip_text_to_transformers(weights["text"]))
+    # Else transformers would keep the type that is stored, and diffusers makes the other parts float32.
+    reading = clip_text_config(sizes["text"]) | {"dtype": "float32"}
+    _write(out / "text_encoder", reading, "model", clip_text_to_transformers(weights["text"]))
     captions = CaptionTokenizer.load(model / "captions.json")
     reader = caption_files.write(out / "tokenizer", captions, text.text_vocab, text.pad)
     _json(out / "scheduler" / "scheduler_config.json", scheduler)

@@ -1,10 +1,14 @@
 """The shipped models: whole, small, and still as good as their cards say."""
 
+import diffusers
 import numpy as np
 import pytest
+import torch
 
-from kartina.pipeline import checkpoint
+from kartina.layers.random import normal
+from kartina.pipeline import checkpoint, diffusers_folder
 from kartina.pipeline.known_models import SHIPPED, known_models
+from kartina.pipeline.recipe import sampling_knobs
 from kartina.pipeline.text_to_image import TextToImage
 from kartina.training.evaluation.shapes_suite import evaluate
 
@@ -28,12 +32,33 @@ def test_a_shipped_model_is_whole_measured_and_ranks(name):
     assert np.asarray(best.image).shape == (system.recipe.image_size, system.recipe.image_size, 3)
 
 
-def test_shapes_are_painted_as_well_as_when_they_were_measured():
-    """Of the first 24 captions, whose seeds are fixed; in float32 and in float64 the counts were equal.
+@pytest.mark.parametrize(
+    ("name", "recorded"),
+    [("shapes/dalle", {"S1": 23, "S2none": 24}), ("shapes/stable-diffusion", {"S1": 24, "S2none": 23})],
+)
+def test_shapes_are_painted_as_well_as_when_they_were_measured(name, recorded):
+    """Of the first 24 captions, whose seeds are fixed; of `shapes/dalle` the counts were equal in float32 and float64.
 
     Rounding of another machine may turn a code, and with it a picture, now and then: hence three.
     """
-    recorded = {"S1": 23, "S2none": 24}
-    found = evaluate("shapes/dalle", tests=list(recorded), per_test=24)["tests"]
+    found = evaluate(name, tests=list(recorded), per_test=24)["tests"]
     for test, right in recorded.items():
         assert abs(found[test]["one_sample"]["accepted"] - right) <= 3, test
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [("shapes/stable-diffusion", "маленькое жёлтое кольцо на синем фоне"), ("emoji/stable-diffusion", "owl")],
+)
+def test_a_shipped_diffusion_model_paints_the_same_in_diffusers(name, prompt, tmp_path):
+    """emoji's reads captions by the text tower of another model's CLIP."""
+    diffusers_folder.save(SHIPPED / name, tmp_path / "there")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "there")
+    pipeline.set_progress_bar_config(disable=True)
+    system = TextToImage.load(name, device="cpu")
+    latents = normal(0, 0, torch.tensor([3]), system.draw.shape, "sampler start")
+    knobs = sampling_knobs(system.recipe, {}, name)
+    how = {"num_inference_steps": knobs["num_steps"], "guidance_scale": knobs["guidance_scale"], "output_type": "np"}
+    theirs = pipeline(prompt, latents=latents, **how).images[0].astype(np.float64) * 255
+    ours = np.asarray(system(prompt, seed=3)[0].image).astype(float)
+    assert theirs.std() > 10 and np.abs(ours - theirs).max() <= 1
