@@ -83,7 +83,7 @@ def test_whatever_a_rule_reads_some_stage_logs(latent, tiny, trained_tokenizer, 
         asked |= log.asked
     assert len(asked) > 15
     logged = set()
-    for kind in ("vae", "autoencoder, adversarial", "dalle", "clip"):
+    for kind in ("vae", "autoencoder, adversarial", "vqgan", "dalle", "clip"):
         if tiny[kind][0] != "tokenizer":
             shutil.copytree(trained_tokenizer, tmp_path / kind)
         assert trainer.main([*tiny[kind][1], "--run", str(tmp_path / kind)]) == 0
