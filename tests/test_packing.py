@@ -109,11 +109,10 @@ def test_pictures_without_captions_are_packed_where_asked_for(tmp_path):
     source.captioned = False
     recipe, training = runs.load("shapes/dalle", ["stages.clip.objective={}"])
     clip = CLIPStage(recipe, training.stages["clip"], source, SHIPPED / "shapes/dalle", 0, torch.device("cpu"))
-    refusing = [lambda: source.captions(range(4)), lambda: captions_of(batch), lambda: next(clip.updates(batch, 0))]
-    for refused in refusing:
-        with pytest.raises(
-            ValueError, match="captions are read here, and the .* packed without one; put a .txt beside"
-        ):
+    which = "the sample shard-000000/00000000. was"
+    refusing = [(lambda: captions_of(batch), which), (lambda: next(clip.updates(batch, 0)), which)]
+    for refused, what in [*refusing, (lambda: source.captions(range(4)), "the samples were")]:
+        with pytest.raises(ValueError, match=f"{what} packed without one; put a .txt beside"):
             refused()
 
 

@@ -309,10 +309,8 @@ def main(argv: list[str] | None = None) -> int:
         training, extended = _extend(training, given.extend)
         names, folder = names_of(training, given.stage), given.run or runs.folder_of(recipe)
         begun = None if given.origin is None else find_model(given.origin)
-        with (
-            runs.locked(folder) if rank == "0" else contextlib.nullcontext(),
-            watched() as stop,
-        ):  # the lock is the job's
+        lock = runs.locked(folder) if rank == "0" else contextlib.nullcontext()  # the job's
+        with lock, watched() as stop:
             _train(recipe, training, names, folder, given.processes, extended, begun, stop)
     except Stopped as stopped:
         from torch.distributed import is_torchelastic_launched
