@@ -212,7 +212,7 @@ def export(
     part: Annotated[str | None, typer.Option(help="tokenizer: only this of a diffusion model")] = None,
 ) -> None:
     """Write a diffusion model, or else the tokenizer of a model, as a folder that diffusers loads."""
-    from . import diffusers_folder, published
+    from . import diffusers_folder, notices, published
     from .checkpoint import load_recipe, load_weights
     from .known_models import find_model
 
@@ -231,6 +231,7 @@ def export(
             typer.echo(f"the tokenizer alone: diffusers has no pipeline for a prior {prior}", err=True)
     else:
         raise ValueError(f"{model} has no tokenizer, only {', '.join(recipe.parts)}; export another model")
+    notices.copy(folder / "LICENSES", out)
     typer.echo(str(out))
 
 

@@ -53,11 +53,14 @@ def noise_of(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def sampling_of(config: Mapping[str, Any]) -> dict[str, str]:
+def sampling_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The `sampler` that a scheduler is, and its `spacing` where ours means the same by it and does not take it anyway.
 
-    `dpmpp_2m` where there is none, as for Stable Diffusion's PNDM.
+    `dpmpp_2m` where there is none, as for Stable Diffusion's PNDM. A consistency model's takes few steps, of a kind of
+    its own, without guidance.
     """
+    if config.get("_class_name") == "LCMScheduler":
+        return {"sampler": "LCMScheduler", "num_steps": 4, "guidance_scale": 1.0}
     name, algorithm = config.get("_class_name"), config.get("algorithm_type", "dpmsolver++")
     for ours, (theirs, settings) in _CLASSES.items():
         if name == theirs and settings.get("algorithm_type", algorithm) == algorithm:

@@ -39,6 +39,13 @@ _SELF_ATTENTION: Rules = (
     (r"(\.attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
     (r"(\.attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
 )
+# As in files of diffusers before version 0.15.
+_FORMERLY: Rules = (
+    (r"(\.attentions\.\d+)\.query\.", r"\1.to_q."),
+    (r"(\.attentions\.\d+)\.key\.", r"\1.to_k."),
+    (r"(\.attentions\.\d+)\.value\.", r"\1.to_v."),
+    (r"(\.attentions\.\d+)\.proj_attn\.", r"\1.to_out.0."),
+)
 _COMPVIS: Rules = (
     (r"^label_embedding\.", "label_emb."),
     (r"^conv_in\.", "input_blocks.0.0."),
@@ -73,6 +80,7 @@ def unet_from_diffusers(weights: Weights, network: nn.Module) -> dict[str, Tenso
 
     Raises ValueError for tensors that are missing, too many, or of another shape.
     """
+    weights = {_changed(name, _FORMERLY): tensor for name, tensor in weights.items()}
     return _filled(weights, diffusers_names(network.state_dict()), network)
 
 
@@ -100,14 +108,25 @@ def unet_to_compvis(weights: Weights, linear_projections: bool = True) -> dict[s
 def clip_text_from_transformers(weights: Weights, network: nn.Module) -> dict[str, Tensor]:
     """The state dict of transformers' `CLIPTextModel`, of any version -> one of `network`, a `CLIPText`.
 
-    Raises ValueError for tensors that are missing, too many, or of another shape.
+    What that class does not read either is left out: blocks beyond the network's depth (in folders that were made to
+    skip the last), a projection, an image tower's counter. Raises ValueError for tensors that are missing, too many, or
+    of another shape.
     """
     given = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
-    given.pop("embeddings.position_ids", None)  # a counter, which files of old versions hold
     split = _split(network.state_dict())
+    depth = len({name.split(".")[2] for name in network.state_dict() if name.startswith("transformer.resblocks.")})
+    given = {name: tensor for name, tensor in given.items() if not _beyond(name, depth)}
     found = _filled(given, {name: _changed(name, _CLIP) for name in split}, split)
     return {name: found[name] if name in found else torch.cat([found[part] for part in _parts(name)])
             for name in network.state_dict()}  # fmt: skip
+
+
+def _beyond(name: str, depth: int) -> bool:
+    """Whether a tensor of transformers' CLIP is none that a text encoder of `depth` blocks reads."""
+    block = re.match(r"encoder\.layers\.(\d+)\.", name)
+    if block is not None:
+        return int(block[1]) >= depth
+    return name in ("embeddings.position_ids", "text_projection.weight") or name.startswith("vision_model.")
 
 
 def clip_text_to_transformers(weights: Weights) -> dict[str, Tensor]:
@@ -130,18 +149,21 @@ def clip_text_from_openclip(weights: Weights, network: nn.Module) -> dict[str, T
 def split_single_file(weights: Weights) -> dict[str, dict[str, Tensor]]:
     """A single file of Stable Diffusion -> the tensors of "prior", "text" and "tokenizer", each as CompVis names them.
 
-    "text" holds the names of transformers (SD 1) or of OpenCLIP (SD 2). Schedules, which are computed, and the running
-    average that some files hold beside the weights are left out. Raises ValueError for any other tensor.
+    "text" holds the names of transformers (SD 1) or of OpenCLIP (SD 2). Schedules, which are computed, the running
+    average that some files hold beside the weights, and what training of added words left are left out. Raises
+    ValueError for any other tensor.
     """
     heads = {
         "model.diffusion_model.": "prior",
         "cond_stage_model.transformer.": "text",
         "cond_stage_model.model.": "text",
+        "conditioner.embedders.0.model.": "text",
         "first_stage_model.": "tokenizer",
     }
     schedule = re.compile(
         r"(sqrt_|log_)?(recip_|recipm1_|one_minus_)?(betas|alphas_cumprod|alphas_cumprod_prev)|lvlb_weights|logvar|"
-        r"posterior_(variance|log_variance_clipped|mean_coef[12])|scale_factor|model_ema\..*"
+        r"posterior_(variance|log_variance_clipped|mean_coef[12])|scale_factor|model_ema\..*|embedding_manager\..*|"
+        r"denoiser\.sigmas|cond_stage_model\.logit_scale"
     )
     found: dict[str, dict[str, Tensor]] = {part: {} for part in heads.values()}
     for name, tensor in weights.items():
@@ -151,7 +173,8 @@ def split_single_file(weights: Weights) -> dict[str, dict[str, Tensor]]:
         elif not schedule.fullmatch(name):
             raise ValueError(
                 f"{name!r:.100} is no tensor of a Stable Diffusion file; expected names that begin with "
-                f"{', '.join(heads)}, or a schedule; is it the file of another model?"
+                f"{', '.join(heads)}, or a schedule; is it the file of another model? Of that --part tokenizer may "
+                "read the autoencoder"
             )
     return found
 

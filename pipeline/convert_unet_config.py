@@ -41,6 +41,8 @@ _IGNORED = {
     "upcast_attention",
 }
 _IGNORED |= {"addition_embed_type_num_heads", "use_linear_projection"}
+# Of a running average of the weights, where that was saved as a U-Net.
+_IGNORED |= {"decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"}
 _READ = {"in_channels", "out_channels", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types"}
 _READ |= {"attention_head_dim", "num_attention_heads", "cross_attention_dim", "transformer_layers_per_block", "dropout"}
 _READ |= {"num_class_embeds", "projection_class_embeddings_input_dim", "norm_num_groups", "attn_norm_num_groups"}

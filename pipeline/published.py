@@ -29,6 +29,7 @@ HUB = "hf-hub:"
 SCALING_FACTOR = 0.18215  # of KL-f8 in Stable Diffusion: 1 / the deviation of its latents
 SCALING_FACTOR_XL = 0.13025
 XL_READERS = "conditioner."  # before the names of its text encoders, in CompVis' files
+_FULL = "model.diffusion_model.input_blocks.1.1."  # attention at full resolution, there
 _CLASSES = {"VQModel": "vqgan", "AutoencoderKL": "autoencoder_kl"}
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _HALVES = ("encoder.pkl", "decoder.pkl")
@@ -143,8 +144,12 @@ def _compvis(path: Path, image_size: int | None) -> tuple[dict[str, Any], dict[s
 
 
 def is_xl(table: Iterable[Any]) -> bool:
-    """Whether tensors of these names, as CompVis has them, are those of Stable Diffusion XL: its text encoders tell."""
-    return any(str(name).startswith(XL_READERS) for name in table)
+    """Whether tensors of these names, as CompVis has them, are those of Stable Diffusion XL.
+
+    Its text encoders are named as in SD-Turbo, a Stable Diffusion 2; at full resolution its U-Net has no attention.
+    """
+    names = {str(name) for name in table}
+    return any(name.startswith(XL_READERS) for name in names) and not any(name.startswith(_FULL) for name in names)
 
 
 def _usual_factor(table: dict[Any, Any]) -> float:

@@ -8,6 +8,7 @@ It does not know how tensors are renamed, nor how the system is sampled.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,7 +138,7 @@ def load(
             parts=found.sections,
             frozen=["text"],  # as when it was trained
             licence=licence,
-            sampling={**found.sampling, **_SAMPLING},
+            sampling={**_SAMPLING, **found.sampling},
             diffusion=Diffusion(**found.diffusion),
         )
         weights = {part: _renamed(recipe, part, given) for part, given in found.weights.items()}
@@ -189,14 +190,18 @@ def _renamed(recipe: Recipe, part: str, weights: Weights) -> Weights:
 def _folder(path: Path, image_size: int | None) -> _Found:
     index = _json(path / "model_index.json")
     if index["_class_name"] not in _PIPELINES:
-        raise WeightsError(f"model_index.json is of {index['_class_name']!r:.60}; expected {', '.join(_PIPELINES)}")
+        alone = any((path / part).is_dir() for part in ("vae", "vqvae"))
+        raise WeightsError(
+            f"model_index.json is of {index['_class_name']!r:.60}; expected {', '.join(_PIPELINES)}"
+            + ("; its autoencoder alone is read, by --part tokenizer" if alone else "")
+        )
     missing = [name for name in _FOLDERS if not (path / name).is_dir()]
     if missing:
         raise WeightsError(f"it has no {', no '.join(missing)}, of {', '.join(_FOLDERS)}; download the whole folder")
     config, text = (_json(path / part / "config.json") for part in ("unet", "text_encoder"))
     scheduler = _json(path / "scheduler" / "scheduler_config.json")
     levels = len(_json(path / "vae" / "config.json")["block_out_channels"])
-    vae, tokenizer = published.load(path / "vae", image_size or config["sample_size"] * 2 ** (levels - 1))
+    vae, tokenizer = published.load(path / "vae", image_size or _places(config) * 2 ** (levels - 1))
     arguments = clip_text_arguments(text)
     captions, pad = caption_files.read(path / "tokenizer", arguments["text_length"] - 2)
     sections = {
@@ -210,6 +215,17 @@ def _folder(path: Path, image_size: int | None) -> _Found:
         "prior": archive.load(archive.find(path / "unet", "diffusion_pytorch_model")),
     }
     return _Found(sections, weights, noise_of(scheduler), captions, sampling_of(scheduler))
+
+
+def _places(config: Mapping[str, Any]) -> int:
+    """Places a side that a U-Net was trained at.
+
+    Folders that were made before diffusers 0.9 may say 32, as LDM's configs do, where no smaller model than one of 64
+    was published: diffusers reads them so too.
+    """
+    made = [int(number) for number in re.findall(r"\d+", str(config.get("_diffusers_version", "")))[:2]]
+    size: int = config["sample_size"]
+    return max(size, 64) if made and made < [0, 9] else size
 
 
 def _file(path: Path, image_size: int | None, prediction: str | None, tokenizer: Path | None) -> _Found:

@@ -54,7 +54,7 @@ def mlp(*widths):
 class Tiny:
     """What the stages below share."""
 
-    coupled, depends, knobs, restart_step, higher_is_better = False, (), {}, None, False
+    coupled, depends, knobs, restart_step, ramp_end, higher_is_better = False, (), {}, None, 0, False
 
     def __init__(self, **networks):
         self.networks = networks

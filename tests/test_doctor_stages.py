@@ -3,6 +3,7 @@ found in a real training.
 """
 
 import json
+import math
 import shutil
 
 import pytest
@@ -100,6 +101,18 @@ def test_a_run_that_went_back_once_has_healed_after_a_while():
     (found,) = doctor.judge(of[2500])
     assert found.name == "learning rate too high" and "went back, 1 times, last at step 1000" in found.seen
     assert not doctor.judge(of[3500])
+
+
+def test_a_loss_that_rises_because_its_weights_do_has_no_rate_too_high():
+    """A dVAE whose KL gets its weight from step 250 to 350."""
+    found = history.History("tokenizer", {"networks": ["tokenizer"], "clip": 1.0, "steps": 1000, "restart_step": 250})
+    for step in range(0, 1001, 20):
+        risen = min(1.0, max(0.0, (step - 250) / 100))
+        loss = 14.0 - step / 500 + 8.0 * risen + 0.2 * math.sin(step**2)
+        found.add({"step": step, "tokenizer/total": loss, "tokenizer/norm": 100.0})
+    assert [finding.name for finding in doctor.judge(found)] == ["learning rate too high"]
+    found.facts["ramp_end"] = 350
+    assert not doctor.judge(found)
 
 
 @pytest.mark.parametrize(

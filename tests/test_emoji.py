@@ -129,6 +129,28 @@ def test_e1_holds_out_one_tone_of_each_full_role():
     assert emoji.splits(cells[1:])["roles"] == {"person-200d-1f52c": 1}
 
 
+def test_e1_asks_for_no_tone_that_training_shows_mirrored():
+    """Of runners those facing right are in training, in all tones; those facing left keep their held-out tone."""
+    cells = []
+    for turn in ("", "-200d-27a1"):
+        for sign in ("", "-200d-2640", "-200d-2642"):
+            for tone, letter in enumerate("bcdef", 1):
+                top, code = f"1f3c3{sign}{turn}", f"1f3c3-1f3f{letter}{sign}{turn}"
+                cells += [emoji.Emoji(code, style, top, tone, {}, {}, "") for style in ("a", "b")]
+    split = emoji.splits(cells)
+    assert split["roles"] == {"1f3c3": 1} and not split["E1"]
+    assert sorted(split["mirrored"]) == sorted(
+        f"{style}/1f3c3-1f3fb{sign}" for style in ("a", "b") for sign in ("", "-200d-2640", "-200d-2642")
+    )
+
+
+def test_a_missing_rasteriser_is_said_before_anything_is_fetched(monkeypatch, tmp_path):
+    monkeypatch.setattr(emoji.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(emoji, "pack", lambda folder: pytest.fail("fetched"))
+    with pytest.raises(ValueError, match=r"resvg-py, which is not installed; pip install 'kartina\[data\]'"):
+        emoji.prepare(tmp_path / "out")
+
+
 def test_missing_npm_is_said_with_the_way_around(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="needs npm.*packed"):

@@ -205,7 +205,7 @@ def test_pipeline_runs_the_package_it_lies_in(tmp_path):
 
 def package_files(root: Path) -> set[str]:
     """What the wheel is to hold, by looking at the folders under `root`."""
-    found = [root / name for name in FRONT]
+    found = [root / name for name in (*FRONT, "accelerate_config.yaml")]
     found += [path for room in ARROWS for path in (root / room).rglob("*.py")]
     found += [path for path in (root / "pipeline" / "models").rglob("*") if path.is_file()]
     found += [path for folder in ("recipes", "launch") for path in (root / "training" / folder).rglob("*.yaml")]
@@ -220,7 +220,7 @@ def built(tmp_path_factory) -> tuple[Path, set[str]]:
     source.mkdir()
     for name in (*ARROWS, "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in (*FRONT, "pyproject.toml", "README.md", "LICENSE"):
+    for name in (*FRONT, "accelerate_config.yaml", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     wanted = package_files(source)
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-deps", "--no-index")

@@ -254,6 +254,7 @@ def test_a_folder_with_only_a_tokenizer_is_judged_by_what_it_keeps(kind, tmp_pat
     assert (found["codes_used"] is None, found["perplexity"] is None) == (kind != "vqvae",) * 2
     assert ("perplexity" in said) == (kind == "vqvae")
     assert "paints no candidates; leave out --candidates" in str(ask("--candidates=2").exception)
+    assert "leave --tests out" in str(ask("--tests=S2a", "--save").exception)
     checkpoint.save_part(tmp_path / "m", recipe.model_copy(update={"training": {}}), "tokenizer", part)  # as converted
     said = CliRunner().invoke(cli.app, ["evaluate", str(tmp_path / "m"), "--device=cpu"])
     assert "was not trained on shapes" in str(said.exception)

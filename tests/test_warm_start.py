@@ -12,8 +12,8 @@ from kartina.pipeline.recipe import build
 from kartina.pipeline.text_to_image import TextToImage
 from kartina.tokenizers.captions import CaptionTokenizer
 from kartina.training import __main__ as trainer
-from kartina.training import notices, state, warm_start
 from kartina.training import run as runs
+from kartina.training import state, warm_start
 from kartina.training.checks import check, names_of, stage_of
 
 
@@ -238,21 +238,6 @@ def test_a_licence_stays_with_what_is_trained_on(tiny, trained_tokenizer, tmp_pa
     assert short("prior", tiny["dalle"][1], folder) == 2
     assert "is under its licence (MIT), not named by the recipe" in capsys.readouterr().err
     assert short("prior", tiny["dalle"][1], folder, "licence=Apache-2.0 AND MIT") == 0
-
-
-def test_notices_of_one_name_are_kept_apart_and_no_link_is_followed_outside(tmp_path):
-    for source, text in (("a", "ours"), ("b", "theirs"), ("b", "theirs")):
-        (tmp_path / source).mkdir(exist_ok=True)
-        (tmp_path / source / "art.txt").write_text(text)
-        notices.copy(tmp_path / source, tmp_path / "model")
-    assert sorted(path.read_text() for path in (tmp_path / "model" / "LICENSES").iterdir()) == ["ours", "theirs"]
-    (tmp_path / "c" / "more").mkdir(parents=True)
-    (tmp_path / "c" / "more" / "art.txt").write_text("below")
-    notices.copy(tmp_path / "c", tmp_path / "model")
-    assert (tmp_path / "model" / "LICENSES" / "more" / "art.txt").read_text() == "below"
-    (tmp_path / "c" / "more" / "link.txt").symlink_to(tmp_path / "a" / "art.txt")
-    with pytest.raises(ValueError, match="is a link that leaves"):
-        notices.copy(tmp_path / "c", tmp_path / "model")
 
 
 @pytest.mark.parametrize("stage", [None, "clip", "prior"])

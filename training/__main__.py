@@ -18,12 +18,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..pipeline import checkpoint, shared
+from ..pipeline import checkpoint, notices, shared
 from ..pipeline.built import built_otherwise
 from ..pipeline.known_models import find_model
 from ..pipeline.recipe import Recipe, RecipeError, dump, is_pretrained, reads_captions
 from ..pipeline.whole_file import replaced
-from . import cache, notices, warm_start
+from . import cache, warm_start
 from . import run as runs
 from .sources import expect_captions, source_of, validation_of
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..pipeline import checkpoint, compiler
+from ..pipeline import checkpoint, compiler, notices
 from ..pipeline.recipe import Recipe, RecipeError, captions_problem, is_frozen, is_pretrained, nearest
-from . import notices, warm_start
 from . import run as runs
+from . import warm_start
 from .log import check_trackers
 from .stages import STAGES
 
@@ -46,7 +46,12 @@ def check(
     check_trackers(training.trackers)
     stages = {name: stage_of(recipe, name) for name in names}
     if checkpoint.parts_in(model):
-        notices.check_licence(recipe, checkpoint.read_card(model), f"what {model} holds is under its licence")
+        notices.check_licences(
+            recipe, notices.of_model(checkpoint.read_card(model)), f"what {model} holds is under its licence"
+        )
+    if training.data.shards is not None:
+        shards = Path(training.data.shards)
+        notices.check_licences(recipe, notices.of_data(shards), f"what is trained on {shards} is under its licence too")
     for name, stage in stages.items():
         _check_objective(name, training.stages[name], stage, training.data.kind)
     if begun is not None:

@@ -127,6 +127,10 @@ def evaluate(
     if data is None and "prior" not in recipe.parts:
         if candidates > 1:
             raise ValueError(f"{model} has no prior, so it paints no candidates; leave out --candidates")
+        if save and chosen:
+            raise ValueError(
+                "--save writes what a tokenizer keeps in all tests to the card; leave --tests out, or --save"
+            )
         return _evaluate_tokenizer(model, folder, options, device_named(device), save, as_json)
     system = load(folder, device, "float32")
     truth = () if data is None else (data,)
@@ -144,7 +148,9 @@ def evaluate(
         words += [f"--candidates={candidates}", f"--seed={seed}", f"--device={result['device']}", "--save"]
         counts = {test: columns["one_sample"]["n"] for test, columns in result["tests"].items()}
         facts = {"device": result["device"], "dtype": result["dtype"], "captions": counts}
-        save_measured(folder, shlex.join(words), suite.headline(result), **facts)
+        # Of the tokenizer and CLIP a card has what all tests say.
+        asked = {name: part for name, part in result.items() if not chosen or name not in ("tokenizer", "clip")}
+        save_measured(folder, shlex.join(words), suite.headline(asked), **facts)
 
 
 def _evaluate_tokenizer(
@@ -156,7 +162,7 @@ def _evaluate_tokenizer(
     result = {"tokenizer": shapes_suite.tokenizer_rate(folder, device=device, **options)}
     typer.echo(json.dumps(result) if as_json else shapes_suite.tokenizer_line(result["tokenizer"]))
     if save:
-        words = ["kartina", "evaluate", model, *(f"--tests={test}" for test in options.get("tests", ()))]
+        words = ["kartina", "evaluate", model]
         figures = reports.rounded({"tokenizer": result["tokenizer"]["rate"]})
         facts = {"device": device, "dtype": "float32", "pictures": result["tokenizer"]["n"]}
         save_measured(folder, shlex.join([*words, f"--seed={options['seed']}", "--save"]), figures, **facts)

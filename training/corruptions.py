@@ -44,12 +44,12 @@ def problem(kind: str, level: float) -> str:
 
 
 def corrupt(image: Tensor, kind: str, level: float, seed: int, step: int, samples: Tensor) -> Tensor:
-    """Images (B, 3, H, W) through one of KINDS; masks and salt and pepper take whole pixels.
+    """Images (B, 3, H, W) through one of KINDS, in [-1, 1] again; masks and salt and pepper take whole pixels.
 
     level: the noise's deviation, or the share of pixels that are lost. seed, step, samples: see `random.uniform`.
     """
     if kind == "gaussian":
         noise = random.normal(seed, step, samples, tuple(image.shape[1:]), "corruption")
-        return add_gaussian(image, noise, level)
+        return add_gaussian(image, noise, level).clamp(-1, 1)
     draws = random.uniform(seed, step, samples, (1, *image.shape[2:]), "corruption")
     return (mask if kind == "mask" else salt_and_pepper)(image, draws, level)

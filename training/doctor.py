@@ -211,11 +211,12 @@ def learning_rate(history: History) -> Found:
     networks = history.facts.get("networks", [])
     if len(networks) != 1 or not _ripe(history):  # losses of adversaries rise and fall with each other
         return
-    values = [value for _, value in history.curve(f"{networks[0]}/total", _begin(history))]
+    comparable = max(_begin(history), int(history.facts.get("ramp_end") or 0))
+    values = [value for _, value in history.curve(f"{networks[0]}/total", comparable)]
     if len(values) < 2 * _LINES or _is_best_now(history):
         return
     losses = _smooth(values)
-    first, best, worst, now = values[0], min(losses), max(losses), losses[-1]  # the first is that of no training at all
+    first, best, worst, now = values[0], min(losses), max(losses), losses[-1]  # the first is mostly that of no training
     norms, limit = [value for _, value in history.curve(f"{networks[0]}/norm")], history.facts["clip"]
     clipped = sum(norm > limit for norm in norms) / max(1, len(norms))
     noise = statistics.median(abs(b - a) for a, b in itertools.pairwise(values))  # from step to step

@@ -80,6 +80,7 @@ def facts_of(stage: "TrainingStage", config: "Stage", data: str) -> dict[str, An
         "clip": config.optimizer.clip,
         "ema": config.ema,
         "restart_step": stage.restart_step,
+        "ramp_end": stage.ramp_end,
         "data": data,
     }
 

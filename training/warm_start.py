@@ -6,11 +6,10 @@ It does not know what a stage trains.
 from pathlib import Path
 from typing import Any
 
-from ..pipeline import checkpoint
+from ..pipeline import checkpoint, notices
 from ..pipeline.built import check_built, differences
 from ..pipeline.recipe import Recipe, RecipeError, is_frozen, is_pretrained, reads_captions
 from ..tokenizers.autoencoder import LatentScale
-from . import notices
 from .run import Stage
 
 _KEPT = ("trained_against", "identity", "computed_in")  # of a part's entry in a card
@@ -41,7 +40,7 @@ def check(recipe: Recipe, stages: dict[str, tuple[Any, Stage]], origin: Path, mo
                     f"stages.{name}.objective.{knob}: codes would begin anew after that share of the steps, and those "
                     f"of {origin} be lost; set it to 0"
                 )
-    notices.check_licence(recipe, card, f"what is trained from {origin} is under its licence too")
+    notices.check_licences(recipe, notices.of_model(card), f"what is trained from {origin} is under its licence too")
     begun = [part for name, (kind, _) in stages.items() for part in began_with(recipe, origin, (name, *kind.beside))]
     along = comes_along(recipe, origin, model, list(stages))
     for part in (*begun, *along):

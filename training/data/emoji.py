@@ -13,6 +13,7 @@ It does not know the order of reading (`stream` does), nor how a score is comput
 """
 
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -40,6 +41,8 @@ TONES = 5
 _COLOURED = 1 / 4  # of the records are on a background that was drawn; of one in twelve of these it is white again
 MAX_SIZE = 512  # pixels a side
 _TONE = re.compile(r"-1f3f[b-f]")
+_FACING_RIGHT = "-200d-27a1"
+_EXTRA = "emoji are drawn by resvg-py, which is not installed; pip install 'kartina[data]'"
 
 
 @dataclass
@@ -86,9 +89,11 @@ def role_of(hexcode: str) -> tuple[str, str]:
 
 
 def splits(emoji: Sequence[Emoji]) -> dict[str, Any]:
-    """{"E1": cells, "E2": cells, "roles": {role: held-out tone}}: cells that training never sees.
+    """{"E1": cells, "mirrored": cells, "E2": cells, "roles": {role: held-out tone}}: cells that training never sees.
 
-    A role is in E1 if every style has its full grid of 3 genders x 5 tones; its concepts are not in E2.
+    A role is in E1 if every style has its full grid of 3 genders x 5 tones; its concepts are not in E2. Of a role that
+    also comes facing right, as its mirror image and in all tones, the held-out cells are `mirrored`, and asked by no
+    test.
     """
     styles = sorted({e.style for e in emoji})
     grid: dict[str, set[tuple[str, str, int]]] = defaultdict(set)
@@ -98,18 +103,21 @@ def splits(emoji: Sequence[Emoji]) -> dict[str, Any]:
         if e.tone:
             role, gender = role_of(e.hexcode)
             grid[role].add((e.style, gender, e.tone))
-    # a role "facing right" (27a1) mirrors another one, and would show its held-out tone
     whole = (role for role, cells in grid.items() if len(cells) == len(styles) * 3 * TONES)
-    full = sorted(role for role in whole if "27a1" not in role)
+    full = sorted(role for role in whole if not role.endswith(_FACING_RIGHT))
     roles = {role: i % TONES + 1 for i, role in enumerate(full)}
     lost = {}
     for concept, have in shown.items():
         digest = hashlib.sha256(concept.encode()).digest()
         if len(have) > 1 and role_of(concept)[0] not in roles and int.from_bytes(digest[:8]) % 10 == 0:
             lost[concept] = sorted(have)[digest[8] % len(have)]
-    e1 = [e.cell for e in emoji if e.tone and roles.get(role_of(e.hexcode)[0]) == e.tone]
+    held: dict[bool, list[str]] = {False: [], True: []}
+    for e in emoji:
+        role = role_of(e.hexcode)[0]
+        if e.tone and roles.get(role) == e.tone:
+            held[role + _FACING_RIGHT in grid].append(e.cell)
     e2 = [e.cell for e in emoji if lost.get(e.concept) == e.style]
-    return {"E1": e1, "E2": e2, "roles": roles}
+    return {"E1": held[False], "mirrored": held[True], "E2": e2, "roles": roles}
 
 
 # --- drawing and writing ----------------------------------------------------------------------------------------------
@@ -202,12 +210,15 @@ def prepare(
     """Writes training shards to `out`, held-out cells once each to `out/held_out`; gallery/, splits.json, LICENSES/.
 
     packed: a folder with the three .tgz files of `npm pack`; without it npm is run in a temporary folder. size: side in
-    pixels, 16 to 512. per_concept: records of each concept. Raises ValueError for these, or where `out` has content.
+    pixels, 16 to 512. per_concept: records of each concept. Raises ValueError for these, where `out` has content, and
+    without the extra `data`.
     """
     if not 16 <= size <= MAX_SIZE or per_concept < 1 or not languages or not set(languages) <= set(LANGUAGES):
         raise ValueError(
             f"size 16..{MAX_SIZE}, per_concept >= 1, languages of {LANGUAGES}; got {size}, {per_concept}, {languages}"
         )
+    if importlib.util.find_spec("resvg_py") is None:
+        raise ValueError(_EXTRA)
     out = free_folder(out)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if packed is None else Path(packed)
@@ -249,7 +260,7 @@ def _write_all(
     samples_per_shard: int,
 ) -> EmojiReport:
     split = splits(emoji)
-    hidden = {*split["E1"], *split["E2"]}
+    hidden = {*split["E1"], *split["mirrored"], *split["E2"]}
     concepts: dict[str, list[Emoji]] = defaultdict(list)
     for e in emoji:
         if e.cell not in hidden:

@@ -19,7 +19,7 @@ STYLES = {"noto": PACKAGES[0], "fluent": PACKAGES[1]}
 MEMBER_LIMIT = 64 * 2**20  # bytes of one member
 PACKAGE_LIMIT = 512 * 2**20  # bytes of one package, unpacked
 _FOREIGN = re.compile(
-    r"<\s*(?:image|script|foreignObject)\b|<!|<\?|@import|url\(\s*[\"']?(?!#)|href\s*=\s*[\"'](?!#)", re.I
+    r"<\s*(?:image|script|foreignObject)\b|<!|<\?|@import|url\(\s*(?![\"']?\s*#|\s)|href\s*=\s*[\"'](?!#)", re.I
 )
 
 _MIT = """Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated

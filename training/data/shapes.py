@@ -195,7 +195,7 @@ class ShapesSource:
 
     def _false(self, facts: Sequence[Facts], samples: Sequence[int]) -> list[dict[str, Facts]]:
         """Of each facts those one fact away by kind: the opposite relation first, the rest as its sample draws."""
-        rngs = [np.random.default_rng([self._seed, sample]) for sample in samples]
+        rngs = [np.random.default_rng([self._seed % 2**64, sample]) for sample in samples]
         found: list[dict[str, Facts]] = [{} for _ in facts]
         left = list(range(len(facts)))
         for _ in range(_TRIES):

@@ -289,7 +289,7 @@ def evaluate(
         features.append(features_of(judge, true, device))
         if corruption is not None:
             samples = torch.arange(len(spoiled), len(spoiled) + len(image))
-            image = corruptions.corrupt(image, *corruption, seed, 0, samples).clamp(-1, 1)
+            image = corruptions.corrupt(image, *corruption, seed, 0, samples)
             spoiled += (true.double() - to_uint8(image).double()).square().mean((1, 2, 3)).tolist()
         for tokenizer in tokenizers:
             again = tokenizer.reconstruct(image)

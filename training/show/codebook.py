@@ -22,7 +22,7 @@ from ...pipeline.known_models import find_model
 from ...tokenizers.vqgan import VQGAN, VQLatents
 from ..objectives.dvae import codebook_use, counts_by_image
 from ..run import Data
-from ..sources import source_of
+from ..sources import source_of, validation_of
 from ..stages.contract import psnr
 from .panels import Column, bars, page
 
@@ -50,7 +50,7 @@ def load(model: str, data: Path | None, device: torch.device) -> tuple[Any, Any]
     # Of an untrusted recipe words and numbers are believed, paths are not.
     shown = {name: given[name] for name in ("levels", "jitter") if name in given}
     wanted = Data(kind="shapes", **shown) if data is None else Data(kind="shards", shards=str(data), validation_share=0)
-    return tokenizer, source_of(recipe, wanted)
+    return tokenizer, source_of(recipe, wanted) if data is not None else validation_of(recipe, wanted)
 
 
 @torch.no_grad()

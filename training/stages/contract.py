@@ -70,10 +70,11 @@ class TrainingStage(ABC):
     `measure` or `summary`, the headline first; higher_is_better: of the headline. fewest: how few samples `measure` can
     be given in place of a batch, for want of memory, and still say the same; None where it sets all of a batch against
     each other. restart_step: None, or the step at which `restart` changes the weights and the optimizers begin anew.
-    steady: whether its network is given tensors of few shapes alone, no numbers that change from step to step, so that
-    it can be compiled. cached: what it reads of a cache, first what stands for the picture, then what else of it a part
-    makes that it depends on (see `training.cache`); empty where it needs pictures. One that makes anew what a cache has
-    but once reads less than its class.
+    ramp_end: the step from which no weight of its objective rises any more, so that its loss may be compared. steady:
+    whether its network is given tensors of few shapes alone, no numbers that change from step to step, so that it can
+    be compiled. cached: what it reads of a cache, first what stands for the picture, then what else of it a part makes
+    that it depends on (see `training.cache`); empty where it needs pictures. One that makes anew what a cache has but
+    once reads less than its class.
 
     Every draw comes from `kartina.layers.random`, keyed by the run's seed, the step and the sample's global position;
     what is annealed is a function of the step, and what else must outlive a stop is a buffer of a network.
@@ -88,6 +89,7 @@ class TrainingStage(ABC):
     higher_is_better: bool
     fewest: int | None = 1
     restart_step: int | None = None
+    ramp_end: int = 0
     steady: bool = False
 
     def hold(self, network: Any, **beside: nn.Module) -> None:

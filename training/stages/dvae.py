@@ -26,8 +26,8 @@ class DVAEStage(CodesStage):
 
     knobs: ClassVar = {
         "autoencoder": Knob(high=1, anew=True),
-        "temperature": Knob(),
-        "temperature_end": Knob(),
+        "temperature": Knob(low=1e-6),
+        "temperature_end": Knob(low=1e-6),
         "temperature_share": Knob(high=1),
         "kl_weight": Knob(),
         "kl_share": Knob(high=1),
@@ -53,6 +53,7 @@ class DVAEStage(CodesStage):
         self.temperature["steps"] = round(config.number("temperature_share", 0.75) * (steps - self.start))
         self.kl_weight: dict[str, Any] = {"end": knobs["kl_weight"]} if "kl_weight" in knobs else {}
         self.kl_weight["steps"] = round(config.number("kl_share", 0.1) * steps)
+        self.ramp_end = self.start + self.kl_weight["steps"]
 
     @torch.no_grad()
     def restart(self) -> None:

@@ -23,7 +23,8 @@ from .contract import Knob, Updates, last_read, over_ranks, read_images
 from .latents import measure_scale
 from .likeness import Likeness
 
-_GUMBEL = {"kl_weight": Knob(), "temperature": Knob(), "temperature_end": Knob(), "temperature_share": Knob(high=1)}
+_COLD = Knob(low=1e-6)
+_GUMBEL = {"kl_weight": Knob(), "temperature": _COLD, "temperature_end": _COLD, "temperature_share": Knob(high=1)}
 
 
 class VQGANStage(CodesStage):

@@ -1,10 +1,15 @@
 """The licence of what a model was trained on: its notices travel with it, and its recipe must name it."""
 
 import hashlib
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..pipeline.recipe import Recipe, RecipeError
+from .recipe import Recipe, RecipeError
+
+_AND = " AND "
+_FREE = {"CC0-1.0"}  # asks for nothing
 
 
 def copy(notices: Path, model: Path) -> None:
@@ -25,11 +30,26 @@ def copy(notices: Path, model: Path) -> None:
         path.write_bytes(text)
 
 
-def check_licence(recipe: Recipe, card: dict[str, Any], why: str) -> None:
-    """Raises RecipeError where a card names a licence that the recipe does not name. why: it should."""
-    missing = set(card["licence"].split(" AND ")) - set(recipe.licence.split(" AND "))
+def of_model(card: dict[str, Any]) -> list[str]:
+    """The licences that a card names."""
+    names: list[str] = card["licence"].split(_AND)
+    return names
+
+
+def of_data(shards: Path) -> list[str]:
+    """The licences that the manifest of a folder of shards names; none where it has no manifest, or names none."""
+    try:
+        manifest = json.loads((shards / "manifest.json").read_text(encoding="utf-8"))
+        return [str(one["licence"]) for one in manifest["licences"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def check_licences(recipe: Recipe, names: Iterable[str], why: str) -> None:
+    """Raises RecipeError where the recipe does not name one of these licences. why: it should."""
+    missing = sorted(set(names) - _FREE - set(recipe.licence.split(_AND)))
     if missing:
         raise RecipeError(
-            f"{why} ({' AND '.join(sorted(missing))}), not named by the recipe; "
-            f"write licence={' AND '.join([recipe.licence, *sorted(missing)])!r}"
+            f"{why} ({_AND.join(missing)}), not named by the recipe; "
+            f"write licence={_AND.join([recipe.licence, *missing])!r}"
         )
