@@ -103,6 +103,16 @@ def test_a_run_that_went_back_once_has_healed_after_a_while():
     assert not doctor.judge(of[3500])
 
 
+@pytest.mark.parametrize(("adaptive", "wrong"), [(1e4, True), (1200.0, False)])
+def test_a_discriminator_whose_gradient_is_amplified_to_the_end_says_nothing(adaptive, wrong):
+    found = history.History("tokenizer", {"networks": ["tokenizer", "discriminator"], "clip": 1.0, "steps": 1000})
+    for step in range(0, 1001, 20):
+        found.add(
+            {"step": step, "discriminator/hinge": 1.0, **({"tokenizer/adaptive": adaptive} if step > 500 else {})}
+        )
+    assert [finding.name for finding in doctor.judge(found)] == ["the discriminator says nothing"] * wrong
+
+
 def test_a_loss_that_rises_because_its_weights_do_has_no_rate_too_high():
     """A dVAE whose KL gets its weight from step 250 to 350."""
     found = history.History("tokenizer", {"networks": ["tokenizer"], "clip": 1.0, "steps": 1000, "restart_step": 250})

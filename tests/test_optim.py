@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kartina.pipeline import recipe as recipes
+from kartina.tokenizers.quantize import VectorQuantizer
 from kartina.training import optim, state
 from kartina.training.optim import EMA, Muon, build_optimizers, orthogonalise, outer_parameters, rate, shares, stacks
 from kartina.training.run import Optimizer
@@ -213,6 +214,26 @@ def test_averages_are_lent_to_the_module_and_taken_back():
     assert torch.equal(module.weight, live)
     ema.copy_to_network()
     assert torch.equal(module.weight, average)
+
+
+@pytest.mark.parametrize("decay", [0.99, None])
+def test_a_code_that_begins_anew_does_so_in_the_average(decay):
+    """It is not mixed with what it was; other codes are averaged as all else."""
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), VectorQuantizer(8, 4, ema_decay=decay))
+    ema, codebook = EMA(module, 0.999), module[1].embedding.weight
+    dead = torch.arange(8) == 3
+    for step in range(20):
+        with torch.no_grad():
+            codebook.add_(1)
+        if step == 19:
+            module[1].restart(dead, torch.full((1, 4), -50.0))
+        ema.update()
+    same = (ema.average["1.embedding.weight"] - codebook).abs().amax(1) < 0.2
+    assert torch.equal(same, dead) and module[1].leapt is None
+    if decay is not None:
+        assert ema.average["1.ema_counts"][3] == module[1].ema_counts[3]
+    with ema.applied():
+        assert module[1](torch.full((1, 4, 1, 1), -50.0))["codes"].item() == 3
 
 
 def test_a_run_goes_on_where_kernels_lie_otherwise_in_memory(tmp_path):

@@ -35,7 +35,12 @@ class VectorQuantizer(nn.Module):
     num_codes, code_dim: K and D. cosine: latents and codewords are compared, and handed on, at length 1 (Yu 2021,
     arXiv:2110.04627, section 3.2). ema_decay: None for a codebook that the objective's second term trains; a number for
     one that follows the latents (appendix A.1): then `update` moves it, and no gradient reaches it.
+
+    leapt: the codes that began anew, until an average of the weights has taken note; rows: the tensors that say a code.
     """
+
+    leapt: Tensor | None = None
+    rows = "embedding.weight", "ema_counts", "ema_sums"
 
     def __init__(self, num_codes: int, code_dim: int, cosine: bool = False, ema_decay: float | None = None) -> None:
         if min(num_codes, code_dim) < 1 or not (ema_decay is None or 0 <= ema_decay < 1):
@@ -136,6 +141,7 @@ class VectorQuantizer(nn.Module):
         vectors = full(candidates[: len(index)]).to(self.embedding.weight)
         vectors = F.normalize(vectors, dim=1) if self.cosine else vectors
         self.embedding.weight[index] = vectors
+        self.leapt = index
         if self.ema_decay is not None:
             mean = self.ema_counts.mean()
             self.ema_counts[index] = mean

@@ -36,6 +36,7 @@ _STEPS, _SHARE, _HALF, _LINES = 20, 0.2, 0.5, 10
 _USAGE, _PERPLEXITY_LEFT, _COUNTS = 0.5, 1 / 3, 1  # usage of that of even codes; of fewer counts a code nothing is said
 _ACTIVE = 0.1
 _WINS, _HINGE = 0.97, 0.1  # a hinge loss of 0.1, where chance has 1, is mostly of pictures beyond its margin
+_AMPLIFIED = 5e3  # of 1e4, where the adaptive weight ends
 _STD = (0.8, 1.25)
 _CHANCE = 0.95
 _GAIN = 0.005  # of what the caption makes worse
@@ -127,7 +128,7 @@ def codebook_collapse(history: History) -> Found:
     seen = f"{usage:.0%} of the codes occur in the validation set, with a perplexity of {perplexities[-1]:.1f}"
     advice = (
         "start the codes from k-means (stages.tokenizer.objective.kmeans=0.05, of a dVAE autoencoder=0.2), revive dead "
-        "ones (restart_every=50, not of a dVAE), or lower num_codes or kl_weight"
+        "ones (restart_every=50; of a dVAE raise kl_weight), or lower num_codes"
     )
     if usage < expected:
         yield "codebook collapse", f"{seen}; at least {expected:.0%} are expected", advice
@@ -157,6 +158,17 @@ def discriminator_wins(history: History) -> Found:
     elif hinge is not None and hinge < _HINGE:
         seen = f"its hinge loss is {hinge:.2g} over the last lines, 1 by chance; below {_HINGE:g} it teaches little"
         yield "the discriminator wins", seen, advice
+
+
+def discriminator_silent(history: History) -> Found:
+    adaptive = _recent(history, "tokenizer/adaptive")
+    if adaptive is not None and adaptive > _AMPLIFIED and _ripe(history):
+        yield (
+            "the discriminator says nothing",
+            f"what the tokenizer hears of it is made {adaptive:,.0f} times as large, which is mostly noise",
+            "keep its learning rate up (stages.tokenizer.optimizers.discriminator.decay=0), let it begin earlier "
+            "(objective.discriminator_start), or leave the part out",
+        )
 
 
 def latent_scale(history: History) -> Found:
@@ -259,6 +271,7 @@ RULES: tuple[Callable[[History], Found], ...] = (
     codebook_collapse,
     posterior_collapse,
     discriminator_wins,
+    discriminator_silent,
     latent_scale,
     at_chance,
     caption_ignored,

@@ -265,7 +265,7 @@ def rate(step: int, steps: int, config: Optimizer, restart: int = 0) -> float:
 class EMA:
     """Moving average of a module's floating tensors, in fp32; the decay warms up as min(decay, (1 + n) / (10 + n)).
 
-    They are divided over processes all or none.
+    They are divided over processes all or none. Rows that `leapt` in a part of it begin anew here too.
 
     Parameters are matched by object at construction, so wrappers' name prefixes cannot make it a no-op.
     """
@@ -274,6 +274,7 @@ class EMA:
         self.decay, self.updates = decay, 0
         self.live = module.state_dict(keep_vars=True)
         self.average = {name: value.detach().clone() for name, value in self.live.items()}
+        self.leaping = [(path, part) for path, part in module.named_modules() if hasattr(part, "leapt")]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -285,6 +286,12 @@ class EMA:
         torch._foreach_lerp_(averages, values, 1 - decay)  # all at once: on a GPU each alone takes longer to launch
         for name in self.live.keys() - set(moving):
             self.average[name].copy_(self.live[name])
+        for path, part in self.leaping:
+            if (rows := part.leapt) is not None:
+                for name in (f"{path}.{row}".lstrip(".") for row in part.rows):
+                    if name in self.live:
+                        self.average[name][rows] = self.live[name][rows].to(self.average[name])
+                part.leapt = None
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ It does not know the model: it takes the parameters of its distributions. All is
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,19 +28,43 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
 
 
+class _Bounded(torch.autograd.Function):
+    """At least _LEAST_LOG_SCALE; below it gradients come through that lead upwards, so that there is a way back."""
+
+    @staticmethod
+    def forward(ctx: Any, log_scale: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(log_scale)
+        return log_scale.clamp(min=_LEAST_LOG_SCALE)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (log_scale,) = ctx.saved_tensors
+        return grad * ((log_scale >= _LEAST_LOG_SCALE) | (grad < 0))
+
+
+def _bounded(log_scale: Tensor) -> Tensor:
+    bounded: Tensor = _Bounded.apply(full(log_scale))
+    return bounded
+
+
+def _to_levels(image: Tensor) -> Tensor:
+    return ((image + 1) * 127.5).round() / 127.5 - 1
+
+
 def gaussian_nll(image: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
     """-ln N(image | location, exp(log_scale)^2) of each value, a density over [-1, 1]: (B, 3, H, W)."""
-    log_scale = full(log_scale).clamp(min=_LEAST_LOG_SCALE)
+    log_scale = _bounded(log_scale)
     return 0.5 * ((full(image) - full(location)) * torch.exp(-log_scale)).square() + log_scale + 0.5 * _LN_2PI
 
 
 def logistic_nll(image: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
     """-ln of the probability of each 8-bit value, (B, 3, H, W): a logistic distribution's mass between half levels.
 
-    The lowest and the highest value have the tails. With a and b the ends of the interval, the mass is
+    Of an image that was never stored in 8 bits, the nearest levels are meant. The lowest and the highest value have the
+    tails. With a and b the ends of the interval, the mass is
     sigmoid(a) sigmoid(-b) (1 - exp(b - a)), which loses no digits however far the value is from the location.
     """
-    image, log_scale = full(image), full(log_scale).clamp(min=_LEAST_LOG_SCALE)
+    image, log_scale = _to_levels(full(image)), _bounded(log_scale)
     away, per_scale = image - full(location), torch.exp(-log_scale)
     above = F.logsigmoid((away + _HALF_LEVEL) * per_scale)  # ln sigmoid(a)
     below = F.logsigmoid(-(away - _HALF_LEVEL) * per_scale)  # ln sigmoid(-b)
