@@ -101,11 +101,12 @@ def evaluate(
     Of a model without a prior, trained on shapes, its tokenizer alone.
     """
     from ..pipeline import gallery
-    from ..pipeline.checkpoint import load_recipe, save_measured
+    from ..pipeline.checkpoint import load_recipe, read_card, save_measured
     from ..pipeline.known_models import find_model
     from ..pipeline.terminal import progress_bar
     from .data.labelled import read_fields
     from .evaluation import emoji_suite, shapes_suite
+    from .sources import fingerprint_at
 
     if data is not None and read_fields(data):
         if tests or candidates > 1 or seed:
@@ -134,6 +135,11 @@ def evaluate(
         return _evaluate_tokenizer(model, folder, options, device_named(device), save, as_json)
     system = load(folder, device, "float32")
     truth = () if data is None else (data,)
+    parts = read_card(folder)["parts"].values()
+    if data is not None and {part.get("identity", {}).get("data") for part in parts} != {fingerprint_at(recipe, data)}:
+        typer.echo(
+            f"{model} was not trained on the shards of {data}: it may have seen what is held out there", err=True
+        )
     with progress_bar("evaluating") as progress:
         result = suite.evaluate(system, *truth, candidates=candidates, progress=progress, **options)
     if data is None:

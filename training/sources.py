@@ -3,11 +3,12 @@
 It does not know stages. Nothing heavy is imported before a source is asked for.
 """
 
+from pathlib import Path
 from typing import Any
 
 from ..pipeline.recipe import Recipe, RecipeError
 from .cache import check_data
-from .run import Data
+from .run import Data, training_of
 
 
 def source_of(recipe: Recipe, data: Data) -> Any:
@@ -31,6 +32,15 @@ def source_of(recipe: Recipe, data: Data) -> Any:
     if data.validation is not None or not data.validation_share:
         return ShardSource(data.shards, size=recipe.image_size, seed=data.seed)
     return ShardSource(data.shards, recipe.image_size, data.seed, part="train", share=data.validation_share)
+
+
+def fingerprint_at(recipe: Recipe, shards: Path) -> str | None:
+    """That of shards, as a model's training would read them; None where it read no shards, or says nothing of them."""
+    if recipe.training.get("data", {}).get("kind") != "shards":
+        return None
+    config = training_of(recipe).data.model_copy(update={"shards": str(shards)})
+    fingerprint: str = source_of(recipe, config).fingerprint
+    return fingerprint
 
 
 def expect_captions(source: Any, read: bool) -> None:

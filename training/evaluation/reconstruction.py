@@ -37,7 +37,7 @@ from ..data.shapes_scenes import Facts
 from ..features import RULER, EfficientNetLite, ruler
 from ..objectives.dvae import codebook_use
 from ..run import training_of
-from ..sources import source_of, validation_of
+from ..sources import fingerprint_at, validation_of
 from ..stream import ShardSource
 from .reports import Result, decibels, percent, psnr
 from .shapes_checker import check
@@ -211,10 +211,9 @@ def _of_shards(tokenizers: list[_Tokenizer], data: Path, size: int, seed: int) -
     """
     found, names = [], []
     for tokenizer in tokenizers:
-        if not tokenizer.recipe.training or tokenizer.data.get("kind") != "shards":
-            continue
-        config = training_of(tokenizer.recipe).data.model_copy(update={"shards": str(data)})
-        if source_of(tokenizer.recipe, config).fingerprint == tokenizer.entry.get("identity", {}).get("data"):
+        fingerprint = fingerprint_at(tokenizer.recipe, data)
+        if fingerprint is not None and fingerprint == tokenizer.entry.get("identity", {}).get("data"):
+            config = training_of(tokenizer.recipe).data.model_copy(update={"shards": str(data)})
             found.append(None if config.validation is not None else validation_of(tokenizer.recipe, config))
             names.append(tokenizer.name)
     if not found:
