@@ -97,6 +97,8 @@ def find(folder: Path, *stems: str) -> Path:
     names = [f"{stem}{half}.{kind}" for kind in ("safetensors", "bin") for half in ("", ".fp16") for stem in stems]
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
+        if next(folder.glob("*.index.json"), None) is not None:
+            raise WeightsError(f"the weights in {folder} are in shards, which are not read; save them as one file")
         raise WeightsError(f"{folder / names[0]} is missing; download the whole folder, with safetensors")
     return found
 

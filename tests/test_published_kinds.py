@@ -101,6 +101,13 @@ def test_what_other_programs_left_in_a_file_is_left_out(folders, tmp_path):
             stable_diffusion.load(tmp_path / "more.safetensors", **more)
 
 
+def test_weights_in_shards_are_named(folder):
+    (folder / "unet/diffusion_pytorch_model.safetensors").rename(folder / "unet/part-1.safetensors")
+    (folder / "unet/diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    with pytest.raises(WeightsError, match=r"in shards, which are not read; save them as one file"):
+        TextToImage.load(folder)
+
+
 @pytest.mark.parametrize("part", ["vae", "vqvae"])
 def test_of_another_pipeline_the_autoencoder_is_said_to_be_read(folder, part):
     (folder / "vae").rename(folder / "kept")

@@ -46,6 +46,19 @@ def test_shapes_are_painted_as_well_as_when_they_were_measured(name, recorded):
         assert abs(found[test]["one_sample"]["accepted"] - right) <= 3, test
 
 
+EMOJI = ["red apple", "banana", "hamburger", "carrot", "birthday cake", "hot beverage", "cat face", "dog face"]
+EMOJI += ["pig face", "lion", "rabbit face", "tropical fish", "клубника", "голова лягушки", "pizza", "panda"]
+
+
+@pytest.mark.parametrize(("name", "recorded"), [("emoji/dalle", 12), ("emoji/stable-diffusion", 13)])
+def test_emoji_are_told_apart_as_well_as_when_it_was_recorded(name, recorded):
+    """Of 16 things, of one seed, how many pictures the model's CLIP finds most like their own name; one by chance."""
+    system = TextToImage.load(name, device="cpu")
+    pictures = [painting.image for painting in system(EMOJI, seed=0)]
+    scores = torch.stack([system.scorer.score([picture] * len(EMOJI), EMOJI) for picture in pictures])
+    assert abs(int((scores.argmax(1) == torch.arange(len(EMOJI))).sum()) - recorded) <= 3
+
+
 @pytest.mark.parametrize(
     ("name", "prompt"),
     [("shapes/stable-diffusion", "маленькое жёлтое кольцо на синем фоне"), ("emoji/stable-diffusion", "owl")],
