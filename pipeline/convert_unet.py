@@ -109,7 +109,7 @@ def clip_text_from_transformers(weights: Weights, network: nn.Module) -> dict[st
     """The state dict of transformers' `CLIPTextModel`, of any version -> one of `network`, a `CLIPText`.
 
     What that class does not read either is left out: blocks beyond the network's depth (in folders that were made to
-    skip the last), a projection, an image tower's counter. Raises ValueError for tensors that are missing, too many, or
+    skip the last), projections, an image tower. Raises ValueError for tensors that are missing, too many, or
     of another shape.
     """
     given = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
@@ -126,7 +126,8 @@ def _beyond(name: str, depth: int) -> bool:
     block = re.match(r"encoder\.layers\.(\d+)\.", name)
     if block is not None:
         return int(block[1]) >= depth
-    return name in ("embeddings.position_ids", "text_projection.weight") or name.startswith("vision_model.")
+    others = "text_projection.", "vision_model.", "visual_projection."
+    return name in ("embeddings.position_ids", "logit_scale") or name.startswith(others)
 
 
 def clip_text_to_transformers(weights: Weights) -> dict[str, Tensor]:
@@ -173,8 +174,8 @@ def split_single_file(weights: Weights) -> dict[str, dict[str, Tensor]]:
         elif not schedule.fullmatch(name):
             raise ValueError(
                 f"{name!r:.100} is no tensor of a Stable Diffusion file; expected names that begin with "
-                f"{', '.join(heads)}, or a schedule; is it the file of another model? Of that --part tokenizer may "
-                "read the autoencoder"
+                f"{', '.join(heads)}, or a schedule; is it the file of another model? Its autoencoder may be read "
+                "alone, by kartina convert --part tokenizer"
             )
     return found
 

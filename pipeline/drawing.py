@@ -107,10 +107,9 @@ def _check_guidance(recipe: Recipe, knobs: dict[str, Any], told: bool) -> None:
     others = knobs["negative"] or knobs["guidance_rescale"] or knobs["guidance_low"]
     if knobs["guidance_scale"] != 1 and not told:
         raise RecipeError(f"{recipe.name} reads no captions to be guided by; leave guidance_scale at 1")
-    if knobs["guidance_scale"] < 1:
+    if told and not knobs["guidance_scale"]:
         raise RecipeError(
-            f"guidance_scale below 1 leads away from the caption, got {knobs['guidance_scale']}; 1 is no guidance, for "
-            "which others write 0"
+            "a guidance_scale of 0 does not look at the caption; 1 is no guidance, for which others write 0"
         )
     if knobs["guidance_scale"] == 1 and (others or knobs["guidance_high"] is not None):
         raise RecipeError("a negative prompt and the other knobs of guidance need a guidance_scale other than 1")

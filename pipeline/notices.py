@@ -40,7 +40,7 @@ def of_data(shards: Path) -> list[str]:
     """The licences that the manifest of a folder of shards names; none where it has no manifest, or names none."""
     try:
         manifest = json.loads((shards / "manifest.json").read_text(encoding="utf-8"))
-        return [str(one["licence"]) for one in manifest["licences"]]
+        return [name for one in manifest["licences"] for name in str(one["licence"]).split(_AND)]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

@@ -67,6 +67,7 @@ def fetch(name: str) -> Path:
     wanted += ["text_encoder/config.json", "text_encoder/model.safetensors", "text_encoder/model.fp16.safetensors"]
     captions = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     wanted += [*(f"tokenizer/{file}" for file in captions), "scheduler/scheduler_config.json", *_OURS]
+    wanted += ["*/*.index.json"]  # by which weights in shards are told
     # By name: *.safetensors would take whatever checkpoint lies there.
     ours = [*_OURS, "captions.json", "attributes.json", "LICENSES/*"]
     ours += [f"{part}.safetensors" for part in (*PARTS, "attributes")]

@@ -43,7 +43,7 @@ class _Found(NamedTuple):
     weights: dict[str, Weights]
     diffusion: dict[str, Any]
     captions: CaptionTokenizer
-    sampling: dict[str, str]
+    sampling: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _folder(path: Path, image_size: int | None) -> _Found:
         alone = any((path / part).is_dir() for part in ("vae", "vqvae"))
         raise WeightsError(
             f"model_index.json is of {index['_class_name']!r:.60}; expected {', '.join(_PIPELINES)}"
-            + ("; its autoencoder alone is read, by --part tokenizer" if alone else "")
+            + ("; its autoencoder may be read alone, by kartina convert --part tokenizer" if alone else "")
         )
     missing = [name for name in _FOLDERS if not (path / name).is_dir()]
     if missing:
@@ -231,7 +231,9 @@ def _places(config: Mapping[str, Any]) -> int:
 def _file(path: Path, image_size: int | None, prediction: str | None, tokenizer: Path | None) -> _Found:
     stored = archive.load(path) if path.suffix == ".safetensors" else archive.read(path, _without_average)
     if published.is_xl(stored):
-        raise WeightsError("it is of Stable Diffusion XL, of which the autoencoder alone is read, by --part tokenizer")
+        raise WeightsError(
+            "it is of Stable Diffusion XL, of which the autoencoder alone is read, by kartina convert --part tokenizer"
+        )
     weights = convert_unet.split_single_file(stored)
     missing = [part for part, found in weights.items() if not found]
     if missing:

@@ -95,7 +95,7 @@ _TINY = {
         "likelihood: logistic, beta_share: 0.5, free_bits: 0.02",
     ),
     "vqvae": _tokenizer(_VQVAE, "data_variance: 0.3"),
-    "vqvae, moved": _tokenizer(f"{_VQVAE}, ema_decay: 0.9, cosine: true", "kmeans: 0.25, restart_every: 3"),
+    "vqvae, moved": _tokenizer(f"{_VQVAE}, ema_decay: 0.9, cosine: true", "kmeans: 0.25, restart_every: 5"),
     "vqgan": _tokenizer(_VQGAN, f"kmeans: 0, restart_every: 4, {_LISTENS}", *_DISCRIMINATOR),
     "vq_latents": _tokenizer(_VQGAN.replace("vqgan", "vq_latents"), "discriminator_weight: 0", *_DISCRIMINATOR),
     "vqgan, gumbel": _tokenizer(

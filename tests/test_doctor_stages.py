@@ -103,12 +103,13 @@ def test_a_run_that_went_back_once_has_healed_after_a_while():
     assert not doctor.judge(of[3500])
 
 
-@pytest.mark.parametrize(("adaptive", "wrong"), [(1e4, True), (1200.0, False)])
-def test_a_discriminator_whose_gradient_is_amplified_to_the_end_says_nothing(adaptive, wrong):
+@pytest.mark.parametrize(("adaptive", "since", "wrong"), [(1e4, 500, True), (1200.0, 500, False), (1e4, 810, False)])
+def test_a_discriminator_whose_gradient_is_amplified_to_the_end_says_nothing(adaptive, since, wrong):
+    """But not in the first fifth of the stage from when it is heard."""
     found = history.History("tokenizer", {"networks": ["tokenizer", "discriminator"], "clip": 1.0, "steps": 1000})
     for step in range(0, 1001, 20):
         found.add(
-            {"step": step, "discriminator/hinge": 1.0, **({"tokenizer/adaptive": adaptive} if step > 500 else {})}
+            {"step": step, "discriminator/hinge": 1.0, **({"tokenizer/adaptive": adaptive} if step > since else {})}
         )
     assert [finding.name for finding in doctor.judge(found)] == ["the discriminator says nothing"] * wrong
 
@@ -122,6 +123,9 @@ def test_a_loss_that_rises_because_its_weights_do_has_no_rate_too_high():
         found.add({"step": step, "tokenizer/total": loss, "tokenizer/norm": 100.0})
     assert [finding.name for finding in doctor.judge(found)] == ["learning rate too high"]
     found.facts["ramp_end"] = 350
+    assert not doctor.judge(found)
+    for step in range(360, 1001, 20):  # level from there on
+        found.curves["tokenizer/total"][step] = 21.5 + 0.2 * math.sin(step**2)
     assert not doctor.judge(found)
 
 

@@ -15,7 +15,7 @@ from kartina.training.checks import check
 
 def test_a_recipe_names_the_licences_of_its_shards(tmp_path):
     words = ["training.data.kind=shards", f"training.data.shards={tmp_path}"]
-    licences = [{"licence": name} for name in ("MIT", "CC0-1.0", "Apache-2.0")]
+    licences = [{"licence": name} for name in ("Apache-2.0 AND MIT", "CC0-1.0")]
     for manifest, named in (({"licences": licences}, "shapes"), ({"licences": [3]}, None), ([], None)):
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
         recipe, training = runs.load("shapes/dalle", words)

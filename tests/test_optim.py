@@ -222,12 +222,12 @@ def test_a_code_that_begins_anew_does_so_in_the_average(decay):
     module = torch.nn.Sequential(torch.nn.Linear(4, 4), VectorQuantizer(8, 4, ema_decay=decay))
     ema, codebook = EMA(module, 0.999), module[1].embedding.weight
     dead = torch.arange(8) == 3
-    for step in range(20):
+    for _ in range(20):
         with torch.no_grad():
             codebook.add_(1)
-        if step == 19:
-            module[1].restart(dead, torch.full((1, 4), -50.0))
         ema.update()
+    module[1].restart(dead, torch.full((1, 4), -50.0))
+    ema.leap()
     same = (ema.average["1.embedding.weight"] - codebook).abs().amax(1) < 0.2
     assert torch.equal(same, dead) and module[1].leapt is None
     if decay is not None:

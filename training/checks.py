@@ -49,7 +49,7 @@ def check(
         notices.check_licences(
             recipe, notices.of_model(checkpoint.read_card(model)), f"what {model} holds is under its licence"
         )
-    if training.data.shards is not None:
+    if training.data.kind == "shards" and training.data.shards is not None:
         shards = Path(training.data.shards)
         notices.check_licences(recipe, notices.of_data(shards), f"what is trained on {shards} is under its licence too")
     for name, stage in stages.items():

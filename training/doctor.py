@@ -7,6 +7,7 @@ stand at the end of the log, so that what has healed is not told. What the rules
     valid/counts_per_code               how many codes these two rest on, for each entry of the codebook
     valid/active_units                  share of latent units whose posterior mean varies over the data by more than
                                         0.01 (Burda 2016, arXiv:1509.00519, section 5.2)
+    tokenizer/adaptive                  how many times as large the discriminator's gradient is made
     discriminator/accuracy              how often real and fake are told apart; in its place real_logits and fake_logits
     latent_std, of validation or any    standard deviation of the latents as a prior reads them
         network
@@ -161,8 +162,11 @@ def discriminator_wins(history: History) -> Found:
 
 
 def discriminator_silent(history: History) -> Found:
+    heard = history.curve("tokenizer/adaptive", _begin(history))
+    if not heard or history.step - heard[0][0] < _SHARE * history.steps:  # at first it has little to say
+        return
     adaptive = _recent(history, "tokenizer/adaptive")
-    if adaptive is not None and adaptive > _AMPLIFIED and _ripe(history):
+    if adaptive is not None and adaptive > _AMPLIFIED:
         yield (
             "the discriminator says nothing",
             f"what the tokenizer hears of it is made {adaptive:,.0f} times as large, which is mostly noise",
@@ -223,19 +227,21 @@ def learning_rate(history: History) -> Found:
     networks = history.facts.get("networks", [])
     if len(networks) != 1 or not _ripe(history):  # losses of adversaries rise and fall with each other
         return
-    comparable = max(_begin(history), int(history.facts.get("ramp_end") or 0))
-    values = [value for _, value in history.curve(f"{networks[0]}/total", comparable)]
+    ramp = int(history.facts.get("ramp_end") or 0)  # until then the loss rises with its weights
+    values = [value for _, value in history.curve(f"{networks[0]}/total", max(_begin(history), ramp))]
     if len(values) < 2 * _LINES or _is_best_now(history):
         return
     losses = _smooth(values)
-    first, best, worst, now = values[0], min(losses), max(losses), losses[-1]  # the first is mostly that of no training
+    first, best, worst, now = values[0], min(losses), max(losses), losses[-1]  # the first: of no training
     norms, limit = [value for _, value in history.curve(f"{networks[0]}/norm")], history.facts["clip"]
     clipped = sum(norm > limit for norm in norms) / max(1, len(norms))
     noise = statistics.median(abs(b - a) for a, b in itertools.pairwise(values))  # from step to step
     seen = f"gradients were clipped in {clipped:.0%} of the logged steps"
     if best < first and now > best + max(_LOST * (first - best), 3 * noise):
         yield name, f"the loss fell from {first:.3g} to {best:.3g} and is at {now:.3g} again; {seen}", advice
-    elif worst > first + max(2 * (first - best), 3 * noise) or (now > first - 0.01 * abs(first) and clipped > _CLIPPED):
+        return
+    stuck = not ramp and now > first - 0.01 * abs(first) and clipped > _CLIPPED  # after a ramp it may well be level
+    if worst > first + max(2 * (first - best), 3 * noise) or stuck:
         yield name, f"the loss began at {first:.3g}, went up to {worst:.3g} and is at {now:.3g}; {seen}", advice
 
 

@@ -158,6 +158,7 @@ class _Run:
             self._set_rates()
             batches = self._read()
             scalars = self._update(batches)
+            run.ema.leap()
             run.step, run.at = run.step + 1, run.at + 1
             self.log.at, reached = run.at, run.step
             if scalars is None:
@@ -207,10 +208,9 @@ class _Run:
 
     def _update(self, batches: list[Batch]) -> dict[str, float] | None:
         """One step of every network. Its scalars, empty where no line is due; None where one was not finite."""
-        run, due = self.state, (self.state.step + 1) % self.config.log_every == 0
-        due = due or self.state.step + 1 in (1, self.config.steps)
+        run, scalars = self.state, dict[str, float]()
+        due = (run.step + 1) % self.config.log_every == 0 or run.step + 1 in (1, self.config.steps)
         generators = [iter(self.stage.updates(batch, run.step)) for batch in batches]
-        scalars: dict[str, float] = {}
         while updates := exchange.advance(generators, self.stage.forward.values(), self.accelerator, due):
             name = updates[0][0]
             network, clip = run.networks[name], self.config.optimizer_of(name).clip

@@ -265,7 +265,7 @@ def rate(step: int, steps: int, config: Optimizer, restart: int = 0) -> float:
 class EMA:
     """Moving average of a module's floating tensors, in fp32; the decay warms up as min(decay, (1 + n) / (10 + n)).
 
-    They are divided over processes all or none. Rows that `leapt` in a part of it begin anew here too.
+    They are divided over processes all or none.
 
     Parameters are matched by object at construction, so wrappers' name prefixes cannot make it a no-op.
     """
@@ -286,11 +286,18 @@ class EMA:
         torch._foreach_lerp_(averages, values, 1 - decay)  # all at once: on a GPU each alone takes longer to launch
         for name in self.live.keys() - set(moving):
             self.average[name].copy_(self.live[name])
+
+    @torch.no_grad()
+    def leap(self) -> None:
+        """Rows that `leapt` in a part of the module, as codes that began anew do, begin anew here too.
+
+        Call it once a step, after all that changes the module, and before anything is saved.
+        """
         for path, part in self.leaping:
-            if (rows := part.leapt) is not None:
+            if part.leapt is not None:
                 for name in (f"{path}.{row}".lstrip(".") for row in part.rows):
                     if name in self.live:
-                        self.average[name][rows] = self.live[name][rows].to(self.average[name])
+                        self.average[name][part.leapt] = self.live[name][part.leapt].to(self.average[name])
                 part.leapt = None
 
     @contextmanager

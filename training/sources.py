@@ -35,10 +35,14 @@ def source_of(recipe: Recipe, data: Data) -> Any:
 
 
 def fingerprint_at(recipe: Recipe, shards: Path) -> str | None:
-    """That of shards, as a model's training would read them; None where it read no shards, or says nothing of them."""
-    if recipe.training.get("data", {}).get("kind") != "shards":
+    """That of shards, as a model's training would read them; None where it read no shards, or does not say what."""
+    try:
+        config = training_of(recipe).data
+    except RecipeError:  # it was converted, or written by another version
         return None
-    config = training_of(recipe).data.model_copy(update={"shards": str(shards)})
+    if config.kind != "shards":
+        return None
+    config = config.model_copy(update={"shards": str(shards)})
     fingerprint: str = source_of(recipe, config).fingerprint
     return fingerprint
 

@@ -88,12 +88,17 @@ def role_of(hexcode: str) -> tuple[str, str]:
     return code, "person"
 
 
+def _turned(code: str) -> str:
+    """The hexcode, or role, of the mirror image, whether there is one or not."""
+    left = code.removesuffix(_FACING_RIGHT)
+    return left if left != code else code + _FACING_RIGHT
+
+
 def splits(emoji: Sequence[Emoji]) -> dict[str, Any]:
     """{"E1": cells, "mirrored": cells, "E2": cells, "roles": {role: held-out tone}}: cells that training never sees.
 
-    A role is in E1 if every style has its full grid of 3 genders x 5 tones; its concepts are not in E2. Of a role that
-    also comes facing right, as its mirror image and in all tones, the held-out cells are `mirrored`, and asked by no
-    test.
+    A role is in E1 if every style has its full grid of 3 genders x 5 tones; its concepts are not in E2. What also comes
+    facing right shows training its mirror image: such cells are held out as `mirrored`, and asked by no test.
     """
     styles = sorted({e.style for e in emoji})
     grid: dict[str, set[tuple[str, str, int]]] = defaultdict(set)
@@ -111,13 +116,15 @@ def splits(emoji: Sequence[Emoji]) -> dict[str, Any]:
         digest = hashlib.sha256(concept.encode()).digest()
         if len(have) > 1 and role_of(concept)[0] not in roles and int.from_bytes(digest[:8]) % 10 == 0:
             lost[concept] = sorted(have)[digest[8] % len(have)]
-    held: dict[bool, list[str]] = {False: [], True: []}
+    held: dict[str, list[str]] = {"E1": [], "mirrored": [], "E2": []}
     for e in emoji:
-        role = role_of(e.hexcode)[0]
+        role, turned = role_of(e.hexcode)[0], _turned(e.concept)
         if e.tone and roles.get(role) == e.tone:
-            held[role + _FACING_RIGHT in grid].append(e.cell)
-    e2 = [e.cell for e in emoji if lost.get(e.concept) == e.style]
-    return {"E1": held[False], "mirrored": held[True], "E2": e2, "roles": roles}
+            held["mirrored" if _turned(role) in grid else "E1"].append(e.cell)
+        elif lost.get(e.concept) == e.style:
+            shows = e.style in shown.get(turned, ()) and lost.get(turned) != e.style
+            held["mirrored" if shows else "E2"].append(e.cell)
+    return {**held, "roles": roles}
 
 
 # --- drawing and writing ----------------------------------------------------------------------------------------------

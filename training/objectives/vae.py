@@ -42,8 +42,9 @@ class _Bounded(torch.autograd.Function):
         return grad * ((log_scale >= _LEAST_LOG_SCALE) | (grad < 0))
 
 
-def _bounded(log_scale: Tensor) -> Tensor:
-    bounded: Tensor = _Bounded.apply(full(log_scale))
+def _bounded(log_scale: Tensor, values: Tensor) -> Tensor:
+    """Of each of the values: of their sum, gradients would come through in passes otherwise than in one."""
+    bounded: Tensor = _Bounded.apply(full(log_scale).expand_as(values))
     return bounded
 
 
@@ -53,19 +54,21 @@ def _to_levels(image: Tensor) -> Tensor:
 
 def gaussian_nll(image: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
     """-ln N(image | location, exp(log_scale)^2) of each value, a density over [-1, 1]: (B, 3, H, W)."""
-    log_scale = _bounded(log_scale)
-    return 0.5 * ((full(image) - full(location)) * torch.exp(-log_scale)).square() + log_scale + 0.5 * _LN_2PI
+    away = full(image) - full(location)
+    log_scale = _bounded(log_scale, away)
+    return 0.5 * (away * torch.exp(-log_scale)).square() + log_scale + 0.5 * _LN_2PI
 
 
 def logistic_nll(image: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
     """-ln of the probability of each 8-bit value, (B, 3, H, W): a logistic distribution's mass between half levels.
 
     Of an image that was never stored in 8 bits, the nearest levels are meant. The lowest and the highest value have the
-    tails. With a and b the ends of the interval, the mass is
-    sigmoid(a) sigmoid(-b) (1 - exp(b - a)), which loses no digits however far the value is from the location.
+    tails. With a and b the ends of the interval, the mass is sigmoid(a) sigmoid(-b) (1 - exp(b - a)), which loses no
+    digits however far the value is from the location.
     """
-    image, log_scale = _to_levels(full(image)), _bounded(log_scale)
-    away, per_scale = image - full(location), torch.exp(-log_scale)
+    image = _to_levels(full(image))
+    away = image - full(location)
+    per_scale = torch.exp(-_bounded(log_scale, away))
     above = F.logsigmoid((away + _HALF_LEVEL) * per_scale)  # ln sigmoid(a)
     below = F.logsigmoid(-(away - _HALF_LEVEL) * per_scale)  # ln sigmoid(-b)
     inside = above + below + torch.log(-torch.expm1(-2 * _HALF_LEVEL * per_scale))

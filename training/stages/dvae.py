@@ -53,7 +53,7 @@ class DVAEStage(CodesStage):
         self.temperature["steps"] = round(config.number("temperature_share", 0.75) * (steps - self.start))
         self.kl_weight: dict[str, Any] = {"end": knobs["kl_weight"]} if "kl_weight" in knobs else {}
         self.kl_weight["steps"] = round(config.number("kl_share", 0.1) * steps)
-        self.ramp_end = self.start + self.kl_weight["steps"]
+        self.ramp_end = self.start + self.kl_weight["steps"] if self.kl_weight.get("end", 1) else 0
 
     @torch.no_grad()
     def restart(self) -> None:

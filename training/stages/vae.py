@@ -50,7 +50,8 @@ class VAEStage(TrainingStage):
         self.likelihood, self.free_bits = config.word("likelihood", "gaussian"), config.number("free_bits", 0)
         self.draws = round(config.number("iwae_draws", 0))
         self.metrics = (*type(self).metrics, *(("iwae", "iwae_bits_per_dim") if self.draws else ()))
-        self.beta, self.ramp_end = config.number("beta", 1), round(config.number("beta_share", 0) * config.steps)
+        self.beta, self.rise = config.number("beta", 1), round(config.number("beta_share", 0) * config.steps)
+        self.ramp_end = self.rise if self.beta else 0
 
     @staticmethod
     def coupled(recipe: Recipe, config: Stage) -> str:
@@ -62,7 +63,7 @@ class VAEStage(TrainingStage):
 
     def _loss(self, batch: Batch, step: int) -> Loss:
         out = self.forward[self.part](batch.image, self._noise(batch, step, "posterior"))
-        beta = anneal(step, 0.0, self.beta, self.ramp_end, "linear")
+        beta = anneal(step, 0.0, self.beta, self.rise, "linear")
         names = ("reconstruction", "log_scale", "mean", "log_variance")
         reconstruction, log_scale, mean, log_variance = (out[name] for name in names)
         return objective.vae(
