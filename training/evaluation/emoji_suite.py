@@ -9,7 +9,7 @@ three genders.
 - trained: cells that training shows, one of each (concept, style), the first 300 of a fixed shuffle.
   R@1: nearest of all emoji of its style. R@5: among the nearest five. concept: the nearest is the right one in any
   tone. style: nearer to the true emoji than to the same one in another style.
-- E1: all held-out cells of role x tone. R@1: nearest of the 15 of its role (3 genders x 5 tones) in its style. tone,
+- E1: held-out cells of role x tone. R@1: nearest of the 15 of its role (3 genders x 5 tones) in its style. tone,
   gender: that of the nearest of the 15 is right.
 - E2: held-out cells of concept x style, one of each; answers as in `trained`. Read R@1 beside `style`: the true emoji
   of the other style has R@1 0.19 (Noto 1.2.9, Fluent 1.2.6) and style 0.
