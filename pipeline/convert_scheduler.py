@@ -56,8 +56,8 @@ def noise_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def sampling_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The `sampler` that a scheduler is, and its `spacing` where ours means the same by it and does not take it anyway.
 
-    `dpmpp_2m` where there is none, as for Stable Diffusion's PNDM. That of a latent
-    consistency model, or of weights that its LoRA was merged into, takes few steps, of its own kind, without guidance.
+    `dpmpp_2m` where there is none, as for Stable Diffusion's PNDM. That of a latent consistency model, or of weights
+    that its LoRA was merged into, takes few steps, of its own kind, without guidance.
     """
     if config.get("_class_name") == "LCMScheduler":
         return {"sampler": "LCMScheduler", "num_steps": 4, "guidance_scale": 1.0}

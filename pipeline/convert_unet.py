@@ -109,8 +109,8 @@ def clip_text_from_transformers(weights: Weights, network: nn.Module) -> dict[st
     """The state dict of transformers' `CLIPTextModel`, of any version -> one of `network`, a `CLIPText`.
 
     What that class does not read either is left out: blocks beyond the network's depth (in folders that were made to
-    skip the last), projections, an image tower. Raises ValueError for tensors that are missing, too many, or
-    of another shape.
+    skip the last), projections, an image tower. Raises ValueError for tensors that are missing, too many, or of another
+    shape.
     """
     given = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
     split = _split(network.state_dict())

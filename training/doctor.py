@@ -232,7 +232,7 @@ def learning_rate(history: History) -> Found:
     if len(values) < 2 * _LINES or _is_best_now(history):
         return
     losses = _smooth(values)
-    first, best, worst, now = values[0], min(losses), max(losses), losses[-1]  # the first: of no training
+    first, best, worst, now = values[0], min(losses), max(losses), losses[-1]
     norms, limit = [value for _, value in history.curve(f"{networks[0]}/norm")], history.facts["clip"]
     clipped = sum(norm > limit for norm in norms) / max(1, len(norms))
     noise = statistics.median(abs(b - a) for a, b in itertools.pairwise(values))  # from step to step
@@ -240,7 +240,7 @@ def learning_rate(history: History) -> Found:
     if best < first and now > best + max(_LOST * (first - best), 3 * noise):
         yield name, f"the loss fell from {first:.3g} to {best:.3g} and is at {now:.3g} again; {seen}", advice
         return
-    stuck = not ramp and now > first - 0.01 * abs(first) and clipped > _CLIPPED  # after a ramp it may well be level
+    stuck = not ramp and now > first - 0.01 * abs(first) and clipped > _CLIPPED  # else the first is of a trained model
     if worst > first + max(2 * (first - best), 3 * noise) or stuck:
         yield name, f"the loss began at {first:.3g}, went up to {worst:.3g} and is at {now:.3g}; {seen}", advice
 
