@@ -148,7 +148,7 @@ class _Tokenizer:
 
     def judge(self, true: Tensor, again: Tensor, facts: list[Facts] | None) -> None:
         """Pictures (B, S, S, 3) and their reconstructions."""
-        self.errors += (true.double() - again.double()).square().mean((1, 2, 3)).tolist()
+        self.errors += _squared_errors(true, again)
         self.likeness += ssim(true, again).tolist()
         self.kept += [] if facts is None else [not failures for failures in check(again.numpy(), facts)]
 
@@ -173,6 +173,12 @@ class _Tokenizer:
             used = codebook_use(self.counts.double())
             row |= {"vocabulary": len(self.counts)} | {name: float(value) for name, value in used.items()}
         return row
+
+
+def _squared_errors(first: Tensor, second: Tensor) -> list[float]:
+    """Of each of some pictures (B, S, S, 3), in 8-bit levels."""
+    errors: list[float] = (first.double() - second.double()).square().mean((1, 2, 3)).tolist()
+    return errors
 
 
 def _pictures(tokenizers: list[_Tokenizer], data: Path | None, count: int, seed: int) -> tuple[int, str, Pictures]:
@@ -289,7 +295,7 @@ def evaluate(
         if corruption is not None:
             samples = torch.arange(len(spoiled), len(spoiled) + len(image))
             image = corruptions.corrupt(image, *corruption, seed, 0, samples)
-            spoiled += (true.double() - to_uint8(image).double()).square().mean((1, 2, 3)).tolist()
+            spoiled += _squared_errors(true, to_uint8(image))
         for tokenizer in tokenizers:
             again = tokenizer.reconstruct(image)
             tokenizer.judge(true, again, facts)
