@@ -1,14 +1,20 @@
 """CLIP's towers and loss against open_clip, run live at a tiny size."""
 
+import io
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from kartina.tokenizers.clip_towers import CLIP
 from kartina.training.objectives.clip import clamp_logit_scale, clip
+from kartina.training.shards import ShardWriter
+from kartina.training.stages.clip import CLIPStage
+from kartina.training.stream import ShardSource
 
 SIZES = dict(embed_dim=24, image_size=16, patch_size=4, vision_width=32, vision_depth=2, vision_heads=2)
 SIZES |= dict(text_vocab=50, text_length=10, text_width=16, text_depth=2, text_heads=2)
@@ -55,7 +61,7 @@ def test_outputs_and_gradients_equal_open_clip(reference):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     torch.testing.assert_close(model.encode_image(image), reference.encode_image(image), atol=1e-5, rtol=0)
     torch.testing.assert_close(model.encode_text(text), reference.encode_text(text), atol=1e-5, rtol=0)
-    (total, count), _ = clip(*ours, torch.arange(6), None, torch.ones(6))
+    (total, count), _ = clip(*ours, torch.arange(6)[:, None], None, torch.ones(6))
     (total / count).backward()
     open_clip.ClipLoss()(*theirs).backward()
     expected = dict(reference.named_parameters())
@@ -69,7 +75,7 @@ def test_loss_equals_open_clip_in_float64():
     open_clip = pytest.importorskip("open_clip")
     image, text, _ = _features()
     scale = torch.tensor(9.0, dtype=torch.float64)
-    (total, count), scalars = clip(image, text, scale, torch.arange(6), None, torch.ones(6))
+    (total, count), scalars = clip(image, text, scale, torch.arange(6)[:, None], None, torch.ones(6))
     torch.testing.assert_close(total / count, open_clip.ClipLoss()(image, text, scale), atol=1e-12, rtol=0)
     assert float(scalars["chance"]) == pytest.approx(math.log(6))
     assert float(scalars["loss"]) == pytest.approx(float(total / count))
@@ -78,7 +84,7 @@ def test_loss_equals_open_clip_in_float64():
 def test_same_group_is_no_negative_and_wrong_captions_are():
     image, text, wrong = _features()
     groups = torch.tensor([0, 1, 0, 2, 3, 3])
-    (total, count), _ = clip(image, text, torch.tensor(5.0), groups, wrong, torch.ones(6))
+    (total, count), _ = clip(image, text, torch.tensor(5.0), groups[:, None], wrong, torch.ones(6))
     expected = 0.0
     for i in range(6):
         others = [j for j in range(6) if j == i or groups[j] != groups[i]]
@@ -90,12 +96,47 @@ def test_same_group_is_no_negative_and_wrong_captions_are():
     assert float(count) == 6
 
 
+def test_a_caption_that_is_true_of_an_image_is_no_negative_for_it():
+    """Of image 0 captions 2 and 5 are true too, of image 3 caption 4; the other way round they are not."""
+    image, text, _ = _features()
+    groups = torch.tensor([[0, 2, 5], [1, 1, 1], [2, 2, 2], [3, 4, 3], [4, 4, 4], [5, 9, 5]])
+    (total, _), _ = clip(image, text, torch.tensor(5.0), groups, None, torch.ones(6))
+    true = {(0, 2), (0, 5), (3, 4)}
+    expected = 0.0
+    for i in range(6):
+        captions = [j for j in range(6) if (i, j) not in true]
+        images = [j for j in range(6) if (j, i) not in true]
+        found_text = torch.softmax(5 * text[captions] @ image[i], 0)[captions.index(i)]
+        found_image = torch.softmax(5 * image[images] @ text[i], 0)[images.index(i)]
+        expected -= float(found_text.log() + found_image.log()) / 2
+    assert float(total) == pytest.approx(expected, abs=1e-12)
+
+
+def test_all_captions_of_a_sample_reach_the_loss(tmp_path):
+    """Of shards whose samples have several, whichever is drawn, and of one that cannot be read none."""
+    told = [["an owl", "сова", "Bird"], ["an owl"], [f"caption {k}" for k in range(12)]]
+    with ShardWriter(tmp_path / "shards") as writer:
+        for captions in (*told, ["no picture"]):
+            file = io.BytesIO()
+            Image.new("RGB", (8, 8)).save(file, "PNG")
+            data = file.getvalue() if captions != ["no picture"] else b"torn"
+            writer.write({"png": data, "txt": "\n".join(captions).encode()})
+    source = ShardSource(tmp_path / "shards", 32, 0)
+    batch = source.read(range(source.size))
+    rows = CLIPStage._meanings(SimpleNamespace(source=source), batch)
+    assert sorted(map(list, batch.told)) == sorted([*told, []]) and {len(row) for row in rows} == {8}
+    for row, drawn, known, weight in zip(rows, batch.captions, batch.told, batch.weight.tolist(), strict=True):
+        assert row[0] == drawn.lower() and (drawn in known or not weight)
+        assert set(row) <= {caption.lower() for caption in known or [""]}
+        assert len(set(row)) == min(8, len(known) or 1) and (drawn == "") == (weight == 0)
+
+
 def test_weightless_samples_change_nothing():
     image, text, wrong = _features()
     weight = torch.tensor([1.0, 1, 0.5, 1, 0, 0])
     image.requires_grad_(True)
-    (total, count), scalars = clip(image, text, torch.tensor(5.0), torch.arange(6), wrong, weight)
-    (cut, _), fewer = clip(image[:4], text[:4], torch.tensor(5.0), torch.arange(4), wrong[:4], weight[:4])
+    (total, count), scalars = clip(image, text, torch.tensor(5.0), torch.arange(6)[:, None], wrong, weight)
+    (cut, _), fewer = clip(image[:4], text[:4], torch.tensor(5.0), torch.arange(4)[:, None], wrong[:4], weight[:4])
     torch.testing.assert_close(total, cut)
     torch.testing.assert_close(scalars, fewer)
     assert float(count) == 3.5
@@ -107,7 +148,7 @@ def test_weightless_samples_change_nothing():
 def test_one_group_only_is_finite():
     image, text, _ = _features()
     image.requires_grad_(True)
-    (total, _), scalars = clip(image, text, torch.tensor(5.0), torch.zeros(6).long(), None, torch.ones(6))
+    (total, _), scalars = clip(image, text, torch.tensor(5.0), torch.zeros(6, 1).long(), None, torch.ones(6))
     total.backward()
     assert float(total.detach()) == pytest.approx(0, abs=1e-12)
     assert image.grad.isfinite().all()
@@ -116,7 +157,7 @@ def test_one_group_only_is_finite():
 
 def test_accuracy_and_chance_of_a_blind_and_a_perfect_model():
     same = torch.nn.functional.normalize(torch.ones(4, 8), dim=-1)
-    weight, groups = torch.ones(4), torch.arange(4)
+    weight, groups = torch.ones(4), torch.arange(4)[:, None]
     (total, count), blind = clip(same, same, torch.tensor(10.0), groups, same[:, None].expand(4, 2, 8), weight)
     assert float(blind["accuracy"]) == 0
     assert float(total / count) == pytest.approx(float(blind["chance"]), abs=1e-6)
@@ -158,7 +199,7 @@ def test_edges_refuse():
         CLIP(**SIZES | {"text_depth": 0})
     image, text, _ = _features()
     with pytest.raises(ValueError, match="weight"):
-        clip(image, text[:3], torch.tensor(1.0), torch.arange(6), None, torch.ones(6))
+        clip(image, text[:3], torch.tensor(1.0), torch.arange(6)[:, None], None, torch.ones(6))
 
 
 def test_painting_with_clip_imports_neither_open_clip_nor_the_compiler():

@@ -248,4 +248,5 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         problems=batch.problems,
         encoded={name: array.to(device) for name, array in batch.encoded.items()},
         labels=None if batch.labels is None else batch.labels.to(device),
+        told=batch.told,
     )

@@ -51,7 +51,8 @@ class Batch:
 
     A weight is 1, or 0 for a sample that could not be read; problems says why, by key. encoded: what a cache holds in
     the picture's place, by name (see `samples.ARRAYS`), integers as int64; the image is then (B, 3, 0, 0). labels:
-    int64 (B,), the class of each, or None where the source knows no classes.
+    int64 (B,), the class of each, or None where the source knows no classes. told: all captions that are true of each,
+    or empty where a source knows the drawn ones alone.
     """
 
     image: Tensor
@@ -62,6 +63,7 @@ class Batch:
     problems: dict[str, str] = field(default_factory=dict)
     encoded: dict[str, Tensor] = field(default_factory=dict)
     labels: Tensor | None = None
+    told: list[Sequence[str]] = field(default_factory=list)
 
 
 class Source(Protocol):
@@ -204,16 +206,16 @@ class ShardSource:
             self._windows.popitem(last=False)
         return shards, members
 
-    def _read_one(self, position: int) -> tuple[Tensor, str, str, str | None]:
+    def _read_one(self, position: int) -> tuple[Tensor, str, str, str | None, Sequence[str]]:
         shard, member = self.place(position)
         index = self.indexes[shard]
         key = index.sample_name(member)
         try:
             picture, captions = patiently(index.path, partial(read_sample, entry=index.entries[member]))
             self.check_captions(captions)
-            return fit(picture, self.side), self.drawn(captions, position), key, None
+            return fit(picture, self.side), self.drawn(captions, position), key, None, captions
         except BadSample as error:
-            return torch.zeros(3, self.side, self.side), "", key, str(error)
+            return torch.zeros(3, self.side, self.side), "", key, str(error), ()
 
     def check_captions(self, captions: Sequence[str]) -> None:
         """Raises BadSample for a sample without a caption where captions are read."""
@@ -230,11 +232,11 @@ class ShardSource:
         """The batch at these positions. Raises ValueError for a negative position."""
         if not len(positions) or min(positions) < 0:
             raise ValueError(f"positions must be a non-empty sequence of numbers >= 0, got {list(positions)}")
-        images, captions, keys, reasons = zip(*(self._read_one(int(p)) for p in positions), strict=True)
+        images, captions, keys, reasons, told = zip(*(self._read_one(int(p)) for p in positions), strict=True)
         samples = torch.tensor([int(p) for p in positions], dtype=torch.int64)
         problems = {key: reason for key, reason in zip(keys, reasons, strict=True) if reason is not None}
         weight = torch.tensor([0.0 if key in problems else 1.0 for key in keys])
-        return Batch(torch.stack(images), list(captions), list(keys), samples, weight, problems)
+        return Batch(torch.stack(images), list(captions), list(keys), samples, weight, problems, told=list(told))
 
     def captions(self, positions: Sequence[int]) -> list[str]:
         """The captions at these positions, without those that cannot be read. Raises ValueError where all samples were

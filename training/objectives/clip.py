@@ -31,7 +31,8 @@ def clip(
     """Half the cross-entropy of finding each image's caption, and half that of finding each caption's image.
 
     image_features, text_features (B, D), of length 1; logit_scale () > 0, the factor itself and not its logarithm;
-    groups (B,) int64, equal for captions that mean the same; wrong_text_features (B, W, D) of length 1 or None, further
+    groups (B, G) int64, numbers that are equal for captions that mean the same: first that of the sample's own, then of
+    others that are true of its image, or own ones again; wrong_text_features (B, W, D) of length 1 or None, further
     candidates for the image of their own row; weight (B,) >= 0, where 0 also takes a sample out of the candidates.
 
     Returns ((sum of weight * loss, sum of weight), scalars), the scalars detached weighted means: `loss`; `chance`, the
@@ -45,9 +46,9 @@ def clip(
         image, text = full(image_features), full(text_features)
         scale = logit_scale.to(image.dtype)
         logits = scale * image @ text.T  # (B, B), a row per image
-        barred = _barred(groups, weight)
-        by_image = logits.masked_fill(barred, -math.inf)
-        by_text = logits.T.masked_fill(barred, -math.inf)
+        true = _true(groups)
+        by_image = logits.masked_fill(_barred(true, weight), -math.inf)
+        by_text = logits.T.masked_fill(_barred(true.T, weight), -math.inf)
         if wrong_text_features is not None:
             wrong = scale * torch.einsum("bd,bwd->bw", image, full(wrong_text_features))
             by_image = torch.cat([by_image, wrong], dim=1)  # (B, B+W)
@@ -66,11 +67,18 @@ def clamp_logit_scale(log_scale: Tensor, maximum: float = 100.0) -> None:
     log_scale.clamp_(max=math.log(maximum))
 
 
-def _barred(groups: Tensor, weight: Tensor) -> Tensor:
+def _true(groups: Tensor) -> Tensor:
+    """(B, B) bool: the caption of sample j is true of the image of sample i."""
+    own, found = groups[:, 0], torch.zeros(len(groups), len(groups), dtype=torch.bool, device=groups.device)
+    for told in groups.unbind(1):  # one at a time: together they would take as many times the memory
+        found |= told[:, None] == own[None, :]
+    return found
+
+
+def _barred(true: Tensor, weight: Tensor) -> Tensor:
     """(B, B) bool: column j is no candidate for row i. The diagonal always is one."""
-    same = groups[:, None] == groups[None, :]
-    own = torch.eye(len(groups), dtype=torch.bool, device=groups.device)
-    return (same | (weight == 0)[None, :]) & ~own
+    own = torch.eye(len(true), dtype=torch.bool, device=true.device)
+    return (true | (weight == 0)[None, :]) & ~own
 
 
 def _ln_candidates(logits: Tensor) -> Tensor:
@@ -79,12 +87,13 @@ def _ln_candidates(logits: Tensor) -> Tensor:
 
 def _check(image: Tensor, text: Tensor, groups: Tensor, wrong: Tensor | None, weight: Tensor) -> None:
     batch = image.shape[:1]
-    fits = image.ndim == 2 and text.shape == image.shape and groups.shape == batch and weight.shape == batch
+    fits = image.ndim == 2 and text.shape == image.shape and groups.shape[:1] == batch and weight.shape == batch
+    fits = fits and groups.ndim == 2 and groups.shape[1] > 0
     if fits and wrong is not None:
         fits = wrong.ndim == 3 and (wrong.shape[0], wrong.shape[2]) == tuple(image.shape)
     if not fits:
         shapes = [None if x is None else tuple(x.shape) for x in (image, text, groups, wrong, weight)]
         raise ValueError(
-            "clip needs image (B, D), text (B, D), groups (B,), wrong captions (B, W, D) or None and weight (B,), "
+            "clip needs image (B, D), text (B, D), groups (B, G), wrong captions (B, W, D) or None and weight (B,), "
             f"got {shapes}; pass one row per sample"
         )

@@ -32,9 +32,11 @@ from .contract import (
     read_captions,
 )
 
+_TOLD = 8  # of the captions that are true of a sample so many are known to the loss
+
 
 class CLIPStage(TrainingStage):
-    """Fits CLIP (arXiv:2103.00020); captions of equal meaning are no negatives.
+    """Fits CLIP (arXiv:2103.00020); captions of equal meaning are no negatives, nor are others of a sample's own.
 
     With `contrast`, a step's samples come in groups of so many, of which all but the first are one fact away from it:
     pictures and captions are then hard negatives of each other, and none is encoded for that alone. With
@@ -106,7 +108,7 @@ class CLIPStage(TrainingStage):
     def _loss(self, batch: Batch, step: int) -> Loss:
         clip_objective.clamp_logit_scale(self.network.logit_scale)
         image_features, text_features, scale, wrong = self._features(self.forward[self.part], batch, step)
-        meanings = [_number(self.source.meaning(caption)) for caption in batch.captions]
+        meanings = [[_number(meaning) for meaning in row] for row in self._meanings(batch)]
         groups = gather(torch.tensor(meanings, device=batch.image.device))
         rows = [image_features, text_features, *([] if wrong is None else wrong.unbind(1))]  # (B, D) each
         image_features, text_features, *others = _gather(torch.stack(rows, dim=1)).unbind(1)
@@ -134,6 +136,13 @@ class CLIPStage(TrainingStage):
         own, wrong = text_features[:count], text_features[count:]
         return image_features, own, scale, wrong.view(count, -1, own.shape[1]) if len(wrong) else None
 
+    def _meanings(self, batch: Batch) -> list[list[Hashable]]:
+        """Of each sample what its caption means, then its others, of one length on all ranks: cut, or filled up."""
+        told = batch.told or [()] * len(batch.captions)
+        rows = [[own, *(each for each in all_ if each != own)] for own, all_ in zip(batch.captions, told, strict=True)]
+        meant = [[self.source.meaning(caption) for caption in row[:_TOLD]] for row in rows]
+        return [row + row[:1] * (_TOLD - len(row)) for row in meant]
+
     def _wrong(self, batch: Batch, wanted: int) -> list[str]:
         """As many minimal wrong captions of each sample as wanted, one sample after the other."""
         if not wanted:
@@ -147,8 +156,8 @@ class CLIPStage(TrainingStage):
         image_features, text_features, _, wrong = self._features(self.network, batch)
         similarity = image_features.float() @ text_features.float().T  # (B, B)
         right = similarity.diagonal().clone()
-        meanings = [self.source.meaning(caption) for caption in batch.captions]
-        same = torch.tensor([[a == b for b in meanings] for a in meanings], device=right.device)
+        meanings = self._meanings(batch)
+        same = torch.tensor([[other[0] in row for other in meanings] for row in meanings], device=right.device)
         best = similarity.masked_fill(same, -1.0).amax(dim=1)
         if wrong is not None:
             best = best.maximum(torch.einsum("bd,bwd->bw", image_features.float(), wrong.float()).amax(dim=1))
