@@ -174,7 +174,7 @@ def _clip(setting: Setting, batch: int) -> Tensor:
     total = batch * setting.world
     rows = setting.gathered(image_features), setting.gathered(own)
     others = None if others is None else setting.gathered(others)
-    return clip_objective.clip(*rows, scale, torch.arange(total), others, torch.ones(total))[0][0]
+    return clip_objective.clip(*rows, scale, torch.arange(total)[:, None], others, torch.ones(total))[0][0]
 
 
 def _unet(setting: Setting, batch: int) -> Tensor:
