@@ -22,7 +22,7 @@ from ...pipeline.known_models import find_model
 from ...tokenizers.vqgan import VQGAN, VQLatents
 from ..objectives.dvae import codebook_use, counts_by_image
 from ..run import Data
-from ..sources import source_of, validation_of
+from ..sources import source_of
 from ..stages.contract import psnr
 from .panels import Column, bars, page
 
@@ -30,7 +30,7 @@ _CHUNK, _MOST, _TILE, _COLUMNS = 64, 1024, 20, 28  # most: codes that are drawn;
 
 
 def load(model: str, data: Path | None, device: torch.device) -> tuple[Any, Any]:
-    """The tokenizer of a model, and a source of pictures: `shapes` where it was trained on them, or shards.
+    """The tokenizer of a model, and a source of pictures: `shapes` as it was trained on them, or shards.
 
     Raises ModelError where the model has none, or no codes, and ValueError where data is needed and not named.
     """
@@ -50,7 +50,7 @@ def load(model: str, data: Path | None, device: torch.device) -> tuple[Any, Any]
     # Of an untrusted recipe words and numbers are believed, paths are not.
     shown = {name: given[name] for name in ("levels", "jitter") if name in given}
     wanted = Data(kind="shapes", **shown) if data is None else Data(kind="shards", shards=str(data), validation_share=0)
-    return tokenizer, source_of(recipe, wanted) if data is not None else validation_of(recipe, wanted)
+    return tokenizer, source_of(recipe, wanted)
 
 
 @torch.no_grad()
