@@ -132,6 +132,25 @@ def test_what_differs_is_named_down_to_the_value():
     assert runs.differences({}, {str(k): k for k in range(10)}).endswith("7: (absent) -> 7; and 2 more")
 
 
+@pytest.mark.parametrize("name", ["shapes/stable-diffusion", "shapes/vqgan"])
+def test_a_run_of_an_older_version_goes_on_and_another_value_of_a_new_field_is_a_difference(name):
+    """What an identity does not have yet was as the default of its field says."""
+    recipe, training = runs.load(name, [])
+    for stage in training.stages:
+        now = json.loads(json.dumps(runs.identity(recipe, training, stage, "data", {})))
+        old = {key: value for key, value in now.items() if key not in ("ema", "optimizers")}
+        old["optimizer"] = {key: value for key, value in now["optimizer"].items() if key != "shape"}
+        if "diffusion" in now:
+            old["diffusion"] = {k: v for k, v in now["diffusion"].items() if k != "num_timesteps"}
+        fields = (now["ema"] == 0.999, now["optimizers"] == {}, now["optimizer"]["shape"] == "linear")
+        found = runs.differences(runs.completed(old), now)
+        assert (found == "") == all(fields), (stage, found)
+        assert runs.differences(runs.completed(now), now) == ""
+        later = now | {"ema": 0.5, "optimizer": now["optimizer"] | {"shape": "cosine"}}
+        found = runs.differences(runs.completed(old), later)
+        assert "ema: 0.999 -> 0.5" in found and "optimizer.shape: linear -> cosine" in found
+
+
 def test_a_stage_reads_its_own_levels_and_jitter():
     _, training = runs.load("shapes/dalle", ["stages.tokenizer.jitter=0.1", "stages.tokenizer.levels=[S2]"])
     own, other = training.data_of("tokenizer"), training.data_of("prior")

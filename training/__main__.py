@@ -246,11 +246,11 @@ def _finished(model: Path, part: str, identity: dict[str, Any], extended: bool) 
     exported = {part, *(other for other, each in parts.items() if each.get("identity", {}).get("stage") == part)}
     if entry is None or not all(shared.place(model, parts, other).is_file() for other in exported):
         return False
-    known = entry.get("identity", {})
+    known = runs.completed(entry.get("identity", {}))
     if entry["hash"] == (identity.get("from") or {}).get(part):
         return False  # it came along, and is what the stage begins with
     keys = runs.differences(known, identity, extended)
-    if extended and not keys and known != identity:
+    if extended and not keys and known.get("steps") != identity.get("steps"):
         return False
     if keys:
         raise RecipeError(

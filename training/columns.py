@@ -20,6 +20,7 @@ from .offers import (
     PackReport,
     as_text,
     captions_in,
+    mixed,
     check_size,
     read_file,
     write,
@@ -69,13 +70,14 @@ def pack_dataset(
         told = _caption_column(rows.features, caption, where)
     names = getattr(_inner(rows.features[told]), "names", None) if told else None  # of classes
     rows = rows.select_columns([shown, told] if told else [shown]).cast_column(shown, datasets.Image(decode=False))
+    name_of = f"{split}/{{:09d}}".format
     inside = [Path(home).resolve() for home in homes]
 
     def offers() -> Iterator[Offer]:
-        for number in followed(range(len(rows)), "packing"):
+        for number in followed(mixed(range(len(rows)), name_of), "packing"):
             row = rows[number]
             text = partial(_text_of_cell, row[told] if told else None, names)
-            yield Offer(f"{split}/{number:09d}", partial(_read_cell, row[shown], inside), text)
+            yield Offer(name_of(number), partial(_read_cell, row[shown], inside), text)
 
     write(offers(), out, samples_per_shard, captionless, report, f"{where}, column {shown}")
     return report

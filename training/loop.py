@@ -28,7 +28,7 @@ from . import doctor, exchange, history, parallel, state
 from .exchange import TrainingError
 from .log import Log
 from .optim import EMA, build_optimizers, rate
-from .run import Stage, Training, differences, division
+from .run import Stage, Training, completed, differences, division
 from .stages import TrainingStage
 from .state import RunState
 from .stopping import Stop, Stopped
@@ -122,7 +122,7 @@ class _Run:
         path = exchange.newest_checkpoint(self.checkpoints, self.accelerator)
         if path is None:
             return
-        known = state.identity_of(path) | {"export": self.identity["export"]}  # what leaves is chosen at the end
+        known = completed(state.identity_of(path)) | {"export": self.identity["export"]}  # what leaves is chosen at the end
         keys = differences(known, self.identity, self.extend)
         if keys:
             raise TrainingError(

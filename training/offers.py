@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -18,6 +18,7 @@ from .shards import ShardWriter
 
 CAPTION_TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # in a folder of pictures
 CAPTION_COLUMNS = ("text", "caption")  # of a table; what is read where none is named
+T = TypeVar("T")
 _MEMBERS = {"PNG": "png", "WEBP": "webp"}  # anything else that is decoded is a JPEG
 
 
@@ -72,12 +73,20 @@ def write(
             writer.write(members, name=offer.name, **facts, **({"captionless": True} if text is None else {}))
             report.captionless += text is None
             report.several += len(captions) > 1
+        for named in (report.no_caption, report.duplicates):
+            named.sort()
+        report.bad = dict(sorted(report.bad.items()))
         report.packed = writer.count
         if not report.packed:
             raise ValueError(
                 f"nothing to pack in {where}; {len(report.no_caption)} without caption, which --no-captions packs, "
                 f"{len(report.bad)} broken{''.join(f' ({why})' for why in [*report.bad.values()][:1])}"
             )
+
+
+def mixed(things: Iterable[T], name_of: Callable[[T], str]) -> list[T]:
+    """In the order of a hash of their names: in no order of their own, and the same wherever they are packed."""
+    return sorted(things, key=lambda thing: hashlib.sha256(name_of(thing).encode(errors="surrogatepass")).digest())
 
 
 def read_file(path: Path) -> bytes:

@@ -1,5 +1,8 @@
 """Pictures with captions packed into shards: a folder of them, or a data set of Hugging Face (`columns`).
 
+They are packed in an order that a hash of their names gives: the stream mixes a few shards at a time, and a folder or a
+table that is sorted by class would show it few classes at once.
+
 In a folder captions lie beside the pictures, `x.txt` beside `x.jpg`, or in a table: metadata.jsonl, metadata.csv or
 metadata.parquet, whose rows name a picture in the column `file_name` (the package datasets calls that an imagefolder).
 
@@ -17,7 +20,7 @@ from typing import Any
 from ..pipeline.published import HUB
 from ..pipeline.terminal import followed
 from .columns import pack_dataset, tables_in
-from .offers import CAPTION_COLUMNS, CAPTION_TABLES, Offer, PackReport, as_text, captions_in, read_file, write
+from .offers import CAPTION_COLUMNS, CAPTION_TABLES, Offer, PackReport, as_text, captions_in, mixed, read_file, write
 from .samples import PICTURES, BadSample, decode, lines
 
 
@@ -77,7 +80,7 @@ def pack_folder(
     texts = {p.with_suffix(""): p for p in files if _extension(p) == "txt"}
 
     def offers() -> Iterator[Offer]:
-        for path in followed(pictures, "packing"):
+        for path in followed(mixed(pictures, lambda path: path.relative_to(folder).as_posix()), "packing"):
             beside = texts.get(path.with_suffix(""))
             used.update({beside} if beside else ())
             text = partial(_text_of, beside, rows.captions.get(path, []))

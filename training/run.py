@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..pipeline.recipe import Recipe, RecipeError, Section, nearest, read, validate
+from ..pipeline.recipe import Diffusion, Recipe, RecipeError, Section, nearest, read, validate
 
 RECIPES = Path(__file__).parent / "recipes"
 CADENCE = (
@@ -21,6 +21,7 @@ CADENCE = (
 )  # fmt: skip
 """What of a stage may change without changing what it learns."""
 
+_LEFT_OUT = {*CADENCE, "levels", "jitter"}  # of an identity; the data's fingerprint tells of the last two
 _ABSENT, _SHOWN = "(absent)", 8  # in errors
 
 
@@ -38,6 +39,7 @@ class Data(Section):
     cache: str | None = Field(None, description="what `kartina data encode` made of `shards`, read in their place")
     bad_limit: float = Field(0.05, ge=0, le=1, description="share of a pass that may be unreadable")
     workers: int = Field(0, ge=0, description="processes per device that read; 0 is a thread of the trainer")
+    window: int = Field(4, ge=1, description="shards whose samples are mixed; more where shards are sorted by class")
     seed: int = 0
 
 
@@ -171,6 +173,22 @@ def differences(old: dict[str, Any], new: dict[str, Any], extend: bool = False) 
     return "; ".join(lines[:_SHOWN]) + (f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else "")
 
 
+def completed(known: dict[str, Any]) -> dict[str, Any]:
+    """An identity as it was written, with the default of what the version that wrote it did not have yet.
+
+    So a new field must do by default what was done before it.
+    """
+    optimizer = Optimizer(lr=1)
+    stage = Stage(steps=1, global_batch=1, optimizer=optimizer)
+    filled = stage.model_dump(mode="json", exclude={*_LEFT_OUT, "steps", "global_batch", "optimizer"}) | known
+    rates = optimizer.model_dump(mode="json", exclude={"lr"})
+    filled["optimizer"] = rates | filled.get("optimizer", {})
+    filled["optimizers"] = {name: rates | own for name, own in filled["optimizers"].items()}
+    if "diffusion" in filled:
+        filled["diffusion"] = Diffusion().model_dump(mode="json") | filled["diffusion"]
+    return filled
+
+
 def _changes(key: str, old: Any, new: Any) -> list[str]:
     """`key.sub: old -> new` for each value that differs in what two equal keys hold."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -196,8 +214,7 @@ def identity(
     previews and saves, and how a batch is split over devices and computed, are left out: they may change at resume, and
     so may `export`, which is in it for the part that is written at the end.
     """
-    left_out = {*CADENCE, "levels", "jitter"}  # the fingerprint tells of them
-    config = training.stages[name].model_dump(mode="json", exclude=left_out)
+    config = training.stages[name].model_dump(mode="json", exclude=_LEFT_OUT)
     shared = {"image_size": recipe.image_size, "seed": training.seed}
     run = {"precision": training.precision, "data": data, "against": dict(against), "from": begun}
     along = {"beside": {part: recipe.parts[part] for part in beside if part in recipe.parts}} if beside else {}

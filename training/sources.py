@@ -30,8 +30,10 @@ def source_of(recipe: Recipe, data: Data) -> Any:
     if data.shards is None:
         raise RecipeError(f"{recipe.name}: training.data.shards is not set; pass training.data.shards=FOLDER")
     if data.validation is not None or not data.validation_share:
-        return ShardSource(data.shards, size=recipe.image_size, seed=data.seed)
-    return ShardSource(data.shards, recipe.image_size, data.seed, part="train", share=data.validation_share)
+        return ShardSource(data.shards, recipe.image_size, data.seed, data.window)
+    return ShardSource(
+        data.shards, recipe.image_size, data.seed, data.window, part="train", share=data.validation_share
+    )
 
 
 def fingerprint_at(recipe: Recipe, shards: Path) -> str | None:
