@@ -20,8 +20,8 @@ from .offers import (
     PackReport,
     as_text,
     captions_in,
-    mixed,
     check_size,
+    mixed,
     read_file,
     write,
 )

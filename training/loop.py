@@ -122,7 +122,7 @@ class _Run:
         path = exchange.newest_checkpoint(self.checkpoints, self.accelerator)
         if path is None:
             return
-        known = completed(state.identity_of(path)) | {"export": self.identity["export"]}  # what leaves is chosen at the end
+        known = completed(state.identity_of(path)) | {"export": self.identity["export"]}  # chosen when a stage ends
         keys = differences(known, self.identity, self.extend)
         if keys:
             raise TrainingError(

@@ -20,6 +20,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..layers.attention import SpatialAttention
+from ..layers.clip_transformer import CLIPBlock
+from ..layers.conv import BottleneckBlock, ResBlock
+
+_RESIDUAL = (BottleneckBlock, ResBlock, SpatialAttention, CLIPBlock)
+
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
     """The blocks that are gathered one at a time: the `blocks` of a network that says so, none elsewhere."""
@@ -78,8 +84,11 @@ def lay_out(network: nn.Module, device: torch.device, bf16: bool) -> None:
 
 
 def recompute_blocks(network: nn.Module) -> None:
-    """Activations inside blocks are computed again in the backward pass (see `prepare`), in place."""
-    for block in blocks_of(network):
+    """Activations inside blocks are computed again in the backward pass (see `prepare`), in place.
+
+    The blocks are those of `blocks_of`; of the tokenizers and CLIP, which have none, their residual blocks.
+    """
+    for block in blocks_of(network) or [each for each in network.modules() if isinstance(each, _RESIDUAL)]:
         block.forward = partial(_recomputed, block.forward)  # type: ignore[method-assign]
 
 
