@@ -256,7 +256,7 @@ def test_latents_must_have_a_measured_scale(tmp_path):
 
 
 CODES = "parts.tokenizer={kind: patch_dvae, image_size: 32, num_codes: 32, width: 8}"
-OBJECTIVE = "stages.prior.objective"
+OBJECTIVE, DIGITS = "stages.prior.objective", "training.data={kind: digits}"
 TEXT = "parts.text={kind: caption_encoder, text_vocab: 300, text_length: 12, width: 16, depth: 1, num_heads: 2}"
 
 
@@ -300,6 +300,9 @@ TEXT = "parts.text={kind: caption_encoder, text_vocab: 300, text_length: 12, wid
         ),
         (["sampling={spacing: even}"], "timesteps are spaced by one of leading, trailing"),
         (["sampling={sampler: DDIMScheduler, spacing: trailing}"], "for DDIMScheduler of diffusers, which has its own"),
+        (["parts.prior.num_classes=10"], "the data, shapes, have no labels, got parts.prior.num_classes=10"),
+        ([DIGITS, "parts.prior.num_classes=9"], "digits, have labels of 10 classes, got parts.prior.num_classes=9"),
+        ([TEXT, "parts.prior.context_dim=16", "parts.prior.num_classes=10"], "conditioned on captions or on classes"),
         ([f"{OBJECTIVE}={{loss: vlb, gamma: 1}}"], "loss: vlb is the bound of 8-bit pixels, without a tokenizer and"),
     ],
 )

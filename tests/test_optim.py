@@ -200,6 +200,7 @@ def test_processes_share_the_matrices_evenly():
 def test_warm_up_begins_anew_where_the_optimizers_do():
     config = Optimizer(lr=1.0, warmup=10, decay=0.0)
     assert [rate(step, 100, config, restart=50) for step in (50, 59, 60)] == pytest.approx([0.1, 1.0, 1.0])
+    assert rate(20, 100, config, restart=50) == 0.0
 
 
 def test_averages_are_lent_to_the_module_and_taken_back():

@@ -1,6 +1,7 @@
 """What a run folder holds on to: one ruler for the best, and a lock where there are locks."""
 
 import errno
+import json
 
 from PIL import Image
 
@@ -20,6 +21,20 @@ def test_the_best_is_of_one_ruler(tiny, tmp_path, capsys):
     assert "was measured on other data" in capsys.readouterr().out
     saved = state.load(state.newest(tmp_path / "state" / "tokenizer"))
     assert saved["ruler"].startswith("32 of shapes S2none") and saved["best"][1] > 30
+
+
+def test_a_run_is_not_extended_back_into_a_phase_that_it_has_left(tiny, tmp_path, capsys):
+    """Its 20 steps, in which the discriminator learns from 5 on and is heard in full from 12 on."""
+    argv = [*tiny["autoencoder_kl"][1], "stages.tokenizer.objective.discriminator_start=0.25", "--run", str(tmp_path)]
+    more = ["stages.tokenizer.objective.discriminator_warmup=0.25", "stages.tokenizer.objective.discriminator_ramp=0.1"]
+    assert trainer.main([*argv, *more]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert "discriminator/total" not in lines[1]
+    assert trainer.main([*argv, *more, "--extend", "tokenizer=100"]) == 2
+    assert "with 100 steps the phase that ends at step 25 would begin again at step 20" in capsys.readouterr().err
+    assert trainer.main([*argv, *more, "--extend", "tokenizer=36"]) == 2
+    assert "the phase that ends at step 22 would begin again" in capsys.readouterr().err
+    assert trainer.main([*argv, *more, "--extend", "tokenizer=24"]) == 0
 
 
 def test_without_anything_held_out_there_is_no_best(tiny, tmp_path, capsys):

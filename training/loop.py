@@ -130,10 +130,10 @@ class _Run:
                 "--run FOLDER; more steps alone are taken with --extend STAGE=STEPS"
             )
         self.state.restore(path)
-        restart = self.stage.restart_step
-        if self.extend and restart is not None and restart >= self.state.step > 0:
+        again = self.stage.replayed(self.config, known["steps"], self.state.step)
+        if self.extend and again is not None:
             raise TrainingError(
-                f"{self.folder}: with {self.config.steps} steps the part that ends at step {restart} would begin again "
+                f"{self.folder}: with {self.config.steps} steps the phase that ends at step {again} would begin again "
                 f"at step {self.state.step}; name fewer steps with --extend, or start another run with --run FOLDER"
             )
 
@@ -193,9 +193,9 @@ class _Run:
         step, begun = self.state.step, self.stage.restart_step
         restart = begun if begun is not None and step >= begun else 0
         for name, optimizers in self.state.optimizers.items():
-            config = self.config.optimizer_of(name)
+            config, restart_of = self.config.optimizer_of(name), max(restart, self.stage.starts.get(name, 0))
             for group in itertools.chain.from_iterable(one.param_groups for one in optimizers):
-                group["lr"] = group["peak"] * rate(step, self.config.steps, config, restart)
+                group["lr"] = group["peak"] * rate(step, self.config.steps, config, restart_of)
 
     def _read(self) -> list[Batch]:
         begin = time.monotonic()

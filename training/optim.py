@@ -252,9 +252,9 @@ def build_optimizers(module: nn.Module, config: Optimizer, bf16: bool = True) ->
 def rate(step: int, steps: int, config: Optimizer, restart: int = 0) -> float:
     """The share of the peak learning rate at a step in [0, steps): warm-up, plateau, then linear or cosine to zero.
 
-    restart: the step at which the optimizers began anew, and with them the warm-up.
+    restart: the step at which the warm-up begins: of a network that learns later, or of optimizers that begin anew.
     """
-    warm = min(1.0, (step - restart + 1) / config.warmup) if config.warmup else 1.0
+    warm = min(1.0, max(0, step - restart + 1) / config.warmup) if config.warmup else 1.0
     start = steps * (1 - config.decay)
     if step < start or config.decay == 0:
         return warm

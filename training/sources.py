@@ -36,6 +36,11 @@ def source_of(recipe: Recipe, data: Data) -> Any:
     )
 
 
+def classes_of(data: Data) -> int | None:
+    """How many classes the labels of the data have, None where it has no labels."""
+    return 10 if data.kind == "digits" else None
+
+
 def fingerprint_at(recipe: Recipe, shards: Path) -> str | None:
     """That of shards, as a model's training would read them; None where it read no shards, or does not say what."""
     try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...pipeline.recipe import Recipe, build
 from ..run import Stage
-from .contract import Knob, Loss, Update, frozen
+from .contract import Knob, Loss, TrainingStage, Update, frozen
 
 
 class Adversary:
@@ -57,9 +57,12 @@ class Adversary:
         listens = cls.part in recipe.parts and config.number("discriminator_weight", 1) > 0
         return "the adaptive weight of its discriminator is of a whole step" if listens else ""
 
-    def networks(self) -> dict[str, nn.Module]:
-        """The discriminator by its name, if there is one."""
-        return {} if self.network is None else {self.part: self.network}
+    def join(self, stage: TrainingStage, network: nn.Module) -> None:
+        """Has a stage train its network and, where there is one, the discriminator."""
+        if self.network is None:
+            return stage.hold(network)
+        stage.hold(network, **{self.part: self.network})
+        stage.starts, stage.phases = {self.part: self.start}, (self.start, self.heard, self.heard + self.rise)
 
     def ramp(self, step: int) -> float:
         """The weight of the tokenizer's adversarial loss at a step, or what the adaptive weight is multiplied by."""

@@ -53,7 +53,7 @@ class AutoencoderStage(LatentsStage):
     ) -> None:
         network = build(recipe, self.part)  # first, so that its weights do not depend on who judges it
         self.adversary = Adversary(recipe, config, 0.01, device, gan.discriminator)
-        self.hold(network, **self.adversary.networks())
+        self.adversary.join(self, network)
         self.source, self.seed, self.device = source, seed, device
         self.corruption, self.level = config.word("corruption", "none"), config.number("corruption_level", 0)
         sparsity, weight = config.word("sparsity", "none"), config.number("sparsity_weight", 0)

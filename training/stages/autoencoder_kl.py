@@ -39,7 +39,7 @@ class AutoencoderKLStage(LatentsStage):
         network = build(recipe, self.part)  # first, so that its weights do not depend on who judges it
         self.adversary = Adversary(recipe, config, 0.5, device, hinge)
         self.likeness = Likeness(config, device)
-        self.hold(network, **self.adversary.networks())
+        self.adversary.join(self, network)
         self.source, self.seed, self.device = source, seed, device
         self.kl_weight = config.number("kl_weight", 1e-6)
         self.equivariance = config.number("equivariance", 0)

@@ -42,7 +42,8 @@ class Knob:
     """A key of a stage's objective: a number in [low, high], or, where there are choices, one of these words.
 
     whole: without a fraction. grammar: it needs captions of a known grammar. anew: a share of the steps, after which
-    codes begin anew. of: the key without which it says nothing.
+    codes begin anew. phase: a share of the steps, after which it learns otherwise. of: the key without which it says
+    nothing.
     """
 
     low: float = 0.0
@@ -50,14 +51,15 @@ class Knob:
     whole: bool = False
     grammar: bool = False
     anew: bool = False
+    phase: bool = False
     of: str = ""
     choices: tuple[str, ...] = ()
 
 
 # The share of merges that are left out of the words of captions in training, and that of the steps before it begins.
-SPLIT_WORDS = {"bpe_dropout": Knob(high=0.9), "bpe_dropout_start": Knob(high=1, of="bpe_dropout")}
+SPLIT_WORDS = {"bpe_dropout": Knob(high=0.9), "bpe_dropout_start": Knob(high=1, phase=True, of="bpe_dropout")}
 # Of the steps: the share in which captions come in one wording of each meaning, and that up to which many do.
-ONE_WORDING = {"canonical": Knob(high=1, grammar=True), "canonical_end": Knob(high=1, grammar=True)}
+ONE_WORDING = {name: Knob(high=1, grammar=True, phase=True) for name in ("canonical", "canonical_end")}
 
 
 class TrainingStage(ABC):
@@ -70,7 +72,8 @@ class TrainingStage(ABC):
     `measure` or `summary`, the headline first; higher_is_better: of the headline. fewest: how few samples `measure` can
     be given in place of a batch, for want of memory, and still say the same; None where it sets all of a batch against
     each other. restart_step: None, or the step at which `restart` changes the weights and the optimizers begin anew.
-    ramp_end: the step from which no weight of its objective rises any more, so that its loss may be compared. steady:
+    ramp_end: the step from which no weight of its objective rises any more, so that its loss may be compared. starts:
+    of networks that learn from a later step on, that step. phases: steps at which its losses change for good. steady:
     whether its network is given tensors of few shapes alone, no numbers that change from step to step, so that it can
     be compiled. cached: what it reads of a cache, first what stands for the picture, then what else of it a part makes
     that it depends on (see `training.cache`); empty where it needs pictures. One that makes anew what a cache has but
@@ -90,6 +93,8 @@ class TrainingStage(ABC):
     fewest: int | None = 1
     restart_step: int | None = None
     ramp_end: int = 0
+    starts: Mapping[str, int] = {}
+    phases: tuple[int, ...] = ()
     steady: bool = False
 
     def hold(self, network: Any, **beside: nn.Module) -> None:
@@ -149,6 +154,12 @@ class TrainingStage(ABC):
 
     def restart(self) -> None:  # noqa: B027 (most stages have nothing to do here)
         """See restart_step."""
+
+    def replayed(self, config: Stage, before: int, step: int) -> int | None:
+        """The step at which a phase would end again that is over at `step`, where the stage had `before` steps."""
+        shares = [config.number(name, 0) for name, knob in self.knobs.items() if knob.phase]
+        ends = [self.restart_step or 0, *self.phases, *(round(share * config.steps) for share in shares)]
+        return next((end for end in ends if end * before / config.steps < step <= end), None)
 
     def exported(self) -> dict[str, nn.Module]:
         """What the model folder gets, by the name of the part, the stage's own last."""

@@ -15,7 +15,7 @@ from ...layers import random
 from ...layers.precision import full
 from ...pipeline import checkpoint
 from ...pipeline.denoising import denoiser_of
-from ...pipeline.drawing import DiffusionDrawing, check_sampling
+from ...pipeline.drawing import DiffusionDrawing
 from ...pipeline.recipe import Recipe, RecipeError, build, is_frozen, is_pretrained, sampling_knobs
 from ...priors.caption_encoder import Captioned
 from ...priors.condition import Condition
@@ -39,6 +39,7 @@ from .contract import (
     in_one_wording,
     read_captions,
 )
+from .diffusion_fit import error_weights, problem
 
 _LOOKS = 4  # timesteps that each sample is validated at
 _HEARD = 2  # the look at which captions tell most: what is where is decided in the noisier half, and not at its end
@@ -75,8 +76,8 @@ class DiffusionStage(TrainingStage):
         "bound_weight": Knob(),
         "logit_std": Knob(),
         "logit_mean": Knob(low=-math.inf, of="logit_std"),
-        "uniform": Knob(high=1, of="logit_std"),
-        "uniform_end": Knob(high=1, of="logit_std"),
+        "uniform": Knob(high=1, phase=True, of="logit_std"),
+        "uniform_end": Knob(high=1, phase=True, of="logit_std"),
         "uniform_least": Knob(high=1, of="logit_std"),
         "condition_drop": Knob(high=1),
         **SPLIT_WORDS,
@@ -123,52 +124,7 @@ class DiffusionStage(TrainingStage):
     @staticmethod
     def problem(recipe: Recipe, parts: dict[str, Any], config: Stage, model: Path) -> str:
         """Noise that cannot be, a weight that has no end, or a prior that does not fit what it denoises or reads."""
-        prior, width = parts["prior"], getattr(parts.get("text"), "width", None)
-        denoiser_of(recipe, prior)  # raises for the noise
-        weights = _weights(recipe, config)
-        try:
-            objective.snr_weight(torch.ones(1), **weights)
-            check_sampling(recipe, "text" in parts or prior.num_classes is not None)
-        except ValueError as error:
-            return str(error)
-        if recipe.diffusion.zero_terminal and weights["target"] == "eps" and weights["weighting"] != "none":
-            return (
-                f"weights {weights['weighting']} of an error of eps are divided by the SNR, which ends at 0 with "
-                "zero_terminal; write target: x_0 or v in its objective"
-            )
-        whole = config.word("loss", "simple") == "vlb"
-        if config.number("logit_std", 0) and (whole or prior.conv_out.out_channels == 2 * prior.in_channels):
-            return "the variational bound is taken from timesteps that are drawn uniformly; leave logit_std out"
-        if whole and ("tokenizer" in parts or {"target", "weighting", "gamma", "bound_weight"} & set(config.objective)):
-            return "loss: vlb is the bound of 8-bit pixels, without a tokenizer and without weights; leave these out"
-        if prior.embedding_dim is not None:
-            return "it has no image embeddings; leave parts.prior.embedding_dim out"
-        if width != prior.context_dim:
-            return (
-                "parts.prior.context_dim must be the width of parts.text, or null where there is none, "
-                f"got {prior.context_dim} and {width}"
-            )
-        if width is None and (otherwise := _read_otherwise(config)):
-            return f"it reads no captions, and {otherwise[0]} is of these; leave it out of its objective"
-        if config.number("bpe_dropout", 0) and is_pretrained(recipe, "text"):
-            return "bpe_dropout is of a vocabulary of `captions`, and parts.text has its own; leave it out"
-        spec = parts["tokenizer"].spec if "tokenizer" in parts else None
-        if spec and (spec.kind != "latents" or len(spec.shape) != 3):
-            return (
-                f"diffusion needs latents (C, h, w), and the tokenizer gives {spec.kind} of shape {tuple(spec.shape)}; "
-                "take an autoencoder_kl or vq_latents, or leave the tokenizer out to learn pixels"
-            )
-        channels, *places = spec.shape if spec else (3, recipe.image_size, recipe.image_size)
-        read, given = prior.in_channels, prior.conv_out.out_channels
-        if read != channels or given not in (channels, 2 * channels):
-            return (
-                f"{'the tokenizer gives' if spec else 'pictures have'} {channels} channels, the prior reads {read} and "
-                f"gives {given}; write parts.prior.in_channels={channels}, and leave out_channels out, or write twice "
-                "as many for learned variances"
-            )
-        if any(place % prior.factor for place in places):
-            return f"the prior halves its grid to 1/{prior.factor}, which must divide {places}; shorten channel_mult"
-        return ""
+        return problem(recipe, parts, config)
 
     def exported(self) -> dict[str, nn.Module]:
         """The text encoder too, where it trained along."""
@@ -206,7 +162,7 @@ class DiffusionStage(TrainingStage):
         bound = total * self._bits(x_0, found.x_0 if vlb else found.x_0.detach(), share, t) if bounded else None
         return objective.diffusion(
             found, x_0, eps, *self.schedule.at(t, x_0), batch.weight,
-            **_weights(self.recipe, config), bound=bound,
+            **error_weights(self.recipe, config), bound=bound,
             bound_weight=1.0 if vlb else config.number("bound_weight", 0.001), simple=not vlb,
         )  # fmt: skip
 
@@ -233,8 +189,6 @@ class DiffusionStage(TrainingStage):
             return text if self.along else self._encoded(text)
         if self.prior.num_classes is None:
             return Condition()
-        if batch.labels is None:
-            raise ValueError("a prior with num_classes needs data with labels, such as digits; set num_classes=null")
         return Condition(labels=batch.labels)
 
     def _dropped(self, condition: Any, drop: Tensor) -> Any:
@@ -273,7 +227,8 @@ class DiffusionStage(TrainingStage):
         def look(t: Tensor, number: int, condition: Any = own) -> tuple[Tensor, Tensor]:
             eps = random.normal(self.seed, number, batch.samples, shape, "validation noise")
             found = denoise(self.schedule.diffuse(x_0, t, eps), t, condition)
-            bits = self._bits(x_0, found.x_0.clamp(-1, 1), found.variance_share, t)
+            pixels = self.tokenizer is None
+            bits = self._bits(x_0, found.x_0.clamp(-1, 1), found.variance_share, t) if pixels else t.new_zeros(())
             alpha, sigma = self.schedule.at(t, x_0)
             return objective.squared_error(found, x_0, eps, alpha, sigma, self.recipe.diffusion.prediction), bits
 
@@ -319,20 +274,6 @@ class DiffusionStage(TrainingStage):
             z = draw(captions, range(len(captions)), knobs, None)
         images = z if self.tokenizer is None else self.tokenizer.decode(z).float()
         return contact_sheet(images, captions if self.text is not None else None)
-
-
-def _weights(recipe: Recipe, config: Stage) -> dict[str, Any]:
-    """How an error is weighted: see `objectives.diffusion.snr_weight`."""
-    return {
-        "target": config.word("target", recipe.diffusion.prediction),
-        "weighting": config.word("weighting", "none"),
-        "gamma": config.number("gamma", 0) if "gamma" in config.objective else None,
-    }
-
-
-def _read_otherwise(config: Stage) -> list[str]:
-    """The knobs by which captions are read in training otherwise than as they are."""
-    return [knob for knob in (*ONE_WORDING, *SPLIT_WORDS) if config.number(knob, 0)]
 
 
 def _before(each: Tensor | None) -> Tensor | None:

@@ -51,7 +51,7 @@ class VQGANStage(CodesStage):
         network = build(recipe, self.part)  # first, so that its weights do not depend on who judges it
         self.adversary = Adversary(recipe, config, 0.8, device, hinge)
         self.likeness = Likeness(config, device)
-        self.hold(network, **self.adversary.networks())
+        self.adversary.join(self, network)
         self.source, self.config, self.seed, self.device = source, config, seed, device
         self.codebook = Codebook(self.network.quantize, config, seed) if self.quantizer == "vector" else None
         self.restart_step = None if self.codebook is None else self.codebook.restart_step
