@@ -10,6 +10,7 @@ from .recipe import Recipe, RecipeError
 
 _AND = " AND "
 _FREE = {"CC0-1.0"}  # asks for nothing
+_NONE = "not stated"
 
 
 def copy(notices: Path, model: Path) -> None:
@@ -47,9 +48,8 @@ def of_data(shards: Path) -> list[str]:
 
 def check_licences(recipe: Recipe, names: Iterable[str], why: str) -> None:
     """Raises RecipeError where the recipe does not name one of these licences. why: it should."""
-    missing = sorted(set(names) - _FREE - set(recipe.licence.split(_AND)))
+    named = recipe.licence.split(_AND)
+    missing = sorted(set(names) - _FREE - set(named))
     if missing:
-        raise RecipeError(
-            f"{why} ({_AND.join(missing)}), not named by the recipe; "
-            f"write licence={_AND.join([recipe.licence, *missing])!r}"
-        )
+        whole = [*(name for name in named if name != _NONE), *missing]
+        raise RecipeError(f"{why} ({_AND.join(missing)}), not named by the recipe; write licence={_AND.join(whole)!r}")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from kartina import cli
@@ -11,6 +12,7 @@ from kartina.pipeline import checkpoint, notices
 from kartina.pipeline.recipe import Recipe, RecipeError, build
 from kartina.training import run as runs
 from kartina.training.checks import check
+from kartina.training.shards import check_shards
 
 
 def test_a_recipe_names_the_licences_of_its_shards(tmp_path):
@@ -27,6 +29,23 @@ def test_a_recipe_names_the_licences_of_its_shards(tmp_path):
                 check(*asked)
     (tmp_path / "manifest.json").write_text(json.dumps({"licences": licences}))
     recipe, training = runs.load("shapes/dalle", [*words, "licence=Apache-2.0 AND MIT"])
+    check(recipe, training, ["tokenizer"], 1, tmp_path / "model")
+
+
+def test_pictures_are_packed_with_their_licence_and_a_recipe_for_any_pictures_claims_none(tmp_path):
+    folder, shards = tmp_path / "in", tmp_path / "shards"
+    folder.mkdir()
+    for k in range(2):
+        Image.new("RGB", (8, 8), (k, 0, 0)).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text("a caption")
+    done = CliRunner().invoke(cli.app, ["data", "pack", str(folder), str(shards), "--licence", "CC-BY-NC-4.0"])
+    assert done.exit_code == 0, done.output
+    assert notices.of_data(shards) == ["CC-BY-NC-4.0"] and check_shards(shards).bad == {}
+    recipe, training = runs.load("own/dalle", [f"training.data.shards={shards}"])
+    assert recipe.licence == "not stated"
+    with pytest.raises(RecipeError, match=r"\(CC-BY-NC-4.0\), not named by the recipe; write licence='CC-BY-NC-4.0'"):
+        check(recipe, training, ["tokenizer"], 1, tmp_path / "model")
+    recipe, training = runs.load("own/dalle", [f"training.data.shards={shards}", "licence=CC-BY-NC-4.0"])
     check(recipe, training, ["tokenizer"], 1, tmp_path / "model")
 
 

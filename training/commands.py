@@ -1,4 +1,4 @@
-"""The commands that train and judge: `kartina train | plan | evaluate | reconstruct | directions | doctor | compare`.
+"""The commands that train and judge: `kartina train | plan | evaluate | reconstruct | recode | ...`.
 
 Nothing heavy is imported before a command runs.
 """
@@ -225,6 +225,23 @@ def scale(
     mean, std = scale_imported(folder, data, torch.device(device_named(device)))
     for channel, (middle, deviation) in enumerate(zip(mean.tolist(), std.tolist(), strict=True)):
         typer.echo(f"channel {channel}: mean {middle:.4g}, deviation {deviation:.4g}")
+
+
+@app.command()
+def recode(
+    model: Annotated[str, typer.Argument(help="a model with a DALL-E transformer")],
+    tokenizer: Annotated[str, typer.Argument(help="a model whose tokenizer gives codes on the same grid")],
+    out: Annotated[Path, typer.Argument(help="a new model folder")],
+    data: Annotated[Path | None, typer.Option(help="shards; by default what the prior was trained on")] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="in which both tokenizers' codes are compared")] = 32768,
+    device: Device = "auto",
+) -> None:
+    """Put a trained DALL-E transformer over another tokenizer, to go on from there with `kartina train --from OUT`."""
+    from ..pipeline.known_models import find_model
+    from .recode import recode as recoded
+
+    seen, count = recoded(find_model(model), find_model(tokenizer), out, pictures, data, device_named(device))
+    typer.echo(f"{out}: {seen:,} of {count:,} codes were met in pictures; train it further: --from {out} --stage prior")
 
 
 @app.command()

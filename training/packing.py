@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..pipeline.checkpoint import write_text
 from ..pipeline.published import HUB
 from ..pipeline.terminal import followed
 from .columns import pack_dataset, tables_in
@@ -32,8 +33,11 @@ def pack(
     caption: str | None = None,
     picture: str | None = None,
     split: str | None = None,
+    licence: str | None = None,
 ) -> PackReport:
     """Packs a folder with pictures (`pack_folder`), or else a data set of Hugging Face (`pack_dataset`).
+
+    licence: of the pictures, which the manifest then names: a recipe that is trained on them must name it too.
 
     Raises ValueError where it is neither or both, where picture or split are given for a folder, and where nothing can
     be packed.
@@ -45,14 +49,24 @@ def pack(
     if hub or not path.is_dir() or not any(_extension(file) in PICTURES for file in path.rglob("*")):
         if not hub and not tables:
             raise ValueError(f"nothing to pack in {path}: no picture ({', '.join(PICTURES)}), and no .parquet file")
-        return pack_dataset(source, out, samples_per_shard, captionless, caption, picture, split or "train")
+        report = pack_dataset(source, out, samples_per_shard, captionless, caption, picture, split or "train")
+        return _licensed(report, out, licence, str(source))
     if tables:
         raise ValueError(
             f"{path} holds pictures and Parquet files, first {tables[0]}; name the folder of those that are meant"
         )
     if split is not None or picture is not None:
         raise ValueError(f"--split and --picture are of data sets in columns, {path} is a folder; name a folder in it")
-    return pack_folder(path, out, samples_per_shard, captionless, caption)
+    return _licensed(pack_folder(path, out, samples_per_shard, captionless, caption), out, licence, path.name)
+
+
+def _licensed(report: PackReport, out: Path | str, licence: str | None, source: str) -> PackReport:
+    """The same, with the licence in the manifest, where there is one."""
+    if licence is not None:
+        manifest = json.loads((Path(out) / "manifest.json").read_text(encoding="utf-8"))
+        manifest["licences"] = [{"name": source, "licence": licence}]
+        write_text(Path(out) / "manifest.json", json.dumps(manifest, indent=1))
+    return report
 
 
 def pack_folder(

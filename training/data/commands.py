@@ -24,6 +24,7 @@ def pack(
         str | None, typer.Option(help="column of a data set's pictures; by default the only one")
     ] = None,
     split: Annotated[str | None, typer.Option(help="of a data set; train if absent")] = None,
+    licence: Annotated[str | None, typer.Option(help="of the pictures: what is trained on them must name it")] = None,
 ) -> None:
     """Pack pictures with captions into WebDataset shards.
 
@@ -33,7 +34,7 @@ def pack(
     from ...pipeline.terminal import tell
     from ..packing import pack as pack_pictures
 
-    report = pack_pictures(source, out, samples_per_shard, no_captions, caption, picture, split)
+    report = pack_pictures(source, out, samples_per_shard, no_captions, caption, picture, split, licence)
     without = f", {report.captionless} without a caption" if report.captionless else ""
     several = f", {report.several} with several captions, a line each" if report.several else ""
     typer.echo(f"packed {report.packed} samples into {out}{without}{several}")

@@ -269,10 +269,13 @@ def psnr(again: Tensor, image: Tensor) -> Tensor:
 
 
 def read_images(source: Source, positions: Sequence[int], device: torch.device) -> Iterator[Tensor]:
-    """The images at these positions that can be read, in batches of at most 128, (B, 3, H, W)."""
+    """The images at these positions that can be read, in batches (B, 3, H, W) of at most 128, and of fewer where they
+    are larger than 64 pixels a side: what encodes them does so whole, however few a device trains on.
+    """
     for start in range(0, len(positions), 128):
         batch = source.read(positions[start : start + 128])
-        yield batch.image[batch.weight > 0].to(device)
+        side = batch.image.shape[-1]
+        yield from batch.image[batch.weight > 0].to(device).split(max(1, min(128, 128 * 64**2 // side**2)))
 
 
 def last_read(source: Source, end: int) -> range:

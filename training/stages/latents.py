@@ -78,9 +78,10 @@ def measure_scale(network: Any, source: Source, device: torch.device) -> None:
     """
     here, channels = PartialState(), network.spec.shape[0]
     total, rank, world = min(contract.IMAGES, source.size or contract.IMAGES), here.process_index, here.num_processes
-    sums = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=device)
+    sums = torch.zeros(1 + 2 * channels, dtype=torch.float64)  # on the CPU, for not every device has float64
     for image in read_images(source, range(total * rank // world, total * (rank + 1) // world), device):
-        count, first, second = latent_sums(network.scale.inverse(network.encode(image)))
+        count, first, second = latent_sums(network.scale.inverse(network.encode(image)).cpu())
         sums += torch.cat([count[None], first, second])
-    count, first, second = reduce(sums, "sum").split([1, channels, channels])
+    whole = sums if world == 1 else reduce(sums.to(device), "sum").cpu()
+    count, first, second = whole.split([1, channels, channels])
     network.scale.measure(count[0], first, second)
