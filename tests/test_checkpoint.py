@@ -211,12 +211,15 @@ def test_a_card_with_foreign_parts_is_refused(system, entry):
 
 def test_what_was_measured_belongs_to_the_weights(system):
     before = checkpoint.read_card(system)
-    checkpoint.save_measured(system, "judge --few", {"exact": 0.5, "S3": 0.1}, device="cpu")
-    few = {"judge --few": {"device": "cpu", "figures": {"exact": 0.5, "S3": 0.1}}}
+    captions = {"exact": 9, "S3": 7}
+    checkpoint.save_measured(system, "judge --few", {"exact": 0.5, "S3": 0.1}, device="cpu", captions=captions)
+    few = {"judge --few": {"device": "cpu", "captions": captions, "figures": {"exact": 0.5, "S3": 0.1}}}
     assert checkpoint.read_card(system) == before | {"measured": few}
-    checkpoint.save_measured(system, "judge", {"exact": 0.6})
+    checkpoint.save_measured(system, "judge", {"exact": 0.6}, captions={"exact": 5})
     few["judge --few"]["figures"].pop("exact")  # measured again, so it stands once; the other figure stays
-    assert checkpoint.read_card(system) == before | {"measured": few | {"judge": {"figures": {"exact": 0.6}}}}
+    few["judge --few"]["captions"] = {"S3": 7}
+    again = {"judge": {"captions": {"exact": 5}, "figures": {"exact": 0.6}}}
+    assert checkpoint.read_card(system) == before | {"measured": few | again}
     checkpoint.save_part(system, SYSTEM, "tokenizer", checkpoint.export(build(SYSTEM, "tokenizer")))
     assert "measured" not in checkpoint.read_card(system)
 

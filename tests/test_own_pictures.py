@@ -125,6 +125,8 @@ def test_stable_diffusion_with_captions(pictures, tmp_path):
     assert trainer.main(command) == 0
     assert set(checkpoint.read_card(folder / "model")["parts"]) == {"tokenizer", "prior", "text", "clip"}
     run("paint", "noise", "--model", folder, "--candidates", 2, "--steps", 2, "--out", tmp_path / "out")
+    judged = json.loads(run("evaluate", folder, "--data", shards, "--json").splitlines()[-1])
+    assert judged["pictures"].endswith("held out of training") and 4 <= judged["true"]["n"] < 40
     run("export", folder, tmp_path / "theirs", "--to", "diffusers")
     assert (tmp_path / "theirs" / "model_index.json").is_file()
 

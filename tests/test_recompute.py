@@ -1,10 +1,12 @@
-"""Activations that are computed twice in place of being kept: every stage does so, and learns the same."""
+"""Where memory is short: activations are computed twice, in every stage alike, or a stage says what to do."""
 
+import pytest
 import torch
 
 from kartina.pipeline import checkpoint
 from kartina.training import __main__ as trainer
 from kartina.training import parallel
+from kartina.training.stages import STAGES
 
 
 def test_every_stage_computes_its_blocks_twice_and_learns_the_same(tiny_kind, tiny, prepared, tmp_path, monkeypatch):
@@ -22,3 +24,23 @@ def test_every_stage_computes_its_blocks_twice_and_learns_the_same(tiny_kind, ti
     assert found[False].keys() == found[True].keys()
     for name, weight in found[False].items():
         assert torch.equal(weight, found[True][name]), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "ways"),
+    [
+        ("patch_dvae", [], "stages.tokenizer.micro_batch=4 or stages.tokenizer.recompute=true or a smaller recipe"),
+        ("clip", [], "more processes (as its loss compares the captions of a step) or stages.clip.recompute=true or"),
+        ("patch_dvae", ["stages.tokenizer.micro_batch=1"], "with stages.tokenizer.recompute=true or a smaller recipe"),
+    ],
+)
+def test_a_stage_without_memory_says_what_to_do(kind, more, ways, tiny, prepared, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    stage, argv = tiny[kind]
+    monkeypatch.setattr(STAGES[kind], "updates", full)
+    folder = prepared(tmp_path / "run", kind)
+    assert trainer.main([*argv, *more, "--run", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert f"stage {stage} ran out of memory with {1 if more else 8} samples a device at once" in said and ways in said

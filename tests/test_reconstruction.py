@@ -22,7 +22,7 @@ from kartina.training.data.shapes import ShapesSource
 from kartina.training.evaluation import reconstruction
 from kartina.training.evaluation.shapes_checker import check
 from kartina.training.shards import ShardWriter
-from kartina.training.sources import fingerprint_at
+from kartina.training.sources import held_out
 from kartina.training.stream import ShardSource
 
 KL = "parts: {tokenizer: {kind: autoencoder_kl, image_size: SIDE, width: 4, channel_mult: [1, 2], norm_groups: 2}}\n"
@@ -185,9 +185,10 @@ def test_of_shards_that_training_read_only_what_it_held_out_is_judged(kl, tmp_pa
         return model
 
     half, all_of_it = trained(0.5), trained(0)
-    known = [fingerprint_at(checkpoint.load_recipe(Path(model)), tmp_path / "shards") for model in (half, all_of_it)]
-    assert known == [checkpoint.read_card(Path(m))["parts"]["tokenizer"]["identity"]["data"] for m in (half, all_of_it)]
-    assert fingerprint_at(checkpoint.load_recipe(Path(kl(data="{kind: shapes}"))), tmp_path / "shards") is None
+    recipes = [checkpoint.load_recipe(Path(model)) for model in (half, all_of_it, kl(data="{kind: shapes}"))]
+    known = [checkpoint.read_card(Path(m))["parts"]["tokenizer"]["identity"]["data"] for m in (half, all_of_it)]
+    assert [held_out(recipe, {known[0]}, tmp_path / "shards")[0] for recipe in recipes] == [True, False, False]
+    assert held_out(recipes[1], {known[1]}, tmp_path / "shards") == (True, None)
     held = ShardSource(tmp_path / "shards", 32, 0, part="validation", share=0.5)
     found = reconstruction.evaluate([half], data=tmp_path / "shards")
     assert 4 < found["n"] == held.size < 20 and found["pictures"].endswith("held out of training")

@@ -151,7 +151,8 @@ def _train(
     from accelerate import Accelerator, PartialState
     from accelerate.utils import parse_flag_from_env, set_seed
 
-    from .checks import check, stage_of
+    from .checks import check, spared, stage_of
+    from .exchange import is_out_of_memory
     from .loop import train_stage
     from .optim import fast_bf16
 
@@ -212,7 +213,14 @@ def _train(
         source = cache.source_for(stage, source, training.data, against, model)
         if begun is not None:
             warm_start.begin(stage, recipe, begun, list(trained or ()))  # which a checkpoint replaces
-        ema = train_stage(identity, stage, training, source, validation, folder, accelerator, stop, name in extended)
+        try:
+            ema = train_stage(
+                identity, stage, training, source, validation, folder, accelerator, stop, name in extended
+            )
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RecipeError(spared(name, config, stage.coupled(recipe, config), accelerator.num_processes)) from error
         ema.copy_to_network()
         for network in stage.exported().values():
             checkpoint.round_weights(network)

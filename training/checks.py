@@ -94,6 +94,19 @@ def check(
             )
 
 
+def spared(name: str, config: runs.Stage, coupled: str, processes: int) -> str:
+    """What to do about a stage that has run out of memory."""
+    micro, _ = runs.division(config, processes)
+    ways = [] if config.recompute else [f"stages.{name}.recompute=true"]
+    if micro > 1:
+        less = f"more processes (as {coupled})" if coupled else f"stages.{name}.micro_batch={micro // 2}"
+        ways = [less, *ways]
+    return (
+        f"stage {name} ran out of memory with {micro} samples a device at once; run the same command again with "
+        f"{' or '.join([*ways, 'a smaller recipe'])}; `kartina plan` says what fits"
+    )
+
+
 def _device() -> str:
     """What Accelerator will take."""
     from accelerate.utils import parse_flag_from_env

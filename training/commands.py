@@ -86,7 +86,8 @@ def plan(
 def evaluate(
     model: Annotated[str, typer.Argument(help="a model's name or folder")],
     data: Annotated[
-        Path | None, typer.Option(help="what `kartina data emoji`, or `avatars`, wrote: judge on it")
+        Path | None,
+        typer.Option(help="judge on these shards: of `kartina data emoji`, `avatars`, or any with captions"),
     ] = None,
     tests: Annotated[list[str] | None, typer.Option(help="of shapes: S1, S2a ..., or of emoji: E1 ...")] = None,
     per_test: Annotated[int | None, typer.Option(min=1, help="the first captions of each test only")] = None,
@@ -96,7 +97,8 @@ def evaluate(
     save: Annotated[bool, typer.Option("--save", help="write the headline figures to the model's card")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a model on what training never shows: on `shapes`, its tokenizer and CLIP too, or on emoji.
+    """Measure a model on what training never shows: on `shapes`, its tokenizer and CLIP too, on emoji, or on the
+    captions of your shards that it held out.
 
     Of a model without a prior, trained on shapes, its tokenizer alone.
     """
@@ -105,8 +107,8 @@ def evaluate(
     from ..pipeline.known_models import find_model
     from ..pipeline.terminal import progress_bar
     from .data.labelled import read_fields
-    from .evaluation import emoji_suite, shapes_suite
-    from .sources import fingerprint_at
+    from .evaluation import captions_suite, emoji_suite, shapes_suite
+    from .sources import held_out
 
     if data is not None and read_fields(data):
         if tests or candidates > 1 or seed:
@@ -116,9 +118,12 @@ def evaluate(
         return _evaluate_attributes(model, data, per_test, device, save, as_json)
     if save and per_test is not None:
         raise ValueError("--save writes figures over whole tests to the card; leave --per-test out, or --save")
-    suite: Any = shapes_suite if data is None else emoji_suite
+    of_emoji = data is not None and (data / "gallery").is_dir()
+    suite: Any = shapes_suite if data is None else emoji_suite if of_emoji else captions_suite
     chosen = [test for entry in tests or [] for test in entry.split(",")]
     folder = find_model(model)
+    if chosen and suite is captions_suite:
+        raise ValueError(f"{data} has no tests by name; leave --tests out")
     if save:
         gallery.try_writing(folder)
     options: dict[str, Any] = {"per_test": per_test, "seed": seed, **({"tests": chosen} if chosen else {})}
@@ -136,7 +141,9 @@ def evaluate(
     system = load(folder, device, "float32")
     truth = () if data is None else (data,)
     known = {part.get("identity", {}).get("data") for part in read_card(folder)["parts"].values()} - {None}
-    if data is not None and known != {fingerprint_at(recipe, data)}:
+    if suite is captions_suite:
+        options["trained_on"] = known
+    elif data is not None and not (len(known) == 1 and held_out(recipe, known, data)[0]):
         typer.echo(
             f"{model} was not trained on the shards of {data}: it may have seen what is held out there", err=True
         )

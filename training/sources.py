@@ -41,17 +41,21 @@ def classes_of(data: Data) -> int | None:
     return 10 if data.kind == "digits" else None
 
 
-def fingerprint_at(recipe: Recipe, shards: Path) -> str | None:
-    """That of shards, as a model's training would read them; None where it read no shards, or does not say what."""
+def held_out(recipe: Recipe, trained_on: set[str], shards: Path) -> tuple[bool, Any]:
+    """Whether a model was trained on shards, and then what it held out of them, or None.
+
+    trained_on: fingerprints of data, as its card tells them.
+    """
     try:
         config = training_of(recipe).data
     except RecipeError:  # it was converted, or written by another version
-        return None
+        return False, None
     if config.kind != "shards":
-        return None
+        return False, None
     config = config.model_copy(update={"shards": str(shards)})
-    fingerprint: str = source_of(recipe, config).fingerprint
-    return fingerprint
+    if source_of(recipe, config).fingerprint not in trained_on:
+        return False, None
+    return True, None if config.validation is not None else validation_of(recipe, config)
 
 
 def expect_captions(source: Any, read: bool) -> None:

@@ -37,7 +37,7 @@ from ..data.shapes_scenes import Facts
 from ..features import RULER, EfficientNetLite, ruler
 from ..objectives.dvae import codebook_use
 from ..run import training_of
-from ..sources import fingerprint_at, validation_of
+from ..sources import held_out, validation_of
 from ..stream import ShardSource
 from .reports import Result, decibels, percent, psnr
 from .shapes_checker import check
@@ -217,10 +217,9 @@ def _of_shards(tokenizers: list[_Tokenizer], data: Path, size: int, seed: int) -
     """
     found, names = [], []
     for tokenizer in tokenizers:
-        fingerprint = fingerprint_at(tokenizer.recipe, data)
-        if fingerprint is not None and fingerprint == tokenizer.entry.get("identity", {}).get("data"):
-            config = training_of(tokenizer.recipe).data.model_copy(update={"shards": str(data)})
-            found.append(None if config.validation is not None else validation_of(tokenizer.recipe, config))
+        trained, rest = held_out(tokenizer.recipe, {tokenizer.entry.get("identity", {}).get("data")}, data)
+        if trained:
+            found.append(rest)
             names.append(tokenizer.name)
     if not found:
         return ShardSource(data, size, seed), str(data)
