@@ -112,3 +112,13 @@ def test_wrong_arguments_are_refused(images, message):
 def test_twenty_thousand_wrong_captions(side):
     true, wrong, asked = _acceptance(*_pictures(14, 2500, 2, side))
     assert (true, wrong) == (2500, 0) and asked >= 20_000
+
+
+def test_of_an_object_that_is_missing_nothing_else_is_said():
+    """A large red circle left of a small blue square, of which only the square is there."""
+    wanted = Facts(background=6, objects=((1, 0, 0), (0, 4, 1)), relations=(2,))
+    square = shapes_checker.Found(size=0, colour=4, shape=1, x=0.6, y=0.5, radius=0.1, error=0.0)
+    assert compare(shapes_checker.Parsed(6, (square,)), wanted) == {"count"}
+    circle = shapes_checker.Found(size=1, colour=0, shape=0, x=0.8, y=0.5, radius=0.2, error=0.0)
+    assert compare(shapes_checker.Parsed(6, (square, circle)), wanted) == {"relation"}
+    assert compare(shapes_checker.Parsed(6, ()), wanted) == {"count"}

@@ -12,7 +12,7 @@ It does not know how the image was made. Faint ghosts near the background colour
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import combinations, permutations
 
 import numpy as np
 from scipy import ndimage
@@ -100,18 +100,26 @@ def compare(seen: Parsed, wanted: Facts) -> set[str]:
     if len(wanted.objects) > 2:
         things = tuple(sorted(things, key=lambda thing: -thing.radius)[:_MOST_MATCHED])
     matched = min(len(things), len(wanted.objects))
-    matchings = [_mismatches(order, wanted) for order in permutations(things, matched)]
+    matchings = [
+        _mismatches(dict(zip(places, order, strict=True)), wanted)
+        for places in combinations(range(len(wanted.objects)), matched)
+        for order in permutations(things, matched)
+    ]
     fewest: list[str] = min(matchings, key=len)
     return failures | set(fewest)
 
 
-def _mismatches(order: tuple[Found, ...], wanted: Facts) -> list[str]:
+def _mismatches(things: dict[int, Found], wanted: Facts) -> list[str]:
+    """What fails where these things are the wanted objects of these places; of a missing one nothing else is said."""
     failures = []
-    for thing, (size, colour, shape) in zip(order, wanted.objects, strict=False):
+    for place, thing in things.items():
+        size, colour, shape = wanted.objects[place]
         pairs = (("size", thing.size, size), ("colour", thing.colour, colour), ("shape", thing.shape, shape))
         failures += [name for name, got, expected in pairs if got != expected]
-    for relation, other in zip(wanted.relations, order[1:], strict=False):
-        dx, dy = other.x - order[0].x, other.y - order[0].y
+    for place, relation in enumerate(wanted.relations, 1):
+        if not {0, place} <= things.keys():
+            continue
+        dx, dy = things[place].x - things[0].x, things[place].y - things[0].y
         along, across = (dy, dx) if relation < 2 else (dx, dy)
         if relation % 2:
             along = -along

@@ -113,7 +113,8 @@ class CLIPStage(TrainingStage):
         rows = [image_features, text_features, *([] if wrong is None else wrong.unbind(1))]  # (B, D) each
         image_features, text_features, *others = _gather(torch.stack(rows, dim=1)).unbind(1)
         wrong, weight = torch.stack(others, dim=1) if others else None, gather(batch.weight)
-        return clip_objective.clip(image_features, text_features, scale, groups, wrong, weight)
+        loss, scalars = clip_objective.clip(image_features, text_features, scale, groups, wrong, weight)
+        return loss, {**scalars, "logit_scale": scale.detach()}
 
     def _features(
         self, towers: Callable[..., Any], batch: Batch, step: int | None = None
