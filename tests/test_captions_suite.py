@@ -31,7 +31,10 @@ def test_painted_pictures_are_told_from_those_of_other_captions(system, shards):
     things = ("large white ring", "small white ring", "large red cross", "small red cross")
     texts = [f"a {thing} on a green background" for thing in things]
     pictures = [painting.image for painting in system(texts)]
-    both = (captions_suite._judged(system, {"true": pictures, "one": p}, texts) for p in (pictures, pictures[::-1]))
+    both = (
+        captions_suite._judged(system, {"true": pictures, "one": p}, texts, [()] * 4)
+        for p in (pictures, pictures[::-1])
+    )
     right, wrong = (found["one"] for found, _ in both)
     assert right["chosen"]["rate"] == 1 and wrong["chosen"]["rate"] == 0
     headline = captions_suite.headline(found)
