@@ -175,7 +175,7 @@ def save_measured(folder: Path, command: str, figures: dict[str, float], **facts
     for earlier, entry in card.get("measured", {}).items():
         others = {name: value for name, value in entry["figures"].items() if name not in figures}
         if others:
-            told = {name: n for name, n in entry.get("captions", {}).items() if name not in facts.get("captions", {})}
+            told = {name: n for name, n in entry.get("captions", {}).items() if any(o.startswith(name) for o in others)}
             kept[earlier] = entry | {"figures": others} | ({"captions": told} if "captions" in entry else {})
     _write_card(folder, card | {"measured": kept | {command: facts | {"figures": figures}}})
 

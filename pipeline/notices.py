@@ -9,8 +9,8 @@ from typing import Any
 from .recipe import Recipe, RecipeError
 
 _AND = " AND "
-_FREE = {"CC0-1.0"}  # asks for nothing
 _NONE = "not stated"
+_FREE = {"CC0-1.0", _NONE}  # asks for nothing, or for what nobody knows
 
 
 def copy(notices: Path, model: Path) -> None:
@@ -46,10 +46,17 @@ def of_data(shards: Path) -> list[str]:
         return []
 
 
+def joined(names: Iterable[str]) -> str:
+    """Licences as one, each once; what is not stated only where nothing else is."""
+    known = dict.fromkeys(names)
+    return _AND.join(name for name in known if name != _NONE or len(known) == 1)
+
+
 def check_licences(recipe: Recipe, names: Iterable[str], why: str) -> None:
     """Raises RecipeError where the recipe does not name one of these licences. why: it should."""
     named = recipe.licence.split(_AND)
     missing = sorted(set(names) - _FREE - set(named))
     if missing:
-        whole = [*(name for name in named if name != _NONE), *missing]
-        raise RecipeError(f"{why} ({_AND.join(missing)}), not named by the recipe; write licence={_AND.join(whole)!r}")
+        raise RecipeError(
+            f"{why} ({_AND.join(missing)}), not named by the recipe; write licence={joined([*named, *missing])!r}"
+        )

@@ -217,7 +217,7 @@ def test_what_was_measured_belongs_to_the_weights(system):
     assert checkpoint.read_card(system) == before | {"measured": few}
     checkpoint.save_measured(system, "judge", {"exact": 0.6}, captions={"exact": 5})
     few["judge --few"]["figures"].pop("exact")  # measured again, so it stands once; the other figure stays
-    few["judge --few"]["captions"] = {"S3": 7}
+    few["judge --few"]["captions"] = {"S3": 7}  # of what is left
     again = {"judge": {"captions": {"exact": 5}, "figures": {"exact": 0.6}}}
     assert checkpoint.read_card(system) == before | {"measured": few | again}
     checkpoint.save_part(system, SYSTEM, "tokenizer", checkpoint.export(build(SYSTEM, "tokenizer")))

@@ -6,7 +6,8 @@ import json
 from PIL import Image
 
 from kartina.training import __main__ as trainer
-from kartina.training import packing, state
+from kartina.training import loop, packing, state
+from kartina.training.optim import rate
 
 
 def test_the_best_is_of_one_ruler(tiny, tmp_path, capsys):
@@ -21,6 +22,22 @@ def test_the_best_is_of_one_ruler(tiny, tmp_path, capsys):
     assert "was measured on other data" in capsys.readouterr().out
     saved = state.load(state.newest(tmp_path / "state" / "tokenizer"))
     assert saved["ruler"].startswith("32 of shapes S2none") and saved["best"][1] > 30
+
+
+def test_a_discriminator_warms_up_when_it_begins(tiny, tmp_path, monkeypatch):
+    """Its warm-up of 4 steps from its first step on, the 5th of the run."""
+    rates = []
+
+    def recorded(step, steps, config, restart=0):
+        found = rate(step, steps, config, restart)
+        rates.extend([(step, found)] if config.warmup == 4 else [])
+        return found
+
+    monkeypatch.setattr(loop, "rate", recorded)
+    argv = [*tiny["autoencoder_kl"][1], "stages.tokenizer.objective.discriminator_start=0.25", "--run", str(tmp_path)]
+    judge = "stages.tokenizer.optimizers={discriminator: {lr: 0.001, warmup: 4, decay: 0.0}}"
+    assert trainer.main([*argv, judge, "stages.tokenizer.optimizer.warmup=3"]) == 0
+    assert dict(rates) == {step: min(1.0, max(0, step - 4) / 4) for step in range(20)}
 
 
 def test_a_run_is_not_extended_back_into_a_phase_that_it_has_left(tiny, tmp_path, capsys):

@@ -99,7 +99,9 @@ def spared(name: str, config: runs.Stage, coupled: str, processes: int) -> str:
     micro, _ = runs.division(config, processes)
     ways = [] if config.recompute else [f"stages.{name}.recompute=true"]
     if micro > 1:
-        less = f"more processes (as {coupled})" if coupled else f"stages.{name}.micro_batch={micro // 2}"
+        fewer = max(count for count in range(1, micro) if micro % count == 0)
+        plain = f" stages.{name}.compile=none" if config.compile == "cudagraphs" else ""  # which takes one pass
+        less = f"more processes (as {coupled})" if coupled else f"stages.{name}.micro_batch={fewer}{plain}"
         ways = [less, *ways]
     return (
         f"stage {name} ran out of memory with {micro} samples a device at once; run the same command again with "

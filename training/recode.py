@@ -32,7 +32,8 @@ def recode(model: Path, tokenizer: Path, out: Path, pictures: int, shards: Path 
 
     pictures: at most so many of the prior's training data, or of `shards`, are read. Returns how many of the new codes
     were seen, and of how many; the others begin at the mean of all, and are hardly drawn. Raises ModelError for a prior
-    that is no DALL-E transformer, for tokenizers of other pictures or grids, and for a folder that is there.
+    that is no DALL-E transformer, for tokenizers of other pictures or grids, for a folder that is there, and where no
+    picture can be read.
     """
     if out.exists():
         raise ModelError(f"{out} is there already; name a new folder")
@@ -47,9 +48,10 @@ def recode(model: Path, tokenizer: Path, out: Path, pictures: int, shards: Path 
         )
     ours = _joined(recipe, theirs, new.spec.vocabulary)
     cards = checkpoint.read_card(model), checkpoint.read_card(tokenizer)
-    licences = [name for card in cards for name in notices.of_model(card)]
-    ours = ours.model_copy(update={"licence": " AND ".join(dict.fromkeys(licences))})
-    data = training_of(recipe).data
+    ours = ours.model_copy(
+        update={"licence": notices.joined(name for card in cards for name in notices.of_model(card))}
+    )
+    data = training_of(recipe).data_of("prior")
     if shards is not None:
         data = data.model_copy(update={"kind": "shards", "shards": str(shards), "cache": None})
     counts = _counted(source_of(recipe, data), old, new, pictures, torch.device(device))
@@ -88,12 +90,14 @@ def _counted(source: Any, old: Any, new: Any, pictures: int, device: torch.devic
     """How often each new code stands where each old one does, float32 (new codes, old codes)."""
     total = min(pictures, source.size or pictures)
     shape = new.spec.vocabulary, old.spec.vocabulary
-    counts = torch.zeros(shape[0] * shape[1], dtype=torch.int64)
+    counts = torch.zeros(shape[0] * shape[1])
     for start in followed(range(0, total, _BATCH), "reading codes"):
         for images in read_images(source, range(start, min(start + _BATCH, total)), device):
-            pairs = new.encode(images).flatten() * shape[1] + old.encode(images).flatten()
-            counts += torch.bincount(pairs.cpu(), minlength=len(counts))
-    return counts.view(shape).float()
+            pairs = (new.encode(images).flatten() * shape[1] + old.encode(images).flatten()).cpu()
+            counts.index_add_(0, pairs, torch.ones(len(pairs)))
+    if not counts.any():
+        raise ModelError("none of the pictures could be read; name shards with --data, and see `kartina data check`")
+    return counts.view(shape)
 
 
 def _rows(counts: Tensor, embedding: Tensor, head: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:

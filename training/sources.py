@@ -78,10 +78,10 @@ def validation_of(recipe: Recipe, data: Data) -> Any:
     if data.kind == "digits":
         held_out = DigitsSource(recipe.image_size, data.seed, part="validation", share=data.validation_share)
     elif data.validation is not None:
-        return ShardSource(data.validation, size=recipe.image_size, seed=data.seed)
+        return ShardSource(data.validation, recipe.image_size, data.seed, data.window)
     elif data.shards is None or not data.validation_share:
         return None
     else:
         share = data.validation_share
-        held_out = ShardSource(data.shards, recipe.image_size, data.seed, part="validation", share=share)
+        held_out = ShardSource(data.shards, recipe.image_size, data.seed, data.window, part="validation", share=share)
     return held_out if held_out.size else None

@@ -56,7 +56,7 @@ def evaluate(
     """
     if candidates > 1 and system.scorer is None:
         raise ValueError(f"best of {candidates} needs a CLIP, the model has none; train it, or set candidates=1")
-    source, what = _source(system, data, trained_on or set(), seed)
+    source, what = _source(system, data, trained_on or set())
     source.captioned = True
     images, texts, told = _read(source, min(per_test or COUNT, source.size))
     if len(set(texts)) < 2:
@@ -84,14 +84,15 @@ def evaluate(
     return result
 
 
-def _source(system: TextToImage, data: Path, trained_on: set[str], seed: int) -> tuple[Any, str]:
+def _source(system: TextToImage, data: Path, trained_on: set[str]) -> tuple[Any, str]:
     """What the captions are read of, and that in words."""
     trained, rest = held_out(system.recipe, trained_on, data)
     if not trained:
-        return ShardSource(data, system.recipe.image_size, seed), f"{data}, which it was not trained on"
+        return ShardSource(data, system.recipe.image_size, 0), f"{data}, on which its card does not say it was trained"
     if rest is None:
         raise ValueError(f"the model was trained on all pictures of {data}; name shards that were held out")
-    return rest, f"{data}, held out of training"
+    others = "" if len(trained_on) == 1 else ", by some of its parts; others were trained on other data"
+    return rest, f"{data}, held out of training{others}"
 
 
 def _read(source: Any, count: int) -> tuple[Tensor, list[str], list[Sequence[str]]]:
@@ -137,13 +138,9 @@ def _chosen(scorer: Any, image: Image.Image, place: int, texts: Sequence[str], t
 
 
 def headline(result: Result) -> dict[str, float]:
-    """The figures for a model's card: {"captions": 0.81, "captions KID": 0.0213, "captions best of 8": ...}."""
-    figures: dict[str, float | None] = {}
-    for column, entry in result["tests"][_TEST].items():
-        suffix = suffix_of(result, column)
-        figures[_TEST + suffix] = entry["chosen"] and entry["chosen"]["rate"]
-        figures[f"{_TEST} KID{suffix}"] = entry["kid"] and entry["kid"][0]
-    return rounded(figures)
+    """The figures for a model's card: KID alone, for CLIP is the model's own. {"captions": 0.0213}."""
+    tests = result["tests"][_TEST].items()
+    return rounded({_TEST + suffix_of(result, column): entry["kid"] and entry["kid"][0] for column, entry in tests})
 
 
 def report(result: Result) -> str:
@@ -151,7 +148,8 @@ def report(result: Result) -> str:
     text = io.StringIO()
     console = Console(file=text, width=120, markup=False, highlight=False)
     console.print(title(result))
-    console.print(f"captions of {result['pictures']}; its CLIP chooses among {OTHERS + 1}, KID of {RULER}")
+    told = "it has no CLIP to choose" if result["true"]["chosen"] is None else f"its CLIP chooses among {OTHERS + 1}"
+    console.print(f"captions of {result['pictures']}; {told}, KID of {RULER}")
     table = Table("pictures", box=box.SIMPLE)
     for heading in ("n", "own caption chosen", "KID x 1000"):
         table.add_column(heading, justify="right")

@@ -158,8 +158,10 @@ class TrainingStage(ABC):
     def replayed(self, config: Stage, before: int, step: int) -> int | None:
         """The step at which a phase would end again that is over at `step`, where the stage had `before` steps."""
         shares = [config.number(name, 0) for name, knob in self.knobs.items() if knob.phase]
-        ends = [self.restart_step or 0, *self.phases, *(round(share * config.steps) for share in shares)]
-        return next((end for end in ends if end * before / config.steps < step <= end), None)
+        ends = [*self.phases, *(round(share * config.steps) for share in shares)]
+        if self.restart_step is not None:
+            ends.append(self.restart_step + 1)  # the step at which it begins anew is the last before what follows
+        return next((end for end in ends if end * before / config.steps < step < end), None)
 
     def exported(self) -> dict[str, nn.Module]:
         """What the model folder gets, by the name of the part, the stage's own last."""
