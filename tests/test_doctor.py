@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import time
+from typing import ClassVar
 
 import pytest
 import torch
@@ -55,6 +56,7 @@ class Tiny:
     """What the stages below share."""
 
     coupled, depends, knobs, restart_step, ramp_end, higher_is_better = False, (), {}, None, 0, False
+    starts: ClassVar = {}
 
     def __init__(self, **networks):
         self.networks = networks

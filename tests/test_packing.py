@@ -8,7 +8,6 @@ import shutil
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +15,6 @@ from PIL import Image
 from kartina.pipeline.known_models import SHIPPED
 from kartina.training import packing, samples, shards, stream
 from kartina.training import run as runs
-from kartina.training.sources import source_of, validation_of
 from kartina.training.stages.clip import CLIPStage
 from kartina.training.stages.contract import captions_of
 from kartina.training.stream import ShardSource
@@ -69,31 +67,6 @@ def test_packing_keeps_bytes_and_names(tmp_path):
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["samples"] == 3 and [s["samples"] for s in manifest["shards"]] == [2, 1]
     assert shards.check_shards(tmp_path / "out").bad == {}
-
-
-def test_a_folder_that_is_sorted_by_class_is_packed_mixed(tmp_path):
-    """The stream mixes a few shards, and k-means, BPE and a latent scale read the first positions."""
-    for k in range(8):
-        (tmp_path / "in" / f"class-{k}").mkdir(parents=True)
-        for n in range(40):
-            picture_of = tmp_path / "in" / f"class-{k}" / f"{n:03d}.png"
-            picture_of.write_bytes(picture(color=(k, n, 0)))
-            picture_of.with_suffix(".txt").write_text(f"class {k}")
-    packing.pack_folder(tmp_path / "in", tmp_path / "out", samples_per_shard=10)
-    source = ShardSource(tmp_path / "out", size=8, seed=0)
-    share = np.bincount([int(c[-1]) for c in source.read(range(40)).captions], minlength=8) / 40
-    entropy = -(share[share > 0] * np.log(share[share > 0])).sum()
-    assert entropy > 0.9 * np.log(8), share  # in the order of the folder 40 samples are of one to four classes
-    words = [
-        f"training.data.shards={tmp_path / 'out'}",
-        "training.data.window=20",
-        "training.data.validation_share=0.2",
-    ]
-    recipe, training = runs.load("own/dalle", words)
-    for wide in (source_of(recipe, training.data), validation_of(recipe, training.data)):
-        assert wide.window == 20 and len({wide.place(k)[0] for k in range(40)}) > 12  # of 32 shards, with 4 about 5
-    packing.pack_folder(tmp_path / "in", tmp_path / "again", samples_per_shard=10)
-    assert [*packed(tmp_path / "again")] == [*packed(tmp_path / "out")]
 
 
 def test_packing_follows_a_link_and_refuses_a_mount(tmp_path, monkeypatch):

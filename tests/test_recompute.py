@@ -43,4 +43,4 @@ def test_a_stage_without_memory_says_what_to_do(kind, more, ways, tiny, prepared
     folder = prepared(tmp_path / "run", kind)
     assert trainer.main([*argv, *more, "--run", str(folder)]) == 2
     said = capsys.readouterr().err
-    assert f"stage {stage} ran out of memory with {1 if more else 8} samples a device at once" in said and ways in said
+    assert f"stage {stage} ran out of memory, {1 if more else 8} samples a device at once" in said and ways in said

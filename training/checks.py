@@ -104,7 +104,7 @@ def spared(name: str, config: runs.Stage, coupled: str, processes: int) -> str:
         less = f"more processes (as {coupled})" if coupled else f"stages.{name}.micro_batch={fewer}{plain}"
         ways = [less, *ways]
     return (
-        f"stage {name} ran out of memory with {micro} samples a device at once; run the same command again with "
+        f"stage {name} ran out of memory, {micro} samples a device at once; run the same command again with "
         f"{' or '.join([*ways, 'a smaller recipe'])}; `kartina plan` says what fits"
     )
 
