@@ -74,14 +74,14 @@ def validation_of(recipe: Recipe, data: Data) -> Any:
     from .data.digits import DigitsSource
     from .stream import ShardSource
 
-    held_out: Any
+    rest: Any
     if data.kind == "digits":
-        held_out = DigitsSource(recipe.image_size, data.seed, part="validation", share=data.validation_share)
+        rest = DigitsSource(recipe.image_size, data.seed, part="validation", share=data.validation_share)
     elif data.validation is not None:
         return ShardSource(data.validation, recipe.image_size, data.seed, data.window)
     elif data.shards is None or not data.validation_share:
         return None
     else:
         share = data.validation_share
-        held_out = ShardSource(data.shards, recipe.image_size, data.seed, data.window, part="validation", share=share)
-    return held_out if held_out.size else None
+        rest = ShardSource(data.shards, recipe.image_size, data.seed, data.window, part="validation", share=share)
+    return rest if rest.size else None
