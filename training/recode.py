@@ -21,9 +21,9 @@ from ..pipeline.terminal import followed
 from .run import training_of
 from .sources import source_of
 from .stages.contract import read_images
+from .warm_start import copy_part
 
 _BATCH = 128
-_KEPT = ("trained_against", "identity", "computed_in")  # of a part's entry in a card
 
 
 @torch.no_grad()
@@ -63,13 +63,10 @@ def recode(model: Path, tokenizer: Path, out: Path, pictures: int, shards: Path 
     prior.load_state_dict({name: value.float() for name, value in weights.items()} | rows)
     for folder in (model, tokenizer):
         notices.copy(folder / "LICENSES", out)
-    for part, entry in cards[0]["parts"].items():
+    for part in cards[0]["parts"]:
         if part not in ("tokenizer", "prior"):
-            facts = {key: entry[key] for key in _KEPT if key in entry}
-            checkpoint.save_part(out, ours, part, checkpoint.load_weights(model, part), **facts)
-    entry = cards[1]["parts"]["tokenizer"]
-    facts = {key: entry[key] for key in _KEPT if key in entry}
-    digest = checkpoint.save_part(out, ours, "tokenizer", checkpoint.load_weights(tokenizer, "tokenizer"), **facts)
+            copy_part(model, ours, part, out)
+    digest = copy_part(tokenizer, ours, "tokenizer", out)
     entry = cards[0]["parts"]["prior"]
     against = entry.get("trained_against", {})
     was = {"prior": entry["hash"], "tokenizer": against.get("tokenizer")}

@@ -142,9 +142,14 @@ def take_over(recipe: Recipe, origin: Path, model: Path, names: list[str]) -> No
     """Copies to the run's model folder what comes along, and the notices of the data."""
     notices.copy(origin / "LICENSES", model)
     for part in comes_along(recipe, origin, model, names):
-        entry = checkpoint.read_card(origin)["parts"][part]
-        facts = {key: entry[key] for key in _KEPT if key in entry}
-        checkpoint.save_part(model, recipe, part, checkpoint.load_weights(origin, part), **facts)
+        copy_part(origin, recipe, part, model)
+
+
+def copy_part(origin: Path, recipe: Recipe, part: str, model: Path) -> str:
+    """Copies a part to a model folder of this recipe as it is, with what its card says of it. Returns its hash."""
+    entry = checkpoint.read_card(origin)["parts"][part]
+    facts = {key: entry[key] for key in _KEPT if key in entry}
+    return checkpoint.save_part(model, recipe, part, checkpoint.load_weights(origin, part), **facts)
 
 
 def began_with(recipe: Recipe, origin: Path, parts: tuple[str, ...]) -> dict[str, str]:

@@ -27,11 +27,11 @@ from ..features import RULER, has_package, ruler
 from ..sources import held_out
 from ..stream import Batch, ShardSource
 from .reconstruction import features_of, kid, kid_words
-from .reports import Result, columns_of, percent, ranking_line, rounded, suffix_of, title
+from .reports import Result, by_column, columns_of, percent, ranking_line, rounded, suffix_of, title
+from .shapes_suite import SEED_STRIDE
 from .statistics import mcnemar, rate
 
 COUNT, OTHERS = 500, 15
-SEED_STRIDE = 1000  # candidates of one caption have the seeds that follow its own
 _CHUNK, _TEST = 16, "captions"
 
 
@@ -70,9 +70,8 @@ def evaluate(
         seeds = [seed + SEED_STRIDE * (start + i) for i in range(len(part))]
         found = system(part, seed=seeds, candidates=candidates, keep=candidates)
         facts = found[0].facts
-        painted["one_sample"] += [each.image for each in found if each.facts["candidate"] == 0]
-        if candidates > 1:
-            painted["best_of_n"] += [each.image for each in found[::candidates]]
+        for column, paintings in by_column(found, candidates).items():
+            painted[column] += [each.image for each in paintings]
         if progress is not None:
             progress(start + len(part), len(texts))
     columns, chosen = _judged(system, {**painted, "true": to_pil(images)}, texts, told)

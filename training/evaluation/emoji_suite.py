@@ -47,7 +47,7 @@ from ..data.emoji import lay, read_gallery, role_of
 from ..data.emoji_captions import BACKGROUNDS, NAMES_STYLE, PLAIN, caption
 from ..features import RULER, EfficientNetLite, has_package, ruler
 from .reconstruction import features_of, kid, kid_words
-from .reports import Result, check_tests, columns_of, percent, ranking_line, rates_of, rounded, title
+from .reports import Result, by_column, check_tests, columns_of, percent, ranking_line, rates_of, rounded, title
 from .shapes_suite import SEED_STRIDE, Model
 from .statistics import mcnemar, rate
 
@@ -260,9 +260,7 @@ def _painted(
     """The pictures of each column, uint8 (B, S, S, 3), and the facts of one painting."""
     texts, seeds = [prompt.text for prompt in part], [prompt.seed for prompt in part]
     painted = system(texts, seed=seeds, candidates=candidates, keep=candidates, **knobs)
-    columns = {"one_sample": [painting for painting in painted if painting.facts["candidate"] == 0]}
-    if candidates > 1:
-        columns["best_of_n"] = painted[::candidates]  # each prompt's come best first
+    columns = by_column(painted, candidates)
     pictures = {name: np.stack([np.asarray(each.image) for each in chosen]) for name, chosen in columns.items()}
     return pictures, painted[0].facts
 

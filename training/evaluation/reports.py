@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ...pipeline.text_to_image import Painting
+
 Result = dict[str, Any]
 
 
@@ -27,6 +29,12 @@ def columns_of(result: Result) -> dict[str, str]:
     """The columns of a suite's result, in words: one sample, and best of N where there are candidates."""
     words = {"one_sample": "one sample", "best_of_n": f"best of {result['candidates']}"}
     return words if result["candidates"] > 1 else {"one_sample": words["one_sample"]}
+
+
+def by_column(paintings: Sequence[Painting], candidates: int) -> dict[str, list[Painting]]:
+    """Of all candidates of each prompt, the best first, those that a column judges: the first painted, the best."""
+    columns = {"one_sample": [painting for painting in paintings if painting.facts["candidate"] == 0]}
+    return columns | ({"best_of_n": list(paintings[::candidates])} if candidates > 1 else {})
 
 
 def table_text(table: Table) -> str:

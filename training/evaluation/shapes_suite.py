@@ -131,9 +131,7 @@ def _judge(
     """What fails in the pictures of each column, and the facts of one painting."""
     texts, seeds = [prompt.text for prompt in part], [prompt.seed for prompt in part]
     painted = system(texts, seed=seeds, candidates=candidates, keep=candidates, **knobs)
-    columns = {"one_sample": [painting for painting in painted if painting.facts["candidate"] == 0]}
-    if candidates > 1:
-        columns["best_of_n"] = painted[::candidates]  # each prompt's come best first
+    columns = reports.by_column(painted, candidates)
     wanted = [prompt.facts for prompt in part]
     verdicts = {
         column: check(np.stack([np.asarray(painting.image) for painting in chosen]), wanted)  # (B, S, S, 3)
