@@ -32,13 +32,19 @@ def content():
 
 
 @pytest.fixture(scope="module")
-def prepared(content, tmp_path_factory):
+def packed(content, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     for package, files in content.items():
         stem = package.removeprefix("@").replace("/", "-")
-        _tgz(folder / f"{stem}-1.0.0.tgz", {f"package/{n}": json.dumps(f).encode() for n, f in files.items()})
-    out = folder / "out"
-    return out, emoji.prepare(out, packed=folder, per_concept=6)
+        version = "17.0.0" if package == "emojibase-data" else "1.0.0"
+        _tgz(folder / f"{stem}-{version}.tgz", {f"package/{n}": json.dumps(f).encode() for n, f in files.items()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(packed):
+    out = packed / "out"
+    return out, emoji.prepare(out, packed=packed, per_concept=6)
 
 
 def _joined(content):
@@ -75,6 +81,26 @@ def test_prepared_shards_are_whole_and_even(prepared):
     assert report.samples == checked.samples == 12 * 6 and not checked.bad and not checked.shards
     notices = json.loads((out / "manifest.json").read_text())["licences"]
     assert len(notices) == 3 and all((out / one["notice"]).stat().st_size > 1000 for one in notices)
+
+
+def test_another_version_of_a_package_is_said(prepared):
+    """It may have more emoji, of which other cells are held out than of those that shipped models know."""
+    assert prepared[1].other_versions == {
+        "@iconify-json/noto": "1.0.0, not 1.2.9", "@iconify-json/fluent-emoji-flat": "1.0.0, not 1.2.6"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_share_on_a_background_is_that_of_training_alone(packed, prepared, tmp_path, share):
+    out = tmp_path / "out"
+    emoji.prepare(out, packed=packed, per_concept=6, coloured=share)
+    with tarfile.open(next(out.glob("*.tar"))) as tar:
+        grounds = [json.load(tar.extractfile(m))["background"] for m in tar if m.name.endswith(".json")]
+    plain = grounds.count("white") / len(grounds)
+    assert plain == 1 if share == 0 else plain < 1 / 3
+    assert (out / "splits.json").read_bytes() == (prepared[0] / "splits.json").read_bytes()
+    with pytest.raises(ValueError, match=r"coloured is a share of the records, 0 to 1; got 1\.5"):
+        emoji.prepare(tmp_path / "other", packed=packed, coloured=1.5)
 
 
 def test_captions_of_a_record_are_true_of_it(prepared):
@@ -165,7 +191,7 @@ def test_a_missing_rasteriser_is_said_before_anything_is_fetched(monkeypatch, tm
 
 def test_missing_npm_is_said_with_the_way_around(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match="needs npm.*packed"):
+    with pytest.raises(ValueError, match=r"needs npm.*npm pack @iconify-json/noto@1\.2\.9 .*packed"):
         emoji.prepare(tmp_path / "out")
 
 

@@ -82,14 +82,15 @@ def emoji(
     packed: Annotated[Path | None, typer.Option(help="a folder with the .tgz files of npm pack")] = None,
     size: int = 64,
     per_concept: Annotated[int, typer.Option(help="records of each concept")] = 16,
+    coloured: Annotated[float, typer.Option(help="share of them on a background that is drawn")] = 0.25,
 ) -> None:
     """Fetch Noto and Fluent emoji with your npm, rasterise them, and write shards with their licence notices."""
     from ...pipeline.terminal import tell
     from .emoji import prepare
 
-    report = prepare(out, packed=packed, size=size, per_concept=per_concept)
+    report = prepare(out, packed=packed, size=size, per_concept=per_concept, coloured=coloured)
     typer.echo(f"{report.samples} samples of {report.concepts} concepts in {out}; held out: {report.held_out}")
-    tell({"left out": report.left_out})
+    tell({"left out": report.left_out, "not the shipped models' version": report.other_versions})
 
 
 @app.command()

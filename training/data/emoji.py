@@ -35,10 +35,21 @@ from ...pipeline.terminal import followed
 from ..samples import Entry, decode, find_shards, load_index, read_member
 from ..shards import ShardWriter, free_folder
 from .emoji_captions import BACKGROUNDS, LANGUAGES, PLAIN, captions
-from .emoji_packages import LICENCES, PACKAGES, STYLES, Emoji, join, pack, package_file, read_package, write_notices
+from .emoji_packages import (
+    LICENCES,
+    PACKAGES,
+    STYLES,
+    Emoji,
+    join,
+    other_versions,
+    pack,
+    package_file,
+    read_package,
+    write_notices,
+)
 
 TONES = 5
-_COLOURED = 1 / 4  # of the records are on a background that was drawn; of one in twelve of these it is white again
+COLOURED = 1 / 4  # of the records are on a background that was drawn; of one in twelve of these it is white again
 MAX_SIZE = 512  # pixels a side
 _TONE = re.compile(r"-1f3f[b-f]")
 _FACING_RIGHT = "-200d-27a1"
@@ -47,13 +58,17 @@ _EXTRA = "emoji are drawn by resvg-py, which is not installed; pip install 'kart
 
 @dataclass
 class EmojiReport:
-    """What `prepare` did: numbers of records, concepts, rasterised emoji, held-out cells, and what was left out."""
+    """What `prepare` did: numbers of records, concepts, rasterised emoji, held-out cells, and what was left out.
+
+    other_versions: packages of other versions than those that the shipped models were trained on, by name.
+    """
 
     samples: int
     concepts: int
     emoji: int
     held_out: dict[str, int]
     left_out: dict[str, str]
+    other_versions: dict[str, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,8 +169,15 @@ def compose(picture: Image.Image, colour: str) -> bytes:
     return data.getvalue()
 
 
-def _write(writer: ShardWriter, e: Emoji, picture: Image.Image, draws: random.Random, languages: Sequence[str]) -> None:
-    colour = draws.choice(list(BACKGROUNDS)) if draws.random() < _COLOURED else PLAIN
+def _write(
+    writer: ShardWriter,
+    e: Emoji,
+    picture: Image.Image,
+    draws: random.Random,
+    languages: Sequence[str],
+    coloured: float = COLOURED,
+) -> None:
+    colour = draws.choice(list(BACKGROUNDS)) if draws.random() < coloured else PLAIN
     labels = {language: e.labels[language] for language in languages}
     said = captions(labels, e.tags, e.style, colour)
     facts = {"style": e.style, "concept": e.concept, "tone": e.tone, "background": colour, "labels": labels}
@@ -213,17 +235,21 @@ def prepare(
     seed: int = 0,
     languages: Sequence[str] = LANGUAGES,
     samples_per_shard: int = 1000,
+    coloured: float = COLOURED,
 ) -> EmojiReport:
     """Writes training shards to `out`, held-out cells once each to `out/held_out`; gallery/, splits.json, LICENSES/.
 
     packed: a folder with the three .tgz files of `npm pack`; without it npm is run in a temporary folder. size: side in
-    pixels, 16 to 512. per_concept: records of each concept. Raises ValueError for these, where `out` has content, and
-    without the extra `data`.
+    pixels, 16 to 512. per_concept: records of each concept. coloured: the share of training's records, 0 to 1, on a
+    background that is drawn from BACKGROUNDS. Raises ValueError for these, where `out` has content, and without the
+    extra `data`.
     """
     if not 16 <= size <= MAX_SIZE or per_concept < 1 or not languages or not set(languages) <= set(LANGUAGES):
         raise ValueError(
             f"size 16..{MAX_SIZE}, per_concept >= 1, languages of {LANGUAGES}; got {size}, {per_concept}, {languages}"
         )
+    if not 0 <= coloured <= 1:
+        raise ValueError(f"coloured is a share of the records, 0 to 1; got {coloured}")
     if importlib.util.find_spec("resvg_py") is None:
         raise ValueError(_EXTRA)
     out = free_folder(out)
@@ -232,6 +258,7 @@ def prepare(
         if packed is None:
             print(f"npm pack {' '.join(PACKAGES)} ...", file=sys.stderr, flush=True)
             pack(folder)
+        others = other_versions(folder)
         names = read_package(package_file(folder, PACKAGES[2]), ("en/data.json", "ru/data.json"))
         art = {
             s: read_package(package_file(folder, package), ("icons.json", "chars.json"))
@@ -244,16 +271,9 @@ def prepare(
             pictures[e.cell] = rasterise(e.svg, size)
         except ValueError as error:
             left_out[e.cell] = str(error)
-    return _write_all(
-        out,
-        [e for e in emoji if e.cell in pictures],
-        pictures,
-        left_out,
-        per_concept,
-        seed,
-        languages,
-        samples_per_shard,
-    )
+    kept = [e for e in emoji if e.cell in pictures]
+    counts = _write_all(out, kept, pictures, left_out, per_concept, seed, languages, samples_per_shard, coloured)
+    return EmojiReport(*counts, left_out, others)
 
 
 def _write_all(
@@ -265,7 +285,9 @@ def _write_all(
     seed: int,
     languages: Sequence[str],
     samples_per_shard: int,
-) -> EmojiReport:
+    coloured: float,
+) -> tuple[int, int, int, dict[str, int]]:
+    """Returns the numbers of records, concepts, emoji and held-out cells."""
     split = splits(emoji)
     hidden = {*split["E1"], *split["mirrored"], *split["E2"]}
     concepts: dict[str, list[Emoji]] = defaultdict(list)
@@ -284,7 +306,7 @@ def _write_all(
     try:
         with ShardWriter(staging, samples_per_shard, "emoji") as writer:
             for e in followed(records, f"writing {len(records)} records"):
-                _write(writer, e, pictures[e.cell], draws, languages)
+                _write(writer, e, pictures[e.cell], draws, languages, coloured)
         with ShardWriter(staging / "held_out", samples_per_shard, "held-out") as writer:
             for e in emoji:
                 if e.cell in hidden:
@@ -301,5 +323,4 @@ def _write_all(
         os.replace(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    held_out = {name: len(split[name]) for name in ("E1", "E2")}
-    return EmojiReport(len(records), len(concepts), len(emoji), held_out, left_out)
+    return len(records), len(concepts), len(emoji), {name: len(split[name]) for name in ("E1", "E2")}

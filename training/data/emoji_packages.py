@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("@iconify-json/noto", "@iconify-json/fluent-emoji-flat", "emojibase-data")
+# Those of the shipped models. Others may have more emoji, and then other cells are held out, and other bytes written.
+VERSIONS = {"@iconify-json/noto": "1.2.9", "@iconify-json/fluent-emoji-flat": "1.2.6", "emojibase-data": "17.0.0"}
+PACKAGES = tuple(VERSIONS)
 STYLES = {"noto": PACKAGES[0], "fluent": PACKAGES[1]}
 MEMBER_LIMIT = 64 * 2**20  # bytes of one member
 PACKAGE_LIMIT = 512 * 2**20  # bytes of one package, unpacked
@@ -72,15 +74,15 @@ class Emoji:
 
 
 def pack(folder: Path) -> None:
-    """Runs `npm pack` for PACKAGES in `folder`. Raises ValueError where npm is missing or fails."""
-    packages = " ".join(PACKAGES)
-    advice = f"run `npm pack {packages}` where npm is, and pass the folder of .tgz files as `packed`"
+    """Runs `npm pack` for these VERSIONS in `folder`. Raises ValueError where npm is missing or fails."""
+    packages = [_pinned(package) for package in PACKAGES]
+    advice = f"run `npm pack {' '.join(packages)}` where npm is, and pass the folder of .tgz files as `packed`"
     npm = shutil.which("npm")
     if npm is None:
         raise ValueError(f"the emoji data needs npm, which is not on PATH; install Node.js, or {advice}")
     try:
         subprocess.run(
-            [npm, "pack", "--ignore-scripts", *PACKAGES], cwd=folder, check=True, capture_output=True, timeout=600
+            [npm, "pack", "--ignore-scripts", *packages], cwd=folder, check=True, capture_output=True, timeout=600
         )
     except (subprocess.SubprocessError, OSError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace")[-500:]
@@ -115,14 +117,28 @@ def read_package(path: Path, wanted: Iterable[str]) -> dict[str, Any]:
 
 
 def package_file(folder: Path, package: str) -> Path:
-    """The one .tgz of a package in a folder. Raises ValueError where there is not exactly one."""
-    stem = package.removeprefix("@").replace("/", "-")
+    """The one .tgz of a package in a folder, of whatever version. Raises ValueError where there is not exactly one."""
+    stem = _stem(package)
     found = sorted(folder.glob(f"{stem}-[0-9]*.tgz"))
     if len(found) != 1:
         raise ValueError(
-            f"expected one {stem}-<version>.tgz in {folder}, got {len(found)}; run `npm pack {package}` there"
+            f"expected one {stem}-<version>.tgz in {folder}, got {len(found)}; run `npm pack {_pinned(package)}` there"
         )
     return found[0]
+
+
+def other_versions(folder: Path) -> dict[str, str]:
+    """The packages of a folder whose version is not that of VERSIONS, by name: what it is, and what was expected."""
+    found = {name: package_file(folder, name).stem.removeprefix(f"{_stem(name)}-") for name in PACKAGES}
+    return {name: f"{has}, not {VERSIONS[name]}" for name, has in found.items() if has != VERSIONS[name]}
+
+
+def _pinned(package: str) -> str:
+    return f"{package}@{VERSIONS[package]}"
+
+
+def _stem(package: str) -> str:
+    return package.removeprefix("@").replace("/", "-")
 
 
 # --- joining ----------------------------------------------------------------------------------------------------------
