@@ -27,8 +27,9 @@ from torch import Tensor
 from .unpickle import Record, Storage, StoredTensor, WeightsError, run
 
 _PICKLE_LIMIT = 2**23  # bytes; names and shapes of the largest published systems take less than 1 MiB
+_FACTS_LIMIT = 2**12  # bytes of each pickle before the first tensor, which torch writes in 200
 _TEXT_LIMIT = 2**26  # bytes of one file; those of CLIP take 4 MiB
-_DEPTH, _MOST = 32, 100_000  # of modules in modules, and of their number
+_DEPTH, _MOST, _NAME_LIMIT = 32, 100_000, 256  # of modules in modules, of their number, and letters of a name
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the format before torch 1.6
 _DAMAGE = (ValueError, LookupError, TypeError, EOFError, AttributeError, OverflowError, RuntimeError, struct.error)
 
@@ -132,8 +133,10 @@ def module_tensors(module: Any) -> dict[str, StoredTensor]:
         for table in ("_parameters", "_buffers"):
             tensors = record.state.get(table) or {}
             found |= {f"{prefix}{name}": value for name, value in tensors.items() if isinstance(value, StoredTensor)}
-        inner = (record.state.get("_modules") or {}).items()
-        waiting += [(f"{prefix}{name}.", value, depth + 1) for name, value in inner if value is not None]
+        inner = record.state.get("_modules") or {}
+        if len(waiting) + len(inner) > _MOST or any(len(str(name)) > _NAME_LIMIT for name in inner):
+            break
+        waiting += [(f"{prefix}{name}.", value, depth + 1) for name, value in inner.items() if value is not None]
     raise WeightsError("it holds no module of finite depth; expected a state dict or a pickled torch module")
 
 
@@ -157,7 +160,7 @@ def _from_zip(file: BinaryIO, path: Path, select: Callable[[Any], dict[str, Stor
         def numbers(storage: Storage) -> Tensor:
             return _numbers(archive.read(f"{roots[0]}data/{storage.key}"), storage)
 
-        content = run(io.BytesIO(archive.read(f"{roots[0]}data.pkl")))
+        content = run(io.BytesIO(archive.read(f"{roots[0]}data.pkl")), _PICKLE_LIMIT)
         return _tensors(select(content), numbers)
 
 
@@ -167,14 +170,11 @@ def _from_legacy(file: BinaryIO, select: Callable[[Any], dict[str, StoredTensor]
     if file.read(2) != b"\x80\x02":
         raise WeightsError("it is no checkpoint of torch; expected what torch.save writes, or a name in .safetensors")
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:  # no read goes further than the file
-        if run(data) != _MAGIC or run(data) != _VERSION:
+        if run(data, _FACTS_LIMIT) != _MAGIC or run(data, _FACTS_LIMIT) != _VERSION:
             raise WeightsError("it is a pickle, but not of torch.save; save the state dict with torch.save")
-        if run(data).get("little_endian") is not True:
+        if run(data, _FACTS_LIMIT).get("little_endian") is not True:
             raise WeightsError("its numbers are not little-endian; save it again on another machine")
-        start = data.tell()
-        content, keys = run(data), run(data)
-        if data.tell() - start > _PICKLE_LIMIT:
-            raise WeightsError(f"its pickle has more than {_PICKLE_LIMIT} bytes; save the state dict alone")
+        content, keys = run(data, _PICKLE_LIMIT), run(data, _PICKLE_LIMIT)
         widths = {storage.key: storage.dtype.itemsize for storage in _storages(content)}
         places = {}
         for key in keys:
@@ -219,7 +219,14 @@ def _tensors(wanted: dict[str, StoredTensor], numbers: Callable[[Storage], Tenso
         raise WeightsError("one of its storages is read as two kinds of numbers; download it again")
     if sum(math.prod(tensor.shape) for tensor in wanted.values()) > 4 * sum(storage.numel for storage in storages):
         raise WeightsError("its tensors are many views of few numbers; save them as copies")
-    return {name: tensor.of(numbers(tensor.storage)) for name, tensor in wanted.items()}
+    views: dict[Storage, list[str]] = {}
+    for name, tensor in wanted.items():
+        views.setdefault(tensor.storage, []).append(name)
+    found: dict[str, Tensor] = {}
+    for storage, names_of in views.items():
+        whole = numbers(storage)  # once, however many look into it
+        found |= {name: wanted[name].of(whole) for name in names_of}
+    return {name: found[name] for name in wanted}
 
 
 def _numbers(data: bytes, storage: Storage) -> Tensor:

@@ -49,7 +49,7 @@ def captions(given: Sequence[str], file: Path | None) -> list[str]:
     texts = list(given)
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines also ends lines within captions
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
             raise ValueError(f"cannot read {str(file)!r}: {reason}; name a text file with one caption a line") from None

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -166,12 +166,17 @@ def read_picture(path: str | Path, formats: tuple[str, ...] = ("PNG",), under: s
 
 
 def upright(picture: Image.Image, under: str = "white") -> Image.Image:
-    """A picture in RGB, as training reads it and users give it: turned as its EXIF says, transparency laid over a
-    colour, 16-bit grey scaled to 8 bits. Raises what Pillow does where it cannot be decoded.
+    """A picture in RGB, as training reads it and users give it: turned as its EXIF says where that is legible,
+    transparency laid over a colour, 16-bit grey scaled to 8 bits. Raises what Pillow does where it cannot be decoded.
     """
-    picture = ImageOps.exif_transpose(picture)
+    picture.load()
+    with suppress(Exception):  # damaged EXIF raises anything, and says nothing of the pixels
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+        levels, clear = np.asarray(picture).astype(np.int64).clip(0, 65535), picture.info.get("transparency")
+        picture = Image.fromarray((levels // 257).astype(np.uint8))
+        if isinstance(clear, int):
+            picture.putalpha(Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, under), picture)

@@ -9,6 +9,7 @@ It does not know how a file is read, nor how a model folder is written.
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -172,7 +173,18 @@ def from_names(
     if section["kind"] == "autoencoder_kl" and factor is None:
         known = section["latent_channels"] == 4 and len(section["channel_mult"]) == 4
         factor = torch.tensor(usual_factor if known else 1.0, dtype=torch.float64)
-    return section, from_compvis(stored, None if section["kind"] == "vqgan" or factor is None else float(factor))
+    if section["kind"] == "vqgan" or factor is None:
+        return section, from_compvis(stored, None)
+    if factor.numel() != 1:
+        raise WeightsError(f"{path}: scale_factor must be one number, got {factor.numel()}; download it again")
+    return section, from_compvis(stored, _factor(path, float(factor)))
+
+
+def _factor(path: Path, factor: float) -> float:
+    """What latents are multiplied by. Raises WeightsError for what would make nothing of them."""
+    if not (math.isfinite(factor) and factor > 0):
+        raise WeightsError(f"{path}: the factor of its latents must be finite and above 0, got {factor}")
+    return factor
 
 
 def _first_stage(table: dict[Any, Any]) -> dict[str, Any]:
@@ -199,7 +211,7 @@ def _diffusers(home: Path, image_size: int | None) -> tuple[dict[str, Any], dict
     if section["kind"] != _CLASSES[config["_class_name"]]:
         raise WeightsError(f"{home}: config.json says {config['_class_name']}, the weights are of {section['kind']}")
     if section["kind"] == "autoencoder_kl":
-        channels, factor = section["latent_channels"], config.get("scaling_factor") or SCALING_FACTOR
+        channels, factor = section["latent_channels"], _factor(home, config.get("scaling_factor") or SCALING_FACTOR)
         mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0] * channels
         std = config.get("latents_std") or [1.0] * channels
         weights["scale.mean"] = torch.tensor(mean, dtype=torch.float64).float()

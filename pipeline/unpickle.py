@@ -83,11 +83,13 @@ class StoredTensor:
         return numbers.as_strided(self.shape, self.stride, self.offset).clone(memory_format=torch.contiguous_format)
 
 
-def run(file: Any) -> Any:
+def run(file: Any, limit: int) -> Any:
     """What the pickle at a file's position says: dicts, lists, tuples, numbers, words, `StoredTensor`s and `Record`s.
 
-    Sets and frozen sets become lists and tuples. Raises WeightsError, or whatever a damaged pickle makes of parsing.
+    Sets and frozen sets become lists and tuples. limit: in bytes. Raises WeightsError where it is longer and for what
+    is forged, or whatever a damaged pickle makes of parsing.
     """
+    end = file.tell() + limit
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[Any, Any] = {}
@@ -98,7 +100,9 @@ def run(file: Any) -> Any:
         del stack[start:]
         return taken
 
-    for opcode, argument, _ in pickletools.genops(file):  # type: ignore[arg-type]
+    for opcode, argument, place in pickletools.genops(file):  # type: ignore[arg-type]
+        if place is not None and place > end:
+            raise WeightsError(f"its pickle has more than {limit} bytes; save the state dict alone")
         match opcode.name:
             case "STOP":
                 return stack.pop()

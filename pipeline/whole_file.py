@@ -4,9 +4,13 @@ They know nothing of what stands in them.
 """
 
 import os
+import secrets
+import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,7 +19,8 @@ from torch import Tensor
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Within it a temporary neighbour is written, which then takes the file's place; after an error nothing is left."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # The number of a process is its own only within a machine, and a folder may be shared by several.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # by the umask; safetensors would let nobody else read what it writes
@@ -46,6 +51,50 @@ def locked(folder: Path) -> Iterator[None]:
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def held(path: Path) -> Iterator[BinaryIO | None]:
+    """An empty file that this process alone writes; None where another does. What is not renamed is removed."""
+    import fcntl
+
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        except OSError as error:  # some network file systems
+            print(f"kartina: {path} cannot be locked ({error}); write there with one process only", file=sys.stderr)
+        here = os.fstat(file.fileno())
+        if not path.exists() or not os.path.samestat(here, path.stat()):  # renamed or removed before it was ours
+            yield None
+            return
+        try:
+            file.truncate(0)
+            yield file
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A new folder that is filled within it and then takes the place of `out`; after an error nothing is left.
+
+    Raises ValueError where another process fills one.
+    """
+    folder = out.with_name(f".{out.name}.writing")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with held(out.with_name(f".{out.name}.lock")) as file:
+        if file is None:
+            raise ValueError(f"{out} is being written by another process; wait for it, or name another folder")
+        shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
+        folder.mkdir()
+        try:
+            yield folder
+            os.replace(folder, out)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """The emoji data, from a fixture of 12 concepts x 2 styles packed again as npm packages: no network."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -201,6 +202,27 @@ def test_hostile_members_are_ignored(tmp_path):
     _tgz(path, {name: json.dumps(name).encode() for name in names})
     assert emoji_packages.read_package(path, ["icons.json"]) == {"icons.json": "package/icons.json"}
     assert [p.name for p in tmp_path.iterdir()] == ["x-1.tgz"]
+
+
+def test_a_package_is_read_within_its_limit_whatever_its_headers_claim(tmp_path, monkeypatch):
+    """tarfile reads a long name whole before it tells of any member."""
+    path = tmp_path / "x-1.tgz"
+    name = tarfile.TarInfo("long")
+    name.type, name.size = tarfile.GNUTYPE_LONGNAME, 2**24
+    with gzip.open(path, "wb", 1) as file:
+        file.write(name.tobuf(tarfile.GNU_FORMAT) + bytes(2**24))
+    monkeypatch.setattr(emoji_packages, "PACKAGE_LIMIT", 2**20)
+    with pytest.raises(ValueError, match="x-1.tgz unpacks to over 1048576 bytes"):
+        emoji_packages.read_package(path, ["icons.json"])
+
+
+def test_packages_of_another_layout_are_one_clear_error(content, tmp_path):
+    for package, files in content.items():
+        stem = package.removeprefix("@").replace("/", "-")
+        changed = files if package != "emojibase-data" else {name: [{"code": 1}] for name in files}
+        _tgz(tmp_path / f"{stem}-1.0.0.tgz", {f"package/{n}": json.dumps(f).encode() for n, f in changed.items()})
+    with pytest.raises(ValueError, match=r"not laid out as @iconify-json/noto@1\.2\.9, .* are: KeyError\('hexcode'\)"):
+        emoji.prepare(tmp_path / "out", packed=tmp_path)
 
 
 @pytest.mark.parametrize("body", ['<image href="file:' + "//" + '/x"/>', "<!ENTITY a>", '<use xlink:href="x.svg#a"/>'])

@@ -117,6 +117,13 @@ def test_a_scale_that_the_checkpoint_holds_goes_first(tmp_path):
     assert section["kind"] == "autoencoder_kl" and weights["scale.std"].tolist() == [4.0] * 4
 
 
+@pytest.mark.parametrize("factor", [torch.ones(2), torch.tensor(0.0), torch.tensor(torch.nan), torch.tensor(-1.0)])
+def test_a_factor_that_makes_nothing_of_latents_is_refused(tmp_path, factor):
+    stand_in("kl", tmp_path / "ldm.ckpt", "first_stage_model.", scale_factor=factor)
+    with pytest.raises(WeightsError, match="ldm.ckpt: (scale_factor must be one number|the factor of its latents)"):
+        published.load(tmp_path / "ldm.ckpt")
+
+
 @pytest.mark.parametrize("name", ["vqgan", "kl"])
 def test_export_loads_in_diffusers_and_import_of_it_is_the_identity(tmp_path, name):
     import diffusers

@@ -121,14 +121,14 @@ def test_training_refuses_data_that_is_not_whole(tmp_path):
 
 
 def test_training_refuses_a_shard_that_is_not_what_was_packed(tmp_path):
-    """As one that was cut between two members: tarfile takes it for a shorter one."""
+    """As one of fewer members, which is a whole tar."""
     with shards.ShardWriter(tmp_path / "out") as writer:
         for k in range(6):
             writer.write({"txt": b"caption", "png": picture(color=(k, 0, 0))})
     path = tmp_path / "out" / "shard-000000.tar"
     with tarfile.open(path) as tar:
         begin = tar.getmembers()[6].offset
-    path.write_bytes(path.read_bytes()[:begin])
+    path.write_bytes(path.read_bytes()[:begin] + bytes(1024))
     assert samples.build_index(path).problem is None
     with pytest.raises(ValueError, match="changed since it was packed"):
         ShardSource(tmp_path / "out", 8, 0)
@@ -205,6 +205,40 @@ def test_odd_pictures_become_upright_rgb():
     assert samples.decode("jpeg", picture("JPEG", mode="CMYK", color=(0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
     assert samples.decode("webp", picture("WEBP", lossless=True)).getpixel((0, 0)) == (200, 10, 30)
     assert samples.decode("png", picture(mode="P", color=0)).mode == "RGB"
+
+
+def test_damaged_exif_says_nothing_of_the_pixels():
+    """As crawled photos have it: Pillow raises struct.error or SyntaxError."""
+    for exif in (b"Exif\0\0II*\0", b"Exif\0\0garbage!", b"Exif\0\0II*\0\xff\xff\xff\xff"):
+        for kind, extension in (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")):
+            found = samples.decode(extension, picture(kind, size=(8, 4), exif=exif))
+            assert found.size == (8, 4) and found.mode == "RGB"
+
+
+def test_a_clear_colour_of_16_bit_grey_is_clear():
+    levels = np.array([[0, 30_000], [65_535, 30_001]], dtype=np.uint16)
+    out = io.BytesIO()
+    Image.fromarray(levels).save(out, "PNG", transparency=30_000)
+    found = samples.decode("png", out.getvalue())
+    assert np.asarray(found)[..., 0].tolist() == [[0, 255], [255, 116]]
+
+
+def test_lines_of_a_caption_are_those_of_files():
+    """str.splitlines also ends lines at what web captions have within: U+2028, U+0085, form feeds."""
+    text = "a\u2028b\n\n c\x85d \r\ne\x0cf\rg"
+    assert samples.lines(text) == ["a\u2028b", "c\x85d", "e\x0cf", "g"]
+
+
+def test_arrays_are_arrays_of_numbers():
+    for array in (np.array(["a"]), np.zeros(3, dtype=[("x", "f4")]), np.array([True])):
+        out = io.BytesIO()
+        np.save(out, array)
+        with pytest.raises(samples.BadSample, match="expected one array of numbers"):
+            samples.decode("codes.npy", out.getvalue())
+    out = io.BytesIO()
+    np.savez(out, np.zeros(3))
+    with pytest.raises(samples.BadSample, match="expected one array of numbers, got an archive"):
+        samples.decode("codes.npy", out.getvalue())
 
 
 def test_forged_headers_and_indexes_stop_nothing(tmp_path):

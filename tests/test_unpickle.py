@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from kartina.pipeline import archive
 from kartina.pipeline.archive import module_tensors, read
 from kartina.pipeline.unpickle import Record, StoredTensor, WeightsError, run
 
@@ -133,10 +134,10 @@ def test_nothing_of_a_hostile_file_runs(tmp_path, name, zipped):
 
 def test_an_allowed_name_in_another_module_is_a_record():
     for text in (b"cevil.torch._utils\n_rebuild_tensor_v2\n", b"ccollections.evil\nOrderedDict\n"):
-        made = run(io.BytesIO(b"\x80\x02" + text + b")R."))
+        made = run(io.BytesIO(b"\x80\x02" + text + b")R."), 2**20)
         assert isinstance(made, Record) and made.of.name.split(".")[0] in ("evil", "collections")
     stacked = pickle.dumps("collections.x", 4)[:-1] + pickle.dumps("OrderedDict", 4)[2:-1] + b"\x93)R."
-    assert isinstance(run(io.BytesIO(stacked)), Record)
+    assert isinstance(run(io.BytesIO(stacked), 2**20), Record)
 
 
 def rewrite(path, change) -> None:
@@ -225,9 +226,43 @@ def test_a_zip_bomb_is_refused(tmp_path):
         read(path, state)
 
 
+def test_a_pickle_of_old_without_end_is_refused_where_its_limit_is(tmp_path, monkeypatch):
+    """Of a byte each, lists take seventy times their file; nothing of what comes after the limit is made."""
+    path = tmp_path / "a.ckpt"
+    for facts in (b"", pickle.dumps(0x1950A86A20F9469CFC6C, 2), b""):
+        path.write_bytes(facts + b"\x80\x02" + b"]" * 10_000_000)
+        with pytest.raises(WeightsError, match="more than 4096 bytes"):
+            read(path, state)
+    start = [pickle.dumps(fact, 2) for fact in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+    path.write_bytes(b"".join(start) + b"\x80\x02" + b"]" * 9_000_000)
+    monkeypatch.setattr(archive, "_PICKLE_LIMIT", 10_000)
+    with pytest.raises(WeightsError, match="more than 10000 bytes"):
+        read(path, state)
+
+
+def test_modules_of_long_names_are_refused_before_their_paths_are_made(tmp_path):
+    child = Record("child", state={"_modules": {str(n): Record("leaf", state={}) for n in range(10)}})
+    for inner in ({"x" * 257: child}, {str(n): child for n in range(100_001)}):
+        with pytest.raises(WeightsError, match="no module of finite depth"):
+            module_tensors(Record("root", state={"_modules": inner}))
+    assert module_tensors(Record("root", state={"_modules": {"x" * 256: child}})) == {}
+
+
+def test_a_storage_is_read_once_however_many_look_into_it(tmp_path, monkeypatch):
+    whole = torch.arange(12.0)
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": {"b": whole[6:], "a": whole[:6], "c": torch.ones(2)}}, path)
+    count, numbers = [], archive._numbers
+    monkeypatch.setattr(archive, "_numbers", lambda *given: count.append(1) or numbers(*given))
+    found = read(path, state)
+    assert len(count) == 2 and list(found) == ["b", "a", "c"]
+    assert torch.equal(found["a"], whole[:6]) and torch.equal(found["b"], whole[6:])
+    assert found["a"].untyped_storage().nbytes() == 24
+
+
 def test_tuples_that_double_without_end_take_no_time():
     nested = b"\x80\x02)q\x00" + b"".join(b"h\x00h\x00\x86q\x00" for _ in range(60))
-    assert isinstance(run(io.BytesIO(nested + b".")), tuple)
-    assert run(io.BytesIO(nested + b"}h\x00K\x01s.")) == {}  # as a key, whose hash would take forever
+    assert isinstance(run(io.BytesIO(nested + b"."), 2**20), tuple)
+    assert run(io.BytesIO(nested + b"}h\x00K\x01s."), 2**20) == {}  # as a key, whose hash would take forever
     with pytest.raises(WeightsError, match="no storage"):
-        run(io.BytesIO(nested + b"X\x07\x00\x00\x00storageh\x00h\x00h\x00h\x00tQ.".replace(b"X", b"(X", 1)))
+        run(io.BytesIO(nested + b"X\x07\x00\x00\x00storageh\x00h\x00h\x00h\x00tQ.".replace(b"X", b"(X", 1)), 2**20)

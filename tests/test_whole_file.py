@@ -32,7 +32,7 @@ def test_the_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch
     monkeypatch.setattr(whole_file, "sync", lambda path: (told.append(path.name), sync(path)))
     monkeypatch.setattr(os, "replace", lambda old, new: (told.append("replace"), replace(old, new)))
     whole_file.save_tensors(tmp_path / "w.safetensors", WEIGHTS)
-    assert told == [f".w.safetensors.{os.getpid()}", "replace", tmp_path.name]
+    assert told[0].startswith(f".w.safetensors.{os.getpid()}-") and told[1:] == ["replace", tmp_path.name]
 
 
 def test_captions_and_pictures_are_written_as_weights_are(tmp_path, monkeypatch):
@@ -44,7 +44,36 @@ def test_captions_and_pictures_are_written_as_weights_are(tmp_path, monkeypatch)
     trainer._prepare_captions(recipe, source, tmp_path / "model")
     save_png(Image.new("RGB", (2, 2)), tmp_path / "a.png", {})
     for path in (tmp_path / "model" / "captions.json", tmp_path / "a.png"):
-        assert (f".{path.name}.{os.getpid()}", path.stat().st_size) in done
+        sizes = [size for name, size in done if name.startswith(f".{path.name}.{os.getpid()}-")]
+        assert sizes == [path.stat().st_size]
+
+
+def test_two_processes_of_one_number_write_apart(tmp_path):
+    """As in two containers, on a folder that both share."""
+    path = tmp_path / "x.json"
+    with whole_file.replaced(path) as one, whole_file.replaced(path) as other:
+        assert one != other
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_appears_whole_and_is_one_process_alone(tmp_path):
+    out = tmp_path / "in" / "out"
+    with whole_file.appearing(out) as folder:
+        (folder / "a").write_text("a")
+        with (
+            pytest.raises(ValueError, match="out is being written by another process; wait"),
+            whole_file.appearing(out),
+        ):
+            pytest.fail("two at once")
+        assert (folder / "a").read_text() == "a" and not out.exists()
+    assert (out / "a").read_text() == "a" and list((tmp_path / "in").iterdir()) == [out]
+    (tmp_path / "in" / ".other.writing" / "left").mkdir(parents=True)  # by one that was killed
+    with pytest.raises(OSError, match="full"), whole_file.appearing(tmp_path / "in" / "other") as folder:
+        assert not list(folder.iterdir())
+        raise OSError("full")
+    assert list((tmp_path / "in").iterdir()) == [out]
 
 
 def test_a_failure_leaves_the_old_file_alone(tmp_path, monkeypatch):

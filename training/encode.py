@@ -10,8 +10,6 @@ B samples of a batch, S image side, C x h x w latents, D features of an embeddin
 It does not know how a cache is read in training.
 """
 
-import contextlib
-import fcntl
 import io
 import json
 import multiprocessing
@@ -32,7 +30,7 @@ from ..pipeline.built import check_built
 from ..pipeline.known_models import find_model
 from ..pipeline.recipe import nearest
 from ..pipeline.terminal import progress_bar
-from ..pipeline.whole_file import locked
+from ..pipeline.whole_file import held, locked
 from ..tokenizers.captions import CaptionTokenizer
 from .cache import FORMAT, PART, describe_source, differing, read_manifest
 from .mirror import opened
@@ -233,7 +231,7 @@ def _write_shard(source: Index, path: Path, encoder: _Encoder, report: Callable[
     if path.is_file():
         return
     beside = path.with_name(f".{path.name}.writing")
-    with _held(beside) as target:
+    with held(beside) as target:
         if target is None or path.is_file():
             return
         with tarfile.open(fileobj=target, mode="w", format=tarfile.GNU_FORMAT) as tar, opened(source.path) as file:
@@ -273,26 +271,6 @@ def _members(file: BinaryIO, entries: Sequence[Entry], encoder: _Encoder) -> Ite
             yield f"{entry.key}.{name}.npy", content.getvalue()
         kind, data = ("txt", "\n".join(captions[k]).encode()) if captions[k][0] else ("json", b'{"captionless": true}')
         yield f"{entry.key}.{kind}", data
-
-
-@contextlib.contextmanager
-def _held(path: Path) -> Iterator[BinaryIO | None]:
-    """An empty file that this process alone writes; None where another does. What is not renamed is removed."""
-    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield None
-            return
-        here = os.fstat(file.fileno())
-        if not path.exists() or not os.path.samestat(here, path.stat()):  # renamed before it was ours
-            yield None
-            return
-        try:
-            file.truncate(0)
-            yield file
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _stop_alone() -> None:

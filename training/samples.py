@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import io
 import json
-import tarfile
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from ..pipeline.checkpoint import file_hash, write_text
 from ..pipeline.images import PHOTOS, upright
 from ..pipeline.terminal import speaks
-from . import mirror
+from . import mirror, tar_scan
 
 _FORMAT = 3  # of the index
 EMPTY = "the shard holds no samples"
@@ -68,7 +68,10 @@ def _decode_text(data: bytes) -> str:
 
 
 def _decode_array(data: bytes) -> np.ndarray:
-    return np.load(io.BytesIO(data), allow_pickle=False)
+    array = np.load(io.BytesIO(data), allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf":
+        raise BadSample(f"expected one array of numbers, got {getattr(array, 'dtype', 'an archive')}")
+    return array
 
 
 DECODERS: dict[str, Callable[[bytes], Any]] = {
@@ -131,25 +134,20 @@ def _scan(shard: Path, size: int) -> tuple[list[Entry], str | None]:
     entries: dict[str, Entry] = {}
     foreign: dict[str, str] = {}
     try:
-        with tarfile.open(shard, "r:") as tar:
-            for info in tar:
-                if not info.isfile() or info.issparse():
-                    continue
-                folder, _, name = info.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
-                entry = entries.setdefault(key, Entry(key, {}))
-                if extension not in DECODERS:
-                    foreign[key] = info.name
-                    continue
-                if extension in entry.members:
-                    entry.problem = f"two members .{extension} under one key"
-                if info.size < 0:
-                    raise ValueError(f"{info.name} has the size {info.size}")
-                if info.offset_data + info.size > size:
-                    entry.problem = f"truncated: the shard ends inside {info.name}"
-                entry.members[extension] = (info.offset_data, info.size)
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        for info in tar_scan.files(shard):
+            folder, _, name = info.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
+            entry = entries.setdefault(key, Entry(key, {}))
+            if extension not in DECODERS:
+                foreign[key] = info.name
+                continue
+            if extension in entry.members:
+                entry.problem = f"two members .{extension} under one key"
+            if info.offset_data + info.size > size:
+                entry.problem = f"truncated: the shard ends inside {info.name}"
+            entry.members[extension] = (info.offset_data, info.size)
+    except ValueError as error:
         return list(entries.values()), f"torn shard, or not an uncompressed tar: {error}"
     for key, name in foreign.items():
         if "." in name.rpartition("/")[2].partition(".")[2] and not set(PICTURES) & set(entries[key].members):
@@ -323,9 +321,12 @@ def read_captions(file: BinaryIO, entry: Entry) -> list[str]:
     return found
 
 
+_ENDS = re.compile("\r\n|\r|\n")  # those of files: str.splitlines also ends lines within captions from the web
+
+
 def lines(text: str) -> list[str]:
     """Its lines, without empty ones and outer space: each is a caption."""
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in _ENDS.split(text) if line.strip()]
 
 
 def read_encoded(file: BinaryIO, entry: Entry, names: Sequence[str]) -> tuple[list[np.ndarray], list[str]]:

@@ -8,10 +8,10 @@ arXiv 2001.01858.
 It does not know where pictures come from (`packing` does), nor the order in which samples are read (`stream` does).
 """
 
+import contextlib
 import io
 import json
 import os
-import shutil
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from typing import Any
 from ..pipeline.checkpoint import write_text
 from ..pipeline.recipe import RecipeError
 from ..pipeline.terminal import followed
+from ..pipeline.whole_file import appearing
 from .mirror import opened, row_of
 from .samples import DECODERS, EMPTY, BadSample, Index, find_shards, load_index, read_encoded, read_sample
 from .samples import build_index as build_index
@@ -43,7 +44,8 @@ class ShardWriter:
     """Writes samples into a new folder of shards, which appears whole at the end or not at all.
 
     `with ShardWriter(out, 1000) as writer: writer.write({"jpg": data, "txt": caption.encode()}, name="a.b.jpg")`.
-    Raises ValueError where `out` is not empty, or for a member outside the table of decoders.
+    Raises ValueError where `out` is not empty, or another process writes it, or for a member outside the table of
+    decoders.
     """
 
     def __init__(self, out: Path | str, samples_per_shard: int = 1000, prefix: str = "shard"):
@@ -51,9 +53,8 @@ class ShardWriter:
         if samples_per_shard < 1 or "." in prefix or "/" in prefix:
             raise ValueError(f"samples_per_shard >= 1 and a prefix without . or /, got {samples_per_shard}, {prefix!r}")
         self.out = free_folder(out)
-        self._folder = self.out.with_name(f".{self.out.name}.writing")
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
+        self._held = contextlib.ExitStack()
+        self._folder = self._held.enter_context(appearing(self.out))
         self._tar: tarfile.TarFile | None = None
         self._shards: list[dict[str, Any]] = []
         self._in_shard = self.count = 0
@@ -94,22 +95,23 @@ class ShardWriter:
         )
         self._tar, self._in_shard = None, 0
 
-    def close(self) -> None:
-        """Finishes the last shard, writes manifest.json and moves the folder into place."""
+    def _finish(self) -> None:
+        """The last shard, and manifest.json."""
         self._finish_shard()
         manifest = {"format": _FORMAT, "samples": self.count, "shards": self._shards}
         write_text(self._folder / "manifest.json", json.dumps(manifest, indent=1))
-        os.replace(self._folder, self.out)
 
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
-            return self.close()
+            with self._held:
+                self._finish()
+            return
         if self._tar is not None:
             self._tar.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._held.__exit__(kind, error, trace)
 
 
 @dataclass

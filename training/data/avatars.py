@@ -11,15 +11,14 @@ It does not know the order of reading (`stream` does), nor what reads the attrib
 
 import importlib.util
 import json
-import os
 import random
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...pipeline.terminal import followed
+from ...pipeline.whole_file import appearing
 from ..shards import ShardWriter, free_folder
 from .avatars_captions import FIELDS, LANGUAGES, STYLE, UNNAMED, caption
 from .emoji import MAX_SIZE, compose, rasterise
@@ -141,9 +140,7 @@ def prepare(
     out = free_folder(out)
     style, meta = _style()
     drawn = {name: dict.fromkeys(values, 0) for name, values in FIELDS.items()}
-    staging = out.with_name(f".{out.name}.preparing")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
+    with appearing(out) as staging:
         for part, number, folder in (("train", count, staging), ("held_out", held_out, staging / "held_out")):
             with ShardWriter(folder, samples_per_shard, "avatars" if part == "train" else "held-out") as writer:
                 for fields, avatar, language in _records(style, seed, size, part, number):
@@ -152,9 +149,6 @@ def prepare(
                     for name, value in avatar.attributes.items():
                         drawn[name][value] += part == "train"
         _describe(staging, seed, meta)
-        os.replace(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return AvatarsReport(count, held_out, drawn)
 
 

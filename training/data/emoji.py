@@ -16,10 +16,8 @@ import hashlib
 import importlib.util
 import io
 import json
-import os
 import random
 import re
-import shutil
 import sys
 import tempfile
 from collections import defaultdict
@@ -32,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 from ...pipeline.terminal import followed
+from ...pipeline.whole_file import appearing
 from ..samples import Entry, decode, find_shards, load_index, read_member
 from ..shards import ShardWriter, free_folder
 from .emoji_captions import BACKGROUNDS, LANGUAGES, PLAIN, captions
@@ -44,6 +43,7 @@ from .emoji_packages import (
     other_versions,
     pack,
     package_file,
+    pinned,
     read_package,
     write_notices,
 )
@@ -264,7 +264,12 @@ def prepare(
             s: read_package(package_file(folder, package), ("icons.json", "chars.json"))
             for s, package in STYLES.items()
         }
-    emoji, left_out = join(art, names["en/data.json"], names["ru/data.json"])
+    try:
+        emoji, left_out = join(art, names["en/data.json"], names["ru/data.json"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the packages are not laid out as {', '.join(map(pinned, PACKAGES))} are: {error!r}; pack these"
+        ) from error
     pictures = {}
     for e in followed(emoji, f"drawing {len(emoji)} emoji"):
         try:
@@ -301,9 +306,7 @@ def _write_all(
     }
     records = [e for rounds_of in rounds.values() for e in [e for r in rounds_of for e in r][:per_concept]]
     draws.shuffle(records)
-    staging = out.with_name(f".{out.name}.preparing")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
+    with appearing(out) as staging:
         with ShardWriter(staging, samples_per_shard, "emoji") as writer:
             for e in followed(records, f"writing {len(records)} records"):
                 _write(writer, e, pictures[e.cell], draws, languages, coloured)
@@ -320,7 +323,4 @@ def _write_all(
             content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             content["licences"] = [{**one, "notice": notices + one["notice"]} for one in LICENCES]
             (folder / "manifest.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        os.replace(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return len(records), len(concepts), len(emoji), {name: len(split[name]) for name in ("E1", "E2")}

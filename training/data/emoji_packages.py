@@ -3,7 +3,9 @@
 It does not know captions, splits or shards.
 """
 
+import gzip
 import importlib.metadata
+import io
 import json
 import re
 import shutil
@@ -75,7 +77,7 @@ class Emoji:
 
 def pack(folder: Path) -> None:
     """Runs `npm pack` for these VERSIONS in `folder`. Raises ValueError where npm is missing or fails."""
-    packages = [_pinned(package) for package in PACKAGES]
+    packages = [pinned(package) for package in PACKAGES]
     advice = f"run `npm pack {' '.join(packages)}` where npm is, and pass the folder of .tgz files as `packed`"
     npm = shutil.which("npm")
     if npm is None:
@@ -94,13 +96,10 @@ def read_package(path: Path, wanted: Iterable[str]) -> dict[str, Any]:
 
     Raises ValueError for a broken or oversized package, or a wanted member that is missing.
     """
-    names, found, total = {f"package/{name}": name for name in wanted}, {}, 0
+    names, found = {f"package/{name}": name for name in wanted}, {}
     try:
-        with tarfile.open(path, "r|gz") as tar:
+        with gzip.open(path) as unpacked, tarfile.open(fileobj=_Limited(unpacked, path.name), mode="r|") as tar:
             for info in tar:
-                total += info.size
-                if total > PACKAGE_LIMIT:
-                    raise ValueError(f"{path.name} unpacks to over {PACKAGE_LIMIT} bytes; pack it again with npm")
                 name = names.get(info.name)
                 if name is None or name in found or not info.isreg():
                     continue
@@ -108,12 +107,27 @@ def read_package(path: Path, wanted: Iterable[str]) -> dict[str, Any]:
                     raise ValueError(f"{path.name}: {info.name} has {info.size} bytes, over {MEMBER_LIMIT}")
                 member = tar.extractfile(info)
                 found[name] = json.loads(member.read()) if member else None
-    except (tarfile.TarError, OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (tarfile.TarError, OSError, EOFError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path.name} is not a readable npm package: {error}; pack it again with npm") from error
     missing = [name for name in names.values() if name not in found]
     if missing:
         raise ValueError(f"{path.name} lacks {', '.join(missing)}; expected a package made by npm pack")
     return found
+
+
+class _Limited(io.RawIOBase):
+    """A stream that ends with ValueError where it has given more than PACKAGE_LIMIT bytes, headers of the tar too."""
+
+    def __init__(self, stream: Any, name: str) -> None:
+        super().__init__()
+        self.stream, self.name, self.left = stream, name, PACKAGE_LIMIT
+
+    def read(self, count: int = -1) -> bytes:
+        data: bytes = self.stream.read(count)
+        self.left -= len(data)
+        if self.left < 0:
+            raise ValueError(f"{self.name} unpacks to over {PACKAGE_LIMIT} bytes; pack it again with npm")
+        return data
 
 
 def package_file(folder: Path, package: str) -> Path:
@@ -122,7 +136,7 @@ def package_file(folder: Path, package: str) -> Path:
     found = sorted(folder.glob(f"{stem}-[0-9]*.tgz"))
     if len(found) != 1:
         raise ValueError(
-            f"expected one {stem}-<version>.tgz in {folder}, got {len(found)}; run `npm pack {_pinned(package)}` there"
+            f"expected one {stem}-<version>.tgz in {folder}, got {len(found)}; run `npm pack {pinned(package)}` there"
         )
     return found[0]
 
@@ -133,7 +147,8 @@ def other_versions(folder: Path) -> dict[str, str]:
     return {name: f"{has}, not {VERSIONS[name]}" for name, has in found.items() if has != VERSIONS[name]}
 
 
-def _pinned(package: str) -> str:
+def pinned(package: str) -> str:
+    """As npm names a package of one version."""
     return f"{package}@{VERSIONS[package]}"
 
 
