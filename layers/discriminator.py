@@ -1,4 +1,4 @@
-"""Discriminators: PatchGAN of images (Isola 2017, arXiv:1611.07004, section 3.3 and appendix 6.1.2), the 70 x 70 one by
+"""Discriminators: PatchGAN of images (Isola 2017, arXiv:1611.07004, section 3.2.2 and appendix 6.1.2), the 70 x 70 one by
 default, with the layout and the tensor names of CycleGAN's and VQ-GAN's published checkpoints; and the perceptron that
 judges flat latents in an adversarial autoencoder (Makhzani 2015, arXiv:1511.05644, appendix A.1).
 

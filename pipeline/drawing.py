@@ -29,6 +29,7 @@ from .memory import Progress
 from .recipe import Recipe, RecipeError, sampling_knobs
 
 _LEFT = 0.02  # of the picture's variance at most, in the noisiest timestep; Stable Diffusion leaves 0.0047
+_HARDLY = 1e-6  # of latents', at least, where eps is predicted; where pixels are, x_0 is clipped to their range
 
 
 class Drawing(Protocol):
@@ -91,6 +92,11 @@ def check_sampling(recipe: Recipe, told: bool) -> None:
         raise RecipeError(
             f"its noise leaves {left:.0%} of the picture's variance after {schedule.num_timesteps} timesteps, and "
             "samplers begin with noise alone; write in `diffusion` schedule: cosine, or a larger beta_end"
+        )
+    if left < _HARDLY and recipe.diffusion.prediction == "eps" and "tokenizer" in recipe.parts:
+        raise RecipeError(
+            f"its noise leaves {left:.1g} of the latents' variance, where eps hardly tells x_0: samplers would begin "
+            "with its error, a thousandfold; write in `diffusion` prediction: v, or schedule: scaled_linear"
         )
     sampler_of(knobs)
     try:

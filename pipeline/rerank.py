@@ -1,4 +1,4 @@
-"""Best of N: score pictures by their caption with CLIP, keep the best (Ramesh 2021, arXiv:2102.12092, section 2.4).
+"""Best of N: score pictures by their caption with CLIP, keep the best (Ramesh 2021, arXiv:2102.12092, section 2.6).
 
 B pictures, P captions, N candidates per caption.
 

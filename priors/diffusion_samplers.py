@@ -33,6 +33,7 @@ from .schedules import Level
 Look = Callable[[Tensor, Level], Denoised]
 Draw = Callable[[], Tensor]
 Step = Callable[[Tensor, Level, Level, Look, Draw], Tensor]
+_FAINT = 1e-3  # alpha; of the published schedules only the last timesteps of cosine noise have less
 
 
 class Keep(NamedTuple):
@@ -118,13 +119,14 @@ def euler_ancestral(
 def heun(denoise: Denoise, condition: Any, shape: tuple[int, ...], seeds: Tensor, **walk: Unpack[Walk]) -> Tensor:
     """Heun's method in sigma / alpha (Karras 2022, algorithm 1): of second order, two looks a step.
 
-    Euler's where a level has no signal, or no noise. Arguments and result as in `ddpm`.
+    Euler's where a level has hardly any signal, or no noise: the second look corrects by the ratio of noise to signal,
+    which at the end of cosine noise is 20,000. Arguments and result as in `ddpm`.
     """
 
     def step(x: Tensor, now: Level, then: Level, look: Look, draw: Draw) -> Tensor:
         found = look(x, now)
         tried = _toward(found, then, then.sigma**2)
-        if then.sigma == 0 or now.alpha == 0:
+        if then.sigma == 0 or now.alpha < _FAINT:
             return tried
         turn = look(tried, then).eps - found.eps
         return tried + 0.5 * (then.sigma - then.alpha * now.sigma / now.alpha) * turn

@@ -47,11 +47,11 @@ def gaussian(schedule: Schedule | None = None) -> Mixture:
 ENOUGH = {"ddpm": 500, "ddim": 150, "euler": 150, "euler_ancestral": 500, "dpmpp_2m_sde": 150}
 
 
-@pytest.mark.parametrize("zero_terminal", [False, True])
+@pytest.mark.parametrize("noise", ["linear", "zero terminal", "cosine"])
 @pytest.mark.parametrize("name", list(SAMPLERS))
-def test_every_sampler_recovers_a_gaussian_and_a_mixture(name, zero_terminal):
-    schedule = new_schedule(zero_terminal=zero_terminal)
-    exact = gaussian(schedule) if zero_terminal else Mixture([0.3, 0.7], [-1.0, 0.8], [0.2, 0.3], schedule)
+def test_every_sampler_recovers_a_gaussian_and_a_mixture(name, noise):
+    schedule = new_schedule("cosine" if noise == "cosine" else "linear", zero_terminal=noise == "zero terminal")
+    exact = Mixture([0.3, 0.7], [-1.0, 0.8], [0.2, 0.3], schedule) if noise == "linear" else gaussian(schedule)
     z = SAMPLERS[name](exact, "asked", SHAPE, SEEDS, num_steps=ENOUGH.get(name, 40)).double()
     assert z.shape == (len(SEEDS), *SHAPE) and z.isfinite().all()
     assert z.mean().item() == pytest.approx(exact.mean, abs=4 * (exact.variance / z.numel()) ** 0.5)

@@ -252,6 +252,7 @@ def test_latents_must_have_a_measured_scale(tmp_path):
     assert DiffusionStage(*arguments).tokenizer.scale.measured
 
 
+LATENTS = f"parts.tokenizer={KL}", "parts.prior.in_channels=2"
 CODES = "parts.tokenizer={kind: patch_dvae, image_size: 32, num_codes: 32, width: 8}"
 OBJECTIVE, DIGITS = "stages.prior.objective", "training.data={kind: digits}"
 TEXT = "parts.text={kind: caption_encoder, text_vocab: 300, text_length: 12, width: 16, depth: 1, num_heads: 2}"
@@ -286,6 +287,7 @@ TEXT = "parts.text={kind: caption_encoder, text_vocab: 300, text_length: 12, wid
         ([f"{OBJECTIVE}={{logit_std: 1}}", "parts.prior.out_channels=6"], "from timesteps that are drawn uniformly"),
         ([f"{OBJECTIVE}={{loss: vlb, logit_std: 1}}"], "from timesteps that are drawn uniformly"),
         (["diffusion={schedule: linear, num_timesteps: 100}"], "leaves 36% of the picture's variance after 100 timest"),
+        ([*LATENTS, "diffusion={schedule: cosine, prediction: eps}"], "leaves 2e-09 of the latents' variance, where e"),
         (["sampling={sampler: dimm}"], "no sampler 'dimm'"),
         (["sampling={eta: 0.5}"], "eta belongs to the sampler ddim, got dpmpp_2m"),
         (["sampling={guidance_scale: 2.0}"], "reads no captions to be guided by; leave guidance_scale at 1"),

