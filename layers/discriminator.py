@@ -1,6 +1,6 @@
-"""Discriminators: PatchGAN of images (Isola 2017, arXiv:1611.07004, section 3.2.2 and appendix 6.1.2), the 70 x 70 one by
-default, with the layout and the tensor names of CycleGAN's and VQ-GAN's published checkpoints; and the perceptron that
-judges flat latents in an adversarial autoencoder (Makhzani 2015, arXiv:1511.05644, appendix A.1).
+"""Discriminators: PatchGAN of images (Isola 2017, arXiv:1611.07004, section 3.2.2 and appendix 6.1.2), the 70 x 70 one
+by default, with the layout and the tensor names of CycleGAN's and VQ-GAN's published checkpoints; and the perceptron
+that judges flat latents in an adversarial autoencoder (Makhzani 2015, arXiv:1511.05644, appendix A.1).
 
 B images, C channels, H x W pixels, h x w patches that overlap; D the width of a flat latent, K classes.
 

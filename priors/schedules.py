@@ -161,10 +161,10 @@ class Schedule:
         """num_steps + 1 levels from the noisiest to the clean picture. Each spacing places the num_steps noisy ones:
 
         "trailing": T - 1 and down by T / num_steps. For all solvers, and needed with zero terminal SNR (Lin 2023,
-        table 2). "leading": up from 0 by T // num_steps; what DDIM was published with, and Stable Diffusion one timestep
-        higher; begins below the noisiest. "linspace": from T - 1 to 0 in equal parts, also between timesteps; for Euler and Heun as in
-        k-diffusion. "karras": equal parts of (sigma / alpha) ** (1 / 7) (Karras 2022, arXiv:2206.00364, equation 5);
-        for few steps of a solver of second order.
+        table 2). "leading": up from 0 by T // num_steps; what DDIM was published with, and Stable Diffusion one higher;
+        begins below the noisiest. "linspace": from T - 1 to 0 in equal parts, also between timesteps; for Euler and
+        Heun as in k-diffusion. "karras": equal parts of (sigma / alpha) ** (1 / 7) (Karras 2022, arXiv:2206.00364,
+        equation 5); for few steps of a solver of second order.
 
         Raises ValueError for another spacing, num_steps outside [1, T], or "karras" with zero terminal SNR.
         """
