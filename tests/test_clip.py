@@ -112,6 +112,23 @@ def test_a_caption_that_is_true_of_an_image_is_no_negative_for_it():
     assert float(total) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(("beside", "expected"), [(False, [1, 1, 1, 0]), (True, [0, 1, 1, 0])])
+def test_an_image_is_right_where_its_caption_beats_those_of_another_meaning_and_wrong_ones(beside, expected):
+    """On a circle the nearest is the likest. Captions 0 and 2 mean the same, caption 3 is true of image 1 too."""
+
+    def circle(angle):
+        return torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+    images, captions = torch.tensor([0.0, 1.0, 0.1, 2.0]), torch.tensor([0.2, 1.1, 0.0, 1.02])
+    wrong = circle(images[:, None] + torch.tensor([0.3, 0.15])) if beside else None
+    stage = SimpleNamespace(
+        network=None,
+        _features=lambda network, batch: (circle(images), circle(captions), None, wrong),
+        _meanings=lambda batch: [["a", "a"], ["b", "d"], ["a", "a"], ["d", "d"]],
+    )
+    assert CLIPStage.measure(stage, None)["accuracy"].tolist() == expected
+
+
 def test_all_captions_of_a_sample_reach_the_loss(tmp_path):
     """Of shards whose samples have several, whichever is drawn, and of one that cannot be read none."""
     told = [["an owl", "сова", "Bird"], ["an owl"], [f"caption {k}" for k in range(12)]]

@@ -15,6 +15,11 @@ def test_published_size(channels, count, norm):
     assert sum(p.numel() for p in model.parameters()) == count
 
 
+def test_what_is_negative_keeps_a_fifth():
+    model = PatchDiscriminator(width=8, depth=2, norm="group", norm_groups=4)
+    assert [layer.negative_slope for layer in model.main if isinstance(layer, torch.nn.LeakyReLU)] == [0.2] * 3
+
+
 def test_a_logit_sees_70_pixels():
     model = PatchDiscriminator(width=32).eval()  # running statistics: nothing else reaches from afar
     image = torch.zeros(1, 3, 256, 256, requires_grad=True)

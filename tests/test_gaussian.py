@@ -65,6 +65,17 @@ def test_a_label_names_where_its_draws_lie(kind):
     torch.testing.assert_close(z.T.cov(), whole.T.cov(), atol=0.04, rtol=0)
 
 
+def test_a_swiss_roll_is_even_along_its_length(monkeypatch):
+    """The length of a spiral grows as the square of its radius, but near the centre."""
+    monkeypatch.setattr("kartina.priors.gaussian._THICKNESS", 0.0)
+    share = (SwissRoll().draw(0, 0, SAMPLES, "test").norm(dim=1) / 2).square().sort().values
+    even = (torch.arange(len(SAMPLES)) + 0.5) / len(SAMPLES)
+    assert (share - even).abs().max() < 1.63 / len(SAMPLES) ** 0.5  # Kolmogorov's, at 1 %
+    z = SwissRoll().draw(0, 0, SAMPLES, "test")
+    turns = torch.atan2(z[:, 1], z[:, 0]) / (2 * math.pi) - 2 * (z.norm(dim=1) / 2)
+    assert (turns - turns.round()).abs().max() < 1e-3  # two of them
+
+
 def test_the_standard_normal_is_torchs():
     z = Standard(3).draw(0, 0, SAMPLES[:5], "test")
     expected = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(dim=1)

@@ -157,6 +157,8 @@ def test_free_bits_count_as_at_least_so_much():
     average = gaussian_kl(mean, log_variance)[:2].mean(dim=0)
     assert average[0] > 0.5 > average[1]
     torch.testing.assert_close(free - plain, 2 * (0.5 - average[1]))
+    weighed = vae(*arguments, beta=3.0, free_bits=0.5)[0][0] - vae(*arguments, beta=3.0)[0][0]
+    torch.testing.assert_close(weighed, 3 * (free - plain))
     (gradient,) = torch.autograd.grad(free, mean)
     assert (gradient[:2, 0] != 0).all() and (gradient[:, 1] == 0).all()
 

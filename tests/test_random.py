@@ -80,6 +80,14 @@ def test_draws_are_the_same_whatever_parts_they_are_made_in(draw, monkeypatch):
     assert torch.equal(random.gumbel(**given), -torch.log(-torch.log(random.uniform(**given))))
 
 
+def test_dropout_leaves_the_mean():
+    draws = random.Draws(0, 3, torch.arange(100))
+    found = random.dropout(torch.ones(100, 1000), 0.1, draws, "test")
+    assert found.unique().tolist() == pytest.approx([0, 1 / 0.9])
+    assert (found == 0).float().mean().item() == pytest.approx(0.1, abs=0.004)
+    assert random.dropout(torch.ones(100, 4).bfloat16(), 0.5, draws, "test").dtype == torch.bfloat16
+
+
 def test_wrong_samples_and_seeds_are_refused():
     with pytest.raises(ValueError, match="int64"):
         random.uniform(0, 0, torch.zeros(3), (2,), "u")

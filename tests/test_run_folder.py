@@ -2,8 +2,11 @@
 
 import errno
 import json
+import shutil
 
+import pytest
 from PIL import Image
+from shape_shards import pack
 
 from kartina.training import __main__ as trainer
 from kartina.training import loop, packing, state
@@ -73,3 +76,22 @@ def test_a_file_system_without_locks_is_said(tiny, tmp_path, monkeypatch, capsys
     monkeypatch.setattr("fcntl.flock", refuse)
     assert trainer.main([*tiny["patch_dvae"][1], "stages.tokenizer.steps=1", "--run", str(tmp_path)]) == 0
     assert f"{tmp_path} cannot be locked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["a picture", "the window"])
+def test_a_run_is_refused_other_shards_than_it_began_with(tiny, tmp_path, capsys, change):
+    shards = pack(tmp_path / "shards", 48, 12)
+    data = f"training.data={{kind: shards, shards: {shards}, validation_share: 0}}"
+    command = [*tiny["vae"][1], data, "stages.tokenizer.steps=4", "--run", str(tmp_path / "run")]
+    assert trainer.main(command) == 0
+    assert trainer.main([*command, "--extend", "tokenizer=6"]) == 0  # as they were, it goes on
+    if change == "a picture":
+        shutil.rmtree(shards)
+        pack(shards, 48, 12, first=1)
+    else:
+        command.append("training.data.window=1")
+    for said in ("tokenizer was trained with another", "what this run began with changed (data"):
+        capsys.readouterr()
+        assert trainer.main([*command, "--extend", "tokenizer=8"]) == 2
+        assert said in capsys.readouterr().err
+        (tmp_path / "run" / "model" / "tokenizer.safetensors").unlink(missing_ok=True)  # as of one that was stopped

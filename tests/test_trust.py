@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from kartina.pipeline import checkpoint
 from kartina.training import __main__ as trainer
@@ -98,6 +99,23 @@ def test_stopped_and_resumed_equals_uninterrupted(tiny_kind, processes, training
     stage, _ = tiny[tiny_kind]
     assert newest(one, stage)["step"] == STEPS
     assert_equal(newest(one, stage), newest(two, stage))
+
+
+@pytest.mark.parametrize("tiny_kind", ["dalle", "autoencoder_kl", "unet, captioned"])
+def test_in_bfloat16_stopped_and_resumed_equals_uninterrupted(tiny_kind, tiny, prepared, tmp_path, work):
+    """The default: weights, averages and optimizers stay in float32, and come back laid out as they were."""
+    AcceleratorState._reset_state()  # of fixtures, which train in float32
+    stage, argv = tiny[tiny_kind]
+    folders, jobs = [tmp_path / "whole", tmp_path / "parted"], []
+    for folder, stops in zip(folders, ([None], [STOP - 1, None]), strict=True):
+        words = [*argv, "training.precision=bf16", f"stages.{stage}.validate_samples=12"]
+        words += ["--run", str(prepared(folder, tiny_kind))]
+        jobs += [{"name": f"{folder.name}-{i}", "argv": words, "stop_at": stop} for i, stop in enumerate(stops)]
+    found = work(jobs, 1)
+    assert [facts["status"] for (facts,) in found.values()] == [0, 128 + 15, 0]
+    one, two = (newest(folder, stage) for folder in folders)
+    assert one["step"] == STEPS and {value.dtype for value in one["networks"][stage].values()} >= {torch.float32}
+    assert_equal(one, two)
 
 
 def logged(folder):
