@@ -7,8 +7,8 @@
   median of the pairs' ratios, and their quartiles.
 - wait: the share of the time that the log calls waiting, with two processes that read.
 - two processes: samples a second of two that share the recipe's steps, one thread each, against one with one thread;
-  beside it what the machine itself leaves to two that run at once and have nothing to do with each other. Rounds of
-  the three alternate; medians of the rounds' ratios.
+  beside it of two that have the recipe's batch each, and what the machine itself leaves to two that run at once and
+  have nothing to do with each other. Rounds of the four alternate; medians of the rounds' ratios.
 
 On an idle machine; of shipped models, each stage as the recipe that lies beside its weights has it.
 """
@@ -125,13 +125,18 @@ def side_by_side(model, name, accelerator):
     return list(zip(looped, alone[:-1], strict=True))[WARM:]
 
 
-def samples_a_second(model, name, runs_at_once, processes):
-    """Of so many runs of `kartina train` at once, in all; each of so many processes with one thread each."""
+def samples_a_second(model, name, runs_at_once, processes, batches=1):
+    """Of so many runs of `kartina train` at once, in all; each of so many processes with one thread each.
+
+    batches: of the recipe, that a step has.
+    """
     with ExitStack() as homes:
         folders = [Path(homes.enter_context(tempfile.TemporaryDirectory())) for _ in range(runs_at_once)]
         for folder in folders:
             lay_out(folder / "model", model, name)
-        words = [f"stages.{name}.{word}" for word in (*QUIET, f"steps={2 * STEPS}", f"log_every={STEPS}")]
+        batch = batches * runs.load(recipe_of(model), [])[1].stages[name].global_batch
+        own = *QUIET, f"steps={2 * STEPS}", f"log_every={STEPS}", f"global_batch={batch}"
+        words = [f"stages.{name}.{word}" for word in own]
         command = [sys.executable, "-m", "kartina.cli", "train", recipe_of(model), "--stage", name, *words]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         started: list[subprocess.Popen] = []
@@ -184,11 +189,12 @@ def main() -> None:
         print(f"{word}: waiting for data with two workers {100 * wait:.2f} % of the time", flush=True)
     for word in words:
         model, name = word.split(":")
-        found = [[samples_a_second(model, name, *how) for how in ((1, 1), (1, 2), (2, 1))] for _ in range(ROUNDS)]
-        one, two, _ = (statistics.median(each) for each in zip(*found, strict=True))
-        shares = [statistics.median(rounds[i] / rounds[0] / 2 for rounds in found) for i in (1, 2)]
-        print(f"{word}: {one:.1f} samples/s on one process, {two:.1f} on two: {shares[0]:.2f} of twice;", end=" ")
-        print(f"two that run apart bring {shares[1]:.2f}", flush=True)
+        ways = (1, 1), (1, 2), (1, 2, 2), (2, 1)
+        found = [[samples_a_second(model, name, *how) for how in ways] for _ in range(ROUNDS)]
+        one, two, *_ = (statistics.median(each) for each in zip(*found, strict=True))
+        shares = [statistics.median(rounds[i] / rounds[0] / 2 for rounds in found) for i in (1, 2, 3)]
+        print(f"{word}: {one:.1f} samples/s on one process, {two:.1f} on two: {shares[0]:.2f} of twice,", end=" ")
+        print(f"with the batch of one each {shares[1]:.2f}; two that run apart bring {shares[2]:.2f}", flush=True)
 
 
 if __name__ == "__main__":
