@@ -29,7 +29,7 @@ from .unpickle import Record, Storage, StoredTensor, WeightsError, run
 _PICKLE_LIMIT = 2**23  # bytes; names and shapes of the largest published systems take less than 1 MiB
 _FACTS_LIMIT = 2**12  # bytes of each pickle before the first tensor, which torch writes in 200
 _TEXT_LIMIT = 2**26  # bytes of one file; those of CLIP take 4 MiB
-_DEPTH, _MOST, _NAME_LIMIT = 32, 100_000, 256  # of modules in modules, of their number, and letters of a name
+_DEPTH, _MOST, _NAME_LIMIT = 32, 100_000, 512  # of modules in modules, of their number, and letters of a path
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the format before torch 1.6
 _DAMAGE = (ValueError, LookupError, TypeError, EOFError, AttributeError, OverflowError, RuntimeError, struct.error)
 
@@ -130,11 +130,13 @@ def module_tensors(module: Any) -> dict[str, StoredTensor]:
             or not isinstance(record.state, dict)
         ):
             break
-        for table in ("_parameters", "_buffers"):
-            tensors = record.state.get(table) or {}
-            found |= {f"{prefix}{name}": value for name, value in tensors.items() if isinstance(value, StoredTensor)}
-        inner = record.state.get("_modules") or {}
-        if len(waiting) + len(inner) > _MOST or any(len(str(name)) > _NAME_LIMIT for name in inner):
+        tables = [record.state.get(table) or {} for table in ("_parameters", "_buffers", "_modules")]
+        if any(len(prefix) + len(str(name)) > _NAME_LIMIT for table in tables for name in table):
+            break
+        *tensors, inner = tables
+        for table in tensors:
+            found |= {f"{prefix}{name}": value for name, value in table.items() if isinstance(value, StoredTensor)}
+        if len(waiting) + len(inner) > _MOST:
             break
         waiting += [(f"{prefix}{name}.", value, depth + 1) for name, value in inner.items() if value is not None]
     raise WeightsError("it holds no module of finite depth; expected a state dict or a pickled torch module")

@@ -87,6 +87,11 @@ def scheduler_config(recipe: Recipe) -> dict[str, Any]:
         raise ValueError(
             f"{recipe.name}: sampling.sampler {sampler} has its own steps; set one of {', '.join(SAMPLERS)}"
         )
+    if sampler == "heun" and noise.schedule == "cosine":
+        raise ValueError(
+            f"{recipe.name}: HeunDiscreteScheduler's first step from cosine noise leads far off, which ours does not "
+            "take; set another sampling.sampler"
+        )
     eta = knobs.get("eta") or 0.0
     if eta:
         raise ValueError(f"{recipe.name}: sampling.eta is {eta}, which no config of diffusers holds; leave it out")

@@ -18,13 +18,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from .whole_file import replaced
 
 PHOTOS = ("PNG", "JPEG", "WEBP")  # what is read of pictures that kartina did not make
 _KEY = "kartina"
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF's orientation
 _MARGIN, _GAP = 8, 3  # pixels around a picture, and between a picture and its label
 # Pillow's own font has no Cyrillic, so a font of the system or of matplotlib goes first.
 _FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf", "arial.ttf")
@@ -170,8 +179,10 @@ def upright(picture: Image.Image, under: str = "white") -> Image.Image:
     transparency laid over a colour, 16-bit grey scaled to 8 bits. Raises what Pillow does where it cannot be decoded.
     """
     picture.load()
+    turn = None
     with suppress(Exception):  # damaged EXIF raises anything, and says nothing of the pixels
-        picture = ImageOps.exif_transpose(picture)
+        turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    picture = picture if turn is None else picture.transpose(turn)
     if picture.mode.startswith("I"):
         levels, clear = np.asarray(picture).astype(np.int64).clip(0, 65535), picture.info.get("transparency")
         picture = Image.fromarray((levels // 257).astype(np.uint8))

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -46,28 +46,33 @@ def sync(path: Path) -> None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds a folder, for what several processes or threads write in it one after the other; waits for it."""
+    with open(folder / ".lock", "w") as file:
+        lock(file, folder, wait=True)
+        yield
+
+
+def lock(file: IO[Any], what: Path, wait: bool = False) -> bool:
+    """Whether an open file could be locked, until it is closed. Where there are no locks it says so, and goes on.
+
+    what: the lock is of.
+    """
     import fcntl
 
-    with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # some network file systems
+        print(f"kartina: {what} cannot be locked ({error}); let no other process write there", file=sys.stderr)
+    return True
 
 
 @contextmanager
 def held(path: Path) -> Iterator[BinaryIO | None]:
     """An empty file that this process alone writes; None where another does. What is not renamed is removed."""
-    import fcntl
-
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
-        except OSError as error:  # some network file systems
-            print(f"kartina: {path} cannot be locked ({error}); write there with one process only", file=sys.stderr)
-        here = os.fstat(file.fileno())
-        if not path.exists() or not os.path.samestat(here, path.stat()):  # renamed or removed before it was ours
+        ours, here = lock(file, path), os.fstat(file.fileno())
+        if not (ours and path.exists() and os.path.samestat(here, path.stat())):  # or renamed before it was ours
             yield None
             return
         try:

@@ -33,7 +33,7 @@ from .schedules import Level
 Look = Callable[[Tensor, Level], Denoised]
 Draw = Callable[[], Tensor]
 Step = Callable[[Tensor, Level, Level, Look, Draw], Tensor]
-_FAINT = 1e-3  # alpha; of the published schedules only the last timesteps of cosine noise have less
+_FAINT = 1e-4  # alpha: of the last timestep of cosine noise, and near that of zero terminal SNR
 
 
 class Keep(NamedTuple):

@@ -216,6 +216,18 @@ def test_a_package_is_read_within_its_limit_whatever_its_headers_claim(tmp_path,
         emoji_packages.read_package(path, ["icons.json"])
 
 
+def test_a_damaged_package_is_one_clear_error(tmp_path):
+    path = tmp_path / "x-1.tgz"
+    _tgz(path, {"package/icons.json": json.dumps([str(k * k) for k in range(9000)]).encode()})
+    data = bytearray(path.read_bytes())
+    for place in range(60, len(data) - 20, len(data) // 7):
+        damaged = data.copy()
+        damaged[place : place + 8] = bytes(8)
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="x-1.tgz is not a readable npm package"):
+            emoji_packages.read_package(path, ["icons.json"])
+
+
 def test_packages_of_another_layout_are_one_clear_error(content, tmp_path):
     for package, files in content.items():
         stem = package.removeprefix("@").replace("/", "-")

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import struct
 import tarfile
 from pathlib import Path
 
@@ -213,6 +214,10 @@ def test_damaged_exif_says_nothing_of_the_pixels():
         for kind, extension in (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")):
             found = samples.decode(extension, picture(kind, size=(8, 4), exif=exif))
             assert found.size == (8, 4) and found.mode == "RGB"
+    entry = struct.pack("<HHII", 0x8825, 4, 1, 10**6)
+    # A turn, beside a table of places that lies beyond the end.
+    turned = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 0x0112, 3, 1, 6) + entry + bytes(4)
+    assert samples.decode("jpg", picture("JPEG", size=(8, 4), exif=turned)).size == (4, 8)
 
 
 def test_a_clear_colour_of_16_bit_grey_is_clear():

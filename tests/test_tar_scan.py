@@ -31,6 +31,9 @@ def test_whole_tars_of_every_kind_are_read(tmp_path, kind):
     with tarfile.open(tmp_path / "y.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("none.txt"))
     assert found(tmp_path / "y.tar") == ["none.txt"]
+    whole = (tmp_path / "x.tar").read_bytes()
+    (tmp_path / "z.tar").write_bytes(whole[:-512] + b"what old systems leave behind".ljust(512))
+    assert found(tmp_path / "z.tar") == names
 
 
 def blocks(*edits):
@@ -56,22 +59,28 @@ def header(data, place, **fields):
     return data
 
 
+BACKWARDS = "leads backwards|no member and no end mark at byte 1536"  # newer versions of Python find it themselves
 NEGATIVE = b"\xff" * 4 + struct.pack(">q", -512)
 DAMAGES = {
     "a bit of a header": (blocks((1536, b"\xff")), ["a.txt"], "no member and no end mark at byte 1536"),
     "cut between members": (lambda data: data[:3072], ["a.txt", "b.txt"], "no member and no end mark at byte 3072"),
     "cut in a header": (lambda data: data[:1700], ["a.txt"], "no member and no end mark at byte 1536"),
-    "cut in a file": (lambda data: data[:2300], ["a.txt", "b.txt"], "unexpected end of data"),
+    "cut in a file": (lambda data: data[:2300], ["a.txt", "b.txt"], "cut off inside 'b.txt'"),
     "joined": (lambda data: data + data, NAMES, "more comes after its end mark at byte 4608, as of tars joined by cat"),
     "a header of zeros": (blocks((1536, bytes(512))), ["a.txt"], "more comes after its end mark at byte 1536"),
     "an unknown kind that leads backwards": (
-        lambda data: header(data, 1536, kind=b"9", size=NEGATIVE), ["a.txt"], "'b.txt' leads backwards"
+        lambda data: header(data, 1536, kind=b"9", size=NEGATIVE), ["a.txt"], BACKWARDS
     ),
-    "a file that leads backwards": (lambda data: header(data, 1536, size=NEGATIVE), ["a.txt"], "leads backwards"),
+    "a file that leads backwards": (lambda data: header(data, 1536, size=NEGATIVE), ["a.txt"], BACKWARDS),
+    "a size beyond all file systems": (
+        lambda data: header(data, 1536, size=b"\x80\0\0\0" + struct.pack(">q", 2**60)),
+        ["a.txt", "b.txt"],
+        "cut off inside 'b.txt'",
+    ),
     "a sparse file that leads backwards": (
         lambda data: header(data, 1536, kind=b"S", size=NEGATIVE, magic=b"ustar  \0", extended=b"\0", real=b"0" * 11),
         ["a.txt"],
-        "leads backwards",
+        BACKWARDS,
     ),
     "a sparse file without an end": (
         lambda data: header(data[:2048], 1536, kind=b"S", magic=b"ustar  \0", extended=b"\1", real=b"0" * 11),
@@ -86,15 +95,10 @@ def test_a_fault_is_told_after_what_lies_before_it(tmp_path, damage):
     edit, before, reason = DAMAGES[damage]
     path = written(tmp_path / "x.tar")
     path.write_bytes(edit(bytearray(path.read_bytes())))
-    seen = []
-    with pytest.raises(ValueError, match=reason):
-        seen.extend(info.name for info in tar_scan.files(path))
     reached = []
-    try:
+    with pytest.raises(ValueError, match=reason):
         for info in tar_scan.files(path):
             reached.append(info.name)
-    except ValueError:
-        pass
     assert reached == before
     index = samples.build_index(path)
     assert "torn shard" in index.problem and [entry.key for entry in index.entries] == [n[0] for n in before]

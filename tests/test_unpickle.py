@@ -229,7 +229,8 @@ def test_a_zip_bomb_is_refused(tmp_path):
 def test_a_pickle_of_old_without_end_is_refused_where_its_limit_is(tmp_path, monkeypatch):
     """Of a byte each, lists take seventy times their file; nothing of what comes after the limit is made."""
     path = tmp_path / "a.ckpt"
-    for facts in (b"", pickle.dumps(0x1950A86A20F9469CFC6C, 2), b""):
+    magic, version = pickle.dumps(0x1950A86A20F9469CFC6C, 2), pickle.dumps(1001, 2)
+    for facts in (b"", magic, magic + version):
         path.write_bytes(facts + b"\x80\x02" + b"]" * 10_000_000)
         with pytest.raises(WeightsError, match="more than 4096 bytes"):
             read(path, state)
@@ -242,10 +243,14 @@ def test_a_pickle_of_old_without_end_is_refused_where_its_limit_is(tmp_path, mon
 
 def test_modules_of_long_names_are_refused_before_their_paths_are_made(tmp_path):
     child = Record("child", state={"_modules": {str(n): Record("leaf", state={}) for n in range(10)}})
-    for inner in ({"x" * 257: child}, {str(n): child for n in range(100_001)}):
+    deep = Record("deep", state={"_modules": {"x" * 300: Record("inner", state={"_modules": {"y" * 300: child}})}})
+    for inner in ({"x" * 513: child}, {str(n): child for n in range(100_001)}, {"z": deep}):
         with pytest.raises(WeightsError, match="no module of finite depth"):
             module_tensors(Record("root", state={"_modules": inner}))
-    assert module_tensors(Record("root", state={"_modules": {"x" * 256: child}})) == {}
+    long = Record("long", state={"_buffers": {"x" * 513: None}})
+    with pytest.raises(WeightsError, match="no module of finite depth"):
+        module_tensors(Record("root", state={"_modules": {"a": long}}))
+    assert module_tensors(Record("root", state={"_modules": {"x" * 500: child}})) == {}
 
 
 def test_a_storage_is_read_once_however_many_look_into_it(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all: what a failure leaves, what reaches the disk first, who may read them."""
 
+import errno
 import os
 from types import SimpleNamespace
 
@@ -74,6 +75,18 @@ def test_a_folder_appears_whole_and_is_one_process_alone(tmp_path):
         assert not list(folder.iterdir())
         raise OSError("full")
     assert list((tmp_path / "in").iterdir()) == [out]
+
+
+def test_where_there_are_no_locks_it_is_said_and_written(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with whole_file.appearing(tmp_path / "out") as folder, whole_file.locked(tmp_path):
+        (folder / "a").write_text("a")
+    assert (tmp_path / "out" / "a").read_text() == "a"
+    said = capsys.readouterr().err
+    assert f"{tmp_path / '.out.lock'} cannot be locked" in said and f"{tmp_path} cannot be locked" in said
 
 
 def test_a_failure_leaves_the_old_file_alone(tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ It does not know the models: they are in the recipe's other half, `kartina.pipel
 
 import contextlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -225,14 +224,10 @@ def identity(
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds a run folder. Raises RecipeError where another trainer does: two would delete each other's checkpoints."""
-    import fcntl
+    from ..pipeline.whole_file import lock  # which loads torch
 
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RecipeError(f"{folder} is in use by another trainer; wait for it, or name another --run") from None
-        except OSError as error:  # some network file systems
-            print(f"kartina: {folder} cannot be locked ({error}); start no other trainer in it", file=sys.stderr)
+        if not lock(file, folder):
+            raise RecipeError(f"{folder} is in use by another trainer; wait for it, or name another --run")
         yield

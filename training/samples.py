@@ -28,7 +28,7 @@ from ..pipeline.images import PHOTOS, upright
 from ..pipeline.terminal import speaks
 from . import mirror, tar_scan
 
-_FORMAT = 3  # of the index
+_FORMAT = 4  # of the index
 EMPTY = "the shard holds no samples"
 PICTURES = ("jpg", "jpeg", "png", "webp")
 ARRAYS = (
@@ -258,7 +258,9 @@ def _parse_index(shard: Path) -> tuple[Index, int]:
         index = Index(shard, int(content["bytes"]), str(content["sha256"]), rows, content["problem"])
         return index, int(content["mtime_ns"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{index_path(shard)} is no whole index: {error}") from error
+        raise ValueError(
+            f"{index_path(shard)} is no whole index: {error}; mirror the shards into a new folder"
+        ) from error
 
 
 def find_shards(where: Path | str | Sequence[Path | str]) -> list[Path]:

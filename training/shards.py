@@ -109,9 +109,11 @@ class ShardWriter:
             with self._held:
                 self._finish()
             return
-        if self._tar is not None:
-            self._tar.close()
-        self._held.__exit__(kind, error, trace)
+        try:
+            if self._tar is not None:
+                self._tar.close()
+        finally:
+            self._held.__exit__(kind, error, trace)
 
 
 @dataclass

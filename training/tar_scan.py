@@ -6,6 +6,7 @@ reads a header that leads backwards again and again.
 It does not know what the files hold.
 """
 
+import contextlib
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ def files(path: Path) -> Iterator[tarfile.TarInfo]:
 
     Raises ValueError where the tar is not whole, after all that lies before, and OSError where it cannot be read.
     """
+    size = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
@@ -26,6 +28,8 @@ def files(path: Path) -> Iterator[tarfile.TarInfo]:
                     raise ValueError(f"the header of {info.name!r:.60} leads backwards")
                 if info.isfile() and not info.issparse():
                     yield info
+                if tar.offset > size:
+                    raise ValueError(f"cut off inside {info.name!r:.60}; {_ANEW}")
             _check_end(path, tar.offset)
     except OSError:
         raise
@@ -34,11 +38,12 @@ def files(path: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def _check_end(path: Path, place: int) -> None:
-    """After the last member come zeros, to the end of the file."""
+    """After the last member comes a block of zeros, and no header any more."""
     with open(path, "rb") as file:
         file.seek(place)
         if file.read(_BLOCK) != bytes(_BLOCK):
             raise ValueError(f"no member and no end mark at byte {place}; {_ANEW}")
-        while data := file.read(2**20):
-            if any(data):
+        while block := file.read(_BLOCK):
+            with contextlib.suppress(tarfile.HeaderError):
+                tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
                 raise ValueError(f"more comes after its end mark at byte {place}, as of tars joined by cat; {_ANEW}")

@@ -82,7 +82,7 @@ def emoji(
     packed: Annotated[Path | None, typer.Option(help="a folder with the .tgz files of npm pack")] = None,
     size: int = 64,
     per_concept: Annotated[int, typer.Option(help="records of each concept")] = 16,
-    coloured: Annotated[float, typer.Option(help="share of them on a background that is drawn")] = 0.25,
+    coloured: Annotated[float, typer.Option(help="share of them on one of twelve backgrounds, white too")] = 0.25,
 ) -> None:
     """Fetch Noto and Fluent emoji with your npm, rasterise them, and write shards with their licence notices."""
     from ...pipeline.terminal import tell

@@ -241,8 +241,8 @@ def prepare(
 
     packed: a folder with the three .tgz files of `npm pack`; without it npm is run in a temporary folder. size: side in
     pixels, 16 to 512. per_concept: records of each concept. coloured: the share of training's records, 0 to 1, on a
-    background that is drawn from BACKGROUNDS. Raises ValueError for these, where `out` has content, and without the
-    extra `data`.
+    background that is drawn from BACKGROUNDS, of which one is white. Raises ValueError for these, where `out` has
+    content, and without the extra `data`.
     """
     if not 16 <= size <= MAX_SIZE or per_concept < 1 or not languages or not set(languages) <= set(LANGUAGES):
         raise ValueError(
@@ -256,7 +256,7 @@ def prepare(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if packed is None else Path(packed)
         if packed is None:
-            print(f"npm pack {' '.join(PACKAGES)} ...", file=sys.stderr, flush=True)
+            print(f"npm pack {' '.join(map(pinned, PACKAGES))} ...", file=sys.stderr, flush=True)
             pack(folder)
         others = other_versions(folder)
         names = read_package(package_file(folder, PACKAGES[2]), ("en/data.json", "ru/data.json"))

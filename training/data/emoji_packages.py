@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 VERSIONS = {"@iconify-json/noto": "1.2.9", "@iconify-json/fluent-emoji-flat": "1.2.6", "emojibase-data": "17.0.0"}
 PACKAGES = tuple(VERSIONS)
 STYLES = {"noto": PACKAGES[0], "fluent": PACKAGES[1]}
+_DAMAGE = (tarfile.TarError, zlib.error, OSError, EOFError, RecursionError)
 MEMBER_LIMIT = 64 * 2**20  # bytes of one member
 PACKAGE_LIMIT = 512 * 2**20  # bytes of one package, unpacked
 _FOREIGN = re.compile(
@@ -107,7 +109,7 @@ def read_package(path: Path, wanted: Iterable[str]) -> dict[str, Any]:
                     raise ValueError(f"{path.name}: {info.name} has {info.size} bytes, over {MEMBER_LIMIT}")
                 member = tar.extractfile(info)
                 found[name] = json.loads(member.read()) if member else None
-    except (tarfile.TarError, OSError, EOFError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (*_DAMAGE, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path.name} is not a readable npm package: {error}; pack it again with npm") from error
     missing = [name for name in names.values() if name not in found]
     if missing:
