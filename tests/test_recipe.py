@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from kartina import cli
 from kartina.pipeline import recipe as recipes
 from kartina.training import run as runs
 from kartina.training.stages import STAGES
@@ -44,6 +46,20 @@ def test_published_size_of_dalle():
 def test_sizes_of_the_published_tokenizers(name, tokenizer, discriminator):
     counts = recipes.count_parameters(runs.load(f"paper/{name}", [])[0])
     assert (counts["tokenizer"], counts.get("discriminator")) == (tokenizer, discriminator)
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("openai-dvae", {"tokenizer": 53_786_240 + 43_829_766}),
+        ("vqgan-f16-1024", {"tokenizer": 72_141_699, "discriminator": 2_765_633}),
+        ("vqgan-f16-16384", {"tokenizer": 76_073_859, "discriminator": 663_361}),
+        ("kl-f8", {"tokenizer": 83_653_863, "discriminator": 2_765_633}),
+    ],
+)
+def test_the_command_counts_published_tokenizers(name, counts):
+    printed = CliRunner().invoke(cli.app, ["plan", f"paper/{name}", "--json"])
+    assert json.loads(printed.output)["parameters"] == counts
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ PARTS = {
     "vector": VQGAN,
     "ema": VQGAN | {"ema_decay": 0.9, "cosine": True},
     "gumbel": VQGAN | {"quantizer": "gumbel"},
+    "vq_latents": VQGAN | {"kind": "vq_latents"},
     "fsq": VQGAN | {"quantizer": "fsq", "levels": [5, 3]},
     "kl": {"kind": "autoencoder_kl", **BODY},
     "dvae": {"kind": "dvae", "image_size": 16, "num_codes": 15, "width": 8, "init_width": 8, "num_groups": 3},
