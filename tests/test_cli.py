@@ -1,9 +1,11 @@
 """The command line as a user meets it: run in-process where that is the same, one clear line for wrong input."""
 
 import json
+import pickle
 
 import pytest
 from PIL import Image
+from test_drawing import LATENT, write_model
 from typer.testing import CliRunner
 
 from kartina import cli
@@ -45,6 +47,50 @@ def fails(capsys, monkeypatch, *words: str) -> str:
 def test_wrong_input_is_one_clear_line_and_exit_code_2(capsys, monkeypatch, tmp_path, words, says):
     monkeypatch.chdir(tmp_path)
     assert says in fails(capsys, monkeypatch, *words)
+
+
+def spoil_cut(folder):
+    path = folder / "prior.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def spoil_altered(folder):
+    path = folder / "prior.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def spoil_pickled(folder):
+    (folder / "prior.safetensors").write_bytes(pickle.dumps({"a": 1}))
+
+
+def spoil_untrained(folder):
+    (folder / "prior.safetensors").unlink()
+    card = json.loads((folder / "card.json").read_text())
+    del card["parts"]["prior"]
+    (folder / "card.json").write_text(json.dumps(card))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (spoil_cut, "prior.safetensors"),
+        (spoil_altered, "prior.safetensors"),
+        (spoil_pickled, "prior.safetensors"),
+        (spoil_untrained, "prior"),
+    ],
+)
+def test_a_model_that_cannot_paint_is_one_clear_line_and_exit_code_2(capsys, monkeypatch, tmp_path, spoil, says):
+    folder = write_model(tmp_path / "model", LATENT)
+    spoil(folder)
+    assert says in fails(capsys, monkeypatch, "paint", "a red ring", "--model", str(folder), "--out", str(tmp_path))
+
+
+def test_a_place_that_cannot_be_written_to_is_said_before_anything_is_painted(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    out = str(tmp_path / "file" / "a.png")
+    assert "cannot write" in fails(capsys, monkeypatch, "paint", "a red ring", "--out", out)
 
 
 def test_an_untrusted_name_cannot_steer_the_terminal(tmp_path):

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
+from kartina.pipeline import checkpoint
 from kartina.training import __main__ as trainer
 from kartina.training import launcher
+from kartina.training import run as runs
 from kartina.training.stopping import Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,6 +135,18 @@ def test_the_trainer_starts_under_accelerates_launcher(tmp_path):
     command = [*launcher, "-m", "kartina.training", "shapes/dale"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert "did you mean 'shapes/dalle'" in done.stderr, done.stderr
+
+
+def test_accelerates_launcher_trains_by_the_configuration_at_the_root(tiny, tmp_path):
+    """As README's users may start it themselves; it names neither a device nor a number of processes."""
+    config = runs.RECIPES.parent.parent / "accelerate_config.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={config}", "--cpu"]
+    words = [*tiny["vae"][1], "stages.tokenizer.steps=2", "--run", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*launcher, "-m", "kartina.training", *words], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tokenizer" in checkpoint.read_card(tmp_path / "run" / "model")["parts"]
 
 
 @pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGTERM, signal.SIGINT)])

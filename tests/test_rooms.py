@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 ARROWS = {
@@ -234,10 +235,15 @@ def test_the_wheel_holds_the_rooms_and_nothing_else(built):
     assert held == wanted
 
 
-def test_the_wheel_installs_elsewhere_and_imports(built, tmp_path):
+def test_the_wheel_installs_elsewhere_imports_and_paints(built, tmp_path):
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps", "--no-index")
     run(*pip, "--target", str(tmp_path / "site"), str(built[0]), cwd=tmp_path)
     code = "import kartina, kartina.layers.random as draws, kartina.tokenizers as ours\n"
     code += "print(kartina.__file__, draws.__file__, *ours.__path__)"
     paths = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).split()
     assert all(Path(path).is_relative_to(tmp_path / "site") for path in paths), paths
+    code = "from kartina.cli import main; main()"
+    words = ("paint", "a red ring on a blue background", "--device", "cpu", "--out", str(tmp_path / "a.png"))
+    run(sys.executable, "-c", code, *words, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (32, 32)
