@@ -151,6 +151,7 @@ def test_a_hostile_recipe_is_refused_before_it_takes_memory(system, monkeypatch,
     parts = {**SYSTEM.parts, part: SYSTEM.parts[part] | arguments}
     with pytest.raises(checkpoint.ModelError, match=message):
         checkpoint.load_part(system, SYSTEM.model_copy(update={"parts": parts}), part)
+    assert torch.is_grad_enabled()
 
 
 def test_yaml_that_unfolds_without_end_is_refused(system):
