@@ -37,7 +37,8 @@ def advance(
 ) -> list[Update]:
     """Every generator to its next yield, with its backward pass; gradients are exchanged on the last one.
 
-    due: whether a line is; else scalars are left out, and nothing that they are made of outlives the backward pass.
+    due: whether a line is; else scalars are left out but `codes`, (K,) counts of codes, and nothing that they are made
+    of outlives the backward pass.
     """
     updates: list[Update] = []
     for k, generator in enumerate(generators):
@@ -48,7 +49,7 @@ def advance(
             update = next(generator, None)
             if update is not None:
                 name, sums, scalars = update
-                scalars = told(scalars) if due else {}
+                scalars = told(scalars if due else {key: scalars[key] for key in scalars.keys() & {"codes"}})
                 del update
                 accelerator.backward(sums[0])
                 updates.append((name, sums, scalars))
@@ -73,27 +74,42 @@ def divide(network: torch.nn.Module, updates: list[Update], accelerator: Acceler
     return total
 
 
-def mean_scalars(updates: list[Update], accelerator: Accelerator) -> dict[str, float]:
-    """The scalars of one step, averaged over micro-batches and ranks by the weight of their samples.
+class Line:
+    """What a line of the log says: the means of its step, and the codes of all steps since the line before."""
 
-    `total` among them is the loss itself, whatever it is made of. `codes`, (K,) counts of codes, are added up instead:
-    what they say together, see `codebook_use`, no average over parts says.
-    """
-    names = sorted(updates[0][2].keys() - {"codes"})
-    rows = []
-    for _, (loss, count), scalars in updates:
-        weight, loss, *values = (
-            torch.as_tensor(x, dtype=torch.float32, device=accelerator.device).detach()
-            for x in (count, loss, *(scalars[name] for name in names))
-        )
-        rows.append(torch.stack([weight, loss, *(weight * value for value in values)]))
-    total = accelerator.reduce(torch.stack(rows).sum(0), reduction="sum")
-    mean = (total[1:] / total[0].clamp(min=1e-12)).tolist()
-    found = dict(zip(["total", *names], mean, strict=True))
-    if "codes" in updates[0][2]:
-        counts = accelerator.reduce(torch.stack([scalars["codes"] for *_, scalars in updates]).sum(0), reduction="sum")
-        found |= {name: float(value) for name, value in codebook_use(counts).items()}
-    return {f"{updates[0][0]}/{name}": value for name, value in found.items()}
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.codes: dict[str, Tensor] = {}  # by network, (K,) of this rank: one batch says little of many codes
+
+    def count(self, updates: list[Update]) -> None:
+        """Adds the codes of a step that was taken."""
+        for name, _, scalars in updates:
+            if "codes" in scalars:
+                counts: Any = scalars["codes"]
+                self.codes[name] = self.codes[name] + counts if name in self.codes else counts
+
+    def of(self, updates: list[Update]) -> dict[str, float]:
+        """The scalars of one step, averaged over micro-batches and ranks by the weight of their samples.
+
+        `total` among them is the loss itself, whatever it is made of. In place of `codes` stands what those that were
+        counted say together, see `codebook_use`; their count begins anew.
+        """
+        name = updates[0][0]
+        names = sorted(updates[0][2].keys() - {"codes"})
+        rows = []
+        for _, (loss, count), scalars in updates:
+            weight, loss, *values = (
+                torch.as_tensor(x, dtype=torch.float32, device=self.accelerator.device).detach()
+                for x in (count, loss, *(scalars[name] for name in names))
+            )
+            rows.append(torch.stack([weight, loss, *(weight * value for value in values)]))
+        total = self.accelerator.reduce(torch.stack(rows).sum(0), reduction="sum")
+        mean = (total[1:] / total[0].clamp(min=1e-12)).tolist()
+        found = dict(zip(["total", *names], mean, strict=True))
+        if name in self.codes:
+            counts = self.accelerator.reduce(self.codes.pop(name), reduction="sum")
+            found |= {key: float(value) for key, value in codebook_use(counts).items()}
+        return {f"{name}/{key}": value for key, value in found.items()}
 
 
 def of_all_ranks(found: dict[str, str], accelerator: Accelerator) -> dict[str, str]:

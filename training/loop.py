@@ -99,7 +99,7 @@ class _Run:
         self.log.event(self.state.step, "started", message, **facts)
         self._measure_alike()
         self.stream = prefetch(self.source, self._positions(micro), workers=training.data.workers)
-        self.streak = 0
+        self.streak, self.line = 0, exchange.Line(accelerator)
         self.problems: dict[str, str] = {}  # met since the last line
         self.unmeasured: dict[str, str] = {}  # of the validation data
         self.shown = (self.validation or self.source).read(range(16))  # previews always show the same samples
@@ -224,12 +224,13 @@ class _Run:
                     optimizer.step()
                 if name == self.stage.part:
                     run.ema.update()
+                self.line.count(updates)
             for optimizer in itertools.chain.from_iterable(run.optimizers.values()):
                 optimizer.zero_grad(set_to_none=True)
             if not finite:
                 return None
             if due:
-                scalars |= exchange.mean_scalars(updates, self.accelerator) | {f"{name}/norm": norm}
+                scalars |= self.line.of(updates) | {f"{name}/norm": norm}
         return scalars
 
     # --- bad weather --------------------------------------------------------------------------------------------------
@@ -263,8 +264,7 @@ class _Run:
     # --- telling and keeping ------------------------------------------------------------------------------------------
 
     def _report(self, scalars: dict[str, float]) -> None:
-        now, run = time.monotonic(), self.state
-        wait = self.waited / max(1e-9, now - self.lap)
+        run, wait = self.state, self.waited / max(1e-9, time.monotonic() - self.lap)
         each = self.accelerator.gather(torch.tensor([[self.bad, wait]], device=self.accelerator.device))
         facts = {
             "lr": run.optimizers[self.stage.part][0].param_groups[0]["lr"],

@@ -135,9 +135,10 @@ class TrainingStage(ABC):
         """Yields (network, (loss_sum, count), scalars); the loop steps that network's optimizer and resumes.
 
         Scalars are means over the samples of a batch; one of the name `codes` holds counts (K,) of codes instead, which
-        add up. One that takes time may be a function: it is called before the backward pass of a step that writes a
-        line. The names are a function of `step` alone. Where a step is skipped, for a number that is not finite, the
-        loop does not resume. What is alive across a yield is kept for every micro-batch of a step.
+        add up over all steps to the next line. One that takes time may be a function: it is called before the backward
+        pass, `codes` of every step, others of one that writes a line. The names are a function of `step` alone. Where
+        a step is skipped, for a number that is not finite, the loop does not resume. What is alive across a yield is
+        kept for every micro-batch of a step.
         """
 
     @abstractmethod
