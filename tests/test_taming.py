@@ -1,4 +1,5 @@
-"""VQ-GAN and its Gumbel form equal the recorded outputs and gradients of taming-transformers (see tests/parity)."""
+"""VQ-GAN, its Gumbel form, and its loss against a discriminator equal the recorded outputs and gradients of
+taming-transformers (see tests/parity)."""
 
 import importlib.util
 from pathlib import Path
@@ -7,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from kartina.layers.discriminator import PatchDiscriminator
 from kartina.tokenizers.vqgan import VQGAN
+from kartina.training.objectives import vqgan as objective
+from kartina.training.objectives.vqvae import quantization
 
 HERE = Path(__file__).parent
 
@@ -19,21 +23,46 @@ def close(ours: torch.Tensor, theirs: np.ndarray) -> None:
     assert np.abs(ours.detach().numpy() - theirs).max() <= bound * max(1.0, np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", ["vector", "gumbel"])
-def test_equals_the_recorded_taming_model(kind, dtype):
-    """Of "gumbel" with the published draws: a hard forward, and the gradient of the relaxation."""
+@pytest.fixture(scope="module")
+def recorder():
     spec = importlib.util.spec_from_file_location("record_vqgan", HERE / "parity" / "record_vqgan.py")
-    recorder = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recorder)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def recorded(kind):
+    """What was recorded of it, and the seed."""
     with np.load(HERE / "data" / "parity" / "vqgan.npz") as file:
-        data = {name.removeprefix(f"{kind}_"): file[name] for name in file.files if name.startswith(kind)}
-        seed = int(file["seed"])
-    shapes = [tuple(map(int, text.split(","))) for text in data["shapes"].tolist()]
+        return {name.removeprefix(f"{kind}_"): file[name] for name in file.files if name.startswith(kind)}, file["seed"]
+
+
+def with_weights(network, data, recorder, seed):
+    shapes = [tuple(map(int, text.split(","))) if text else () for text in data["shapes"].tolist()]
+    network.load_state_dict(recorder.weights(data["names"].tolist(), shapes, int(seed)))
+    return network
+
+
+def tiny(kind, recorder):
+    data, seed = recorded(kind)
     layout = {"image_size": 16, "width": 32, "channel_mult": (1, 2), "blocks_per_level": 1, "attn_resolutions": (8,)}
     model = VQGAN(**layout, num_codes=20, code_dim=6, latent_channels=6, quantizer=kind)
-    model.load_state_dict(recorder.weights(data["names"].tolist(), shapes, seed))
-    model, pixels = model.to(dtype), recorder.image(seed).to(dtype)
+    return with_weights(model, data, recorder, seed), recorder.image(int(seed))
+
+
+def close_gradients(network, data, recorder, prefix="gradient/"):
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    assert {f"{prefix}{name}" for name in gradients} == {name for name in data if name.startswith(prefix)}
+    for name, gradient in gradients.items():
+        close(torch.from_numpy(recorder.sample(gradient)), data[f"{prefix}{name}"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["vector", "gumbel"])
+def test_equals_the_recorded_taming_model(kind, dtype, recorder):
+    """Of "gumbel" with the published draws: a hard forward, and the gradient of the relaxation."""
+    data, _ = recorded(kind)
+    model, pixels = (x.to(dtype) for x in tiny(kind, recorder))
     close(model.latents(pixels), data["latents"])
     codes = torch.from_numpy(data["codes"])
     assert torch.equal(model.encode(pixels), codes) and len(codes.unique()) > 3
@@ -44,7 +73,38 @@ def test_equals_the_recorded_taming_model(kind, dtype):
     decoded = model(pixels, *given)["reconstruction"]
     close(decoded, data["decoded"])
     decoded.square().mean().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert {f"gradient/{name}" for name in gradients} == {name for name in data if name.startswith("gradient/")}
-    for name, gradient in gradients.items():
-        close(torch.from_numpy(recorder.sample(gradient)), data[f"gradient/{name}"])
+    close_gradients(model, data, recorder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_against_the_discriminator_equals_the_recorded_losses(dtype, recorder):
+    """PatchGAN with batch norm in training, the balance of equation 7, both losses and all gradients.
+
+    The released code adds 1e-4 to the norm that it divides by, we 1e-6, as the equation has it; and its codebook has
+    its weights on the other terms.
+    """
+    data, seed = recorded("judged")
+    model, pixels = (x.to(dtype) for x in tiny("vector", recorder))
+    judge = PatchDiscriminator(width=recorder.WIDTH, depth=recorder.LAYERS)
+    judge = with_weights(judge, data, recorder, seed + 5).to(dtype).train()
+    share = (data["pull"] + 1e-6) / (data["pull"] + 1e-4)
+    out, weight = model(pixels), torch.ones(2)
+    again = out["reconstruction"]
+    codebook, commitment = quantization(out["latents"], out["codewords"])
+    (loss, count), scalars = objective.vqgan(
+        again, pixels, recorder.WEIGHTS["codebook_weight"] * (commitment + 0.25 * codebook), out["codes"], 20, weight,
+        fake_logits=judge(again), last_layer=model.last_layer, ramp=recorder.WEIGHTS["disc_weight"] * float(share),
+        perceptual=recorder.distance(pixels, again).flatten(), perceptual_weight=recorder.WEIGHTS["perceptual_weight"],
+    )  # fmt: skip
+    close(loss / count, data["generator"])
+    close(scalars["nll"], data["nll_loss"])
+    close(scalars["fooling"], data["g_loss"])
+    close(scalars["adaptive"] * recorder.WEIGHTS["disc_weight"] * float(share), data["d_weight"])
+    (loss / count).backward()
+    close_gradients(model, data, recorder, "of/")
+
+    judge.zero_grad()
+    (loss, count), _ = objective.hinge(judge(pixels), judge(again.detach()), weight)
+    close(loss / count, data["discriminator"])
+    (loss / count).backward()
+    close_gradients(judge, data, recorder)

@@ -1,5 +1,5 @@
-"""Record taming's VQ-GAN and its Gumbel form at a tiny size, outputs and gradients in float64, into
-tests/data/parity/vqgan.npz (Esser 2021, arXiv:2012.09841).
+"""Record taming's VQ-GAN and its Gumbel form at a tiny size, and the two losses of a step against its discriminator,
+outputs and gradients in float64, into tests/data/parity/vqgan.npz (Esser 2021, arXiv:2012.09841).
 
 Run by `make parity`, which installs what record_vqgan.txt names, without dependencies, into a folder of its own. The
 package imports parts of Lightning and omegaconf that a network does not use: `published` puts empty ones in their
@@ -22,13 +22,21 @@ CODES = {"n_embed": 20, "embed_dim": 6}
 SEED = 20201217
 KINDS = ("vector", "gumbel")
 TEMPERATURE = 0.7  # of the relaxation of "gumbel"
+LAYERS, WIDTH = 2, 4  # of the discriminator
+WEIGHTS = {"disc_weight": 0.8, "perceptual_weight": 0.5, "codebook_weight": 1.5}
 
 
 def weights(names: list[str], shapes: list[tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
-    """Normal weights of variance 1 / fan-in, gains near 1, biases of deviation 0.1, in the order of the names."""
+    """Normal weights of variance 1 / fan-in, gains near 1, biases of deviation 0.1, in the order of the names.
+
+    Of a norm's running averages means are 0 and variances 1.
+    """
     random = np.random.RandomState(seed)
     state = {}
     for name, shape in zip(names, shapes, strict=True):
+        if name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            state[name] = torch.ones(shape) if name.endswith("var") else torch.zeros(shape)
+            continue
         value = random.standard_normal(shape) * (0.1 if len(shape) == 1 else np.prod(shape[1:]) ** -0.5)
         value += 1 if len(shape) == 1 and name.endswith("weight") else 0
         state[name] = torch.from_numpy(value.astype(np.float32))
@@ -76,6 +84,46 @@ def published(kind: str) -> torch.nn.Module:
     return model
 
 
+def distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """For the perceptual distance, whose network is not in the package: of means of 4x4 pixels, (B, 1, 1, 1)."""
+    apart = torch.nn.functional.avg_pool2d(one - other, 4)
+    return apart.square().mean(dim=(1, 2, 3), keepdim=True)
+
+
+def judged(model: torch.nn.Module, pixels: torch.Tensor) -> dict[str, np.ndarray]:
+    """The published loss of `model` and of its discriminator in training, for these pixels."""
+    from taming.modules.losses import vqperceptual
+
+    class Distance(torch.nn.Module):
+        def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+            return distance(one, other)
+
+    vqperceptual.LPIPS = Distance
+    sizes = {"disc_start": 0, "disc_num_layers": LAYERS, "disc_ndf": WIDTH}
+    loss = vqperceptual.VQLPIPSWithDiscriminator(**sizes, **WEIGHTS).double().train()
+    state = loss.discriminator.state_dict()
+    loss.discriminator.load_state_dict(weights(list(state), [tuple(t.shape) for t in state.values()], SEED + 5))
+    tables = {
+        "judged_names": np.array(list(state)),
+        "judged_shapes": np.array([",".join(map(str, t.shape)) for t in state.values()]),
+    }
+    model.zero_grad()
+    decoded, codebook = model(pixels)
+    last = model.get_last_layer()
+    (pull,) = torch.autograd.grad(-loss.discriminator(decoded).mean(), last, retain_graph=True)
+    generator, log = loss(codebook, pixels, decoded, 0, 0, last_layer=last)
+    generator.backward()
+    tables |= {"judged_generator": generator.detach().numpy(), "judged_pull": pull.norm().numpy()}
+    tables |= {f"judged_{name}": log[f"train/{name}"].numpy() for name in ("d_weight", "g_loss", "nll_loss")}
+    tables |= {f"judged_of/{name}": sample(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    loss.zero_grad()
+    discriminator, _ = loss(codebook, pixels, decoded, 1, 0, last_layer=last)
+    discriminator.backward()
+    tables |= {"judged_discriminator": discriminator.detach().numpy()}
+    tables |= {f"judged_gradient/{name}": sample(p.grad) for name, p in loss.discriminator.named_parameters()}
+    return tables
+
+
 def record(path: Path) -> None:
     tables: dict[str, np.ndarray] = {}
     for kind in KINDS:
@@ -106,6 +154,8 @@ def record(path: Path) -> None:
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         tables |= {f"{kind}_decoded": decoded.detach().numpy(), f"{kind}_codes": codes.numpy()}
         tables |= {f"{kind}_gradient/{name}": sample(gradient) for name, gradient in gradients.items()}
+        if kind == "vector":
+            tables |= judged(model, pixels)
     np.savez_compressed(path, seed=SEED, **tables)
 
 
