@@ -1,6 +1,8 @@
 """Published tokenizers in and out, on stand-ins of the published layouts at tiny size: equality, identity, errors."""
 
+import fnmatch
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -248,6 +250,38 @@ def test_wrong_checkpoints_are_one_clear_error(tmp_path):
         published.load(tmp_path / "none")
     with pytest.raises(WeightsError, match="holds no published tokenizer"):
         published.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vqgan", "kl"])
+def test_a_lone_autoencoder_of_the_hub_becomes_a_model_folder(tmp_path, monkeypatch, name):
+    """Its config and weights lie at the top; what lies beside them (a picture, a pickle, halves) is not fetched."""
+    import huggingface_hub
+
+    there, cache = tmp_path / "there", tmp_path / "cache"
+    stand_in(name, tmp_path / "a.ckpt")
+    run("convert", tmp_path / "a.ckpt", tmp_path / "m", "--image-size", 16)
+    run("export", tmp_path / "m", there, "--to", "diffusers")
+    for other in ("sample.png", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"):
+        (there / other).write_bytes(b"not this one")
+
+    def fetch(repository, allow_patterns):
+        assert repository == "someone/autoencoder"
+        for path in there.iterdir():
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
+                cache.mkdir(exist_ok=True)
+                shutil.copy(path, cache)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "list_repo_files", lambda _, name: [path.name for path in there.iterdir()]
+    )
+    known = load_file(tmp_path / "m" / "tokenizer.safetensors")
+    for number, source in enumerate(["hf-hub:someone/autoencoder", "someone/autoencoder"]):
+        run("convert", source, tmp_path / f"m{number}")
+        same(load_file(tmp_path / f"m{number}" / "tokenizer.safetensors"), known)
+    assert {path.name for path in cache.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert torch.equal(loaded(tmp_path / "m0").encode(image()), loaded(tmp_path / "m").encode(image()))
 
 
 @pytest.mark.parametrize("source", ["models/vqgan.ckpt", "models/vqgan.SAFETENSORS", "./vqgan", "a/b/c", "vqgan"])
