@@ -1,5 +1,5 @@
-"""Record the published discrete VAE at a tiny size, in float64, into tests/data/parity/dvae.npz (Ramesh 2021,
-arXiv:2102.12092).
+"""Record the published discrete VAE at a tiny size, in float64, and at its own, in float32, into
+tests/data/parity/dvae.npz (Ramesh 2021, arXiv:2102.12092).
 
 Run by `make parity`, which installs what record_dvae.txt names, without dependencies, into a folder of its own.
 
@@ -33,11 +33,16 @@ def inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(image), torch.from_numpy(soft.copy())
 
 
-def published() -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The published encoder and decoder at the tiny size, with the weights of SEED and SEED + 7."""
+def picture(seed: int) -> torch.Tensor:
+    """(1, 3, 64, 64) in [0, 1], for the model at its own size."""
+    return torch.from_numpy(np.random.RandomState(seed + 1).uniform(size=(1, 3, 64, 64)).astype(np.float32))
+
+
+def published(whole: bool = False) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The published encoder and decoder, at the tiny size or the whole one, with the weights of SEED and SEED + 7."""
     from dall_e import Decoder, Encoder
 
-    models = (Encoder(**SIZES), Decoder(n_init=8, **SIZES))
+    models = (Encoder(), Decoder()) if whole else (Encoder(**SIZES), Decoder(n_init=8, **SIZES))
     for model, seed in zip(models, (SEED, SEED + 7), strict=True):
         state = model.state_dict()
         model.load_state_dict(weights(list(state), [tuple(t.shape) for t in state.values()], seed))
@@ -61,6 +66,23 @@ def digest(gradient: torch.Tensor) -> np.ndarray:
     return np.array([*sums, float(flat.abs().max())])
 
 
+def at_its_own_size() -> dict[str, np.ndarray]:
+    """Every 97th logit, all codes, the picture that they give back, and what the weights are made of again by."""
+    from dall_e import map_pixels
+
+    tables = {}
+    encoder, decoder = published(whole=True)
+    for half, model in (("encoder", encoder), ("decoder", decoder)):
+        state = model.state_dict()
+        tables[f"whole_{half}_names"] = np.array(list(state))
+        tables[f"whole_{half}_shapes"] = np.array([",".join(map(str, t.shape)) for t in state.values()])
+    logits = encoder(map_pixels(picture(SEED)))
+    codes = logits.argmax(dim=1)
+    one_hot = torch.nn.functional.one_hot(codes, logits.shape[1]).permute(0, 3, 1, 2).float()
+    tables |= {"whole_logits": logits.flatten()[::97].numpy(), "whole_codes": codes.numpy()}
+    return tables | {"whole_parameters": decoder(one_hot).numpy()}
+
+
 @torch.no_grad()
 def record(path: Path) -> None:
     from dall_e import map_pixels, unmap_pixels
@@ -82,6 +104,7 @@ def record(path: Path) -> None:
         tables[f"{half}_gradients"] = np.stack([digest(own[name]) for name in state])
         tables[f"{half}_names"] = np.array(list(state))
         tables[f"{half}_shapes"] = np.array([",".join(map(str, t.shape)) for t in state.values()])
+    tables |= at_its_own_size()
     np.savez_compressed(
         path,
         seed=SEED,
