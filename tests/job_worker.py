@@ -4,7 +4,8 @@
 
 A job is a line {"name", "argv", ...}: the arguments of the trainer, and what happens to it: "stop_at", the step at
 which the first rank sends itself a real SIGTERM; "poison", the first and last position of samples whose pictures are
-not numbers; "fail_at", the step at which the last rank fails; "chunk", the samples that validation reads at once. Of
+not numbers; "steep_at", the step at which the last rank's loss is finite and its gradient is not; "fail_at", the step
+at which the last rank fails; "chunk", the samples that validation reads at once. Of
 images that codes begin with it reads few. Per job and rank, RESULTS/<name>-<rank>.json holds {"status", "world",
 "keys", "scored", "held", "hash"}: the keys of the samples of each step; those that were measured, with a weight; of
 each network the number of its values that this rank holds, of how many, and whether all its parameters are DTensors;
@@ -18,6 +19,7 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 
@@ -25,6 +27,19 @@ from kartina.pipeline.checkpoint import part_hash
 from kartina.training import __main__ as trainer
 from kartina.training import exchange, stages
 from kartina.training.stages import contract
+
+
+class Steep(torch.autograd.Function):
+    """Its argument, with a gradient that is infinite."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("inf")
+
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -35,6 +50,11 @@ def held(network):
     local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
     divided = all(isinstance(p, DTensor) for p in parameters)
     return [sum(p.numel() for p in local), sum(p.numel() for p in parameters), divided]
+
+
+def steepened(updates):
+    for name, (loss, count), scalars in updates:
+        yield name, (Steep.apply(loss), count), scalars
 
 
 def troubled(kind, job, keys, scored, found, hashes):
@@ -50,7 +70,8 @@ def troubled(kind, job, keys, scored, found, hashes):
                 raise RuntimeError(f"rank {RANK} fails at step {step}")
             first, last = job.get("poison", (0, -1))
             batch.image[(batch.samples >= first) & (batch.samples <= last)] = float("nan")
-            return super().updates(batch, step)
+            updates = super().updates(batch, step)
+            return steepened(updates) if step == job.get("steep_at") and RANK == WORLD - 1 else updates
 
         def measure(self, batch):
             scored.extend(key for key, weight in zip(batch.keys, batch.weight.tolist(), strict=True) if weight)

@@ -75,7 +75,10 @@ def divide(network: torch.nn.Module, updates: list[Update], accelerator: Acceler
 
 
 class Line:
-    """What a line of the log says: the means of its step, and the codes of all steps since the line before."""
+    """What a line of the log says: the means of its step, and the codes of all steps since the line before.
+
+    Where a run went on after a stop, of those since then: the counts are in no checkpoint.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator

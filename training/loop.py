@@ -184,10 +184,10 @@ class _Run:
         self.state.ema.copy_to_network()
         self.stage.restart()
         assert self.together is None  # no stage of blocks begins anew
-        for network in self.stage.networks.values():
-            for tensor in network.state_dict().values():
-                broadcast(tensor)  # ranks may round differently
+        for tensor in itertools.chain.from_iterable(n.state_dict().values() for n in self.stage.networks.values()):
+            broadcast(tensor)  # ranks may round differently
         self.state.optimizers, self.state.ema = self._fresh()
+        self.line = exchange.Line(self.accelerator)  # what was counted is of other codes
 
     def _set_rates(self) -> None:
         step, begun = self.state.step, self.stage.restart_step
@@ -256,7 +256,7 @@ class _Run:
         assert path is not None  # one was written before the first step
         run.restore(path, data_too=False)
         run.bad.append(span)
-        self.streak = 0
+        self.streak, self.line = 0, exchange.Line(self.accelerator)
         message = f"{self.config.patience} such steps in a row: back to the weights of step {run.step}, on in the data"
         self.log.event(run.step, "returned", message, reached=reached, bad=span)
         self._save()
