@@ -110,12 +110,12 @@ class GAN(Tiny):
 
     metrics, higher_is_better = ("diversity",), True
 
-    def __init__(self, trains=1.0, loss=discriminator):
+    def __init__(self, trains=1.0, loss=discriminator, noise=1.0):
         super().__init__(prior=mlp(8, 64, 64, 2), discriminator=mlp(2, 64, 64, 1))
-        self.trains, self.loss = trains, loss
+        self.trains, self.loss, self.noise = trains, loss, noise
 
     def _draw(self, batch, step, name="noise"):
-        return self.networks["prior"](random.normal(0, step, batch.samples, (8,), name))
+        return self.networks["prior"](self.noise * random.normal(0, step, batch.samples, (8,), name))
 
     def updates(self, batch, step):
         fake = self._draw(batch, step)
@@ -202,6 +202,12 @@ def test_a_healthy_gan_reports_nothing(tmp_path):
     assert fit(GAN(), tmp_path, steps=600, batch=128, lr=1e-3, optimizer={"betas": (0.5, 0.9)}) == []
     healthy = history.read(tmp_path)["prior"]
     assert healthy.last("valid/diversity") > 0.8
+
+
+def test_mode_collapse_of_a_generator_that_hardly_hears_its_noise(tmp_path):
+    found = fit(GAN(noise=0.05), tmp_path, steps=300, batch=128, optimizer={"betas": (0.5, 0.9)})
+    (collapse,) = [finding for finding in found if finding.name == "mode collapse"]
+    assert "0.0" in collapse.seen and history.read(tmp_path)["prior"].last("valid/diversity") < 0.1
 
 
 def test_latent_scale_off(tmp_path):

@@ -103,6 +103,25 @@ def test_a_run_that_went_back_once_has_healed_after_a_while():
     assert not doctor.judge(of[3500])
 
 
+def test_a_discriminator_whose_weights_decay_as_fast_as_they_learn_says_nothing(tiny, tmp_path):
+    """What the tokenizer hears of it is then made as large as the adaptive weight allows."""
+    for name, decay in (("decays", 900), ("learns", 0)):
+        words = [f"stages.tokenizer.optimizers={{discriminator: {{lr: 0.001, weight_decay: {decay}}}}}"]
+        words += ["stages.tokenizer.steps=60", "stages.tokenizer.validate_every=60", "--run", str(tmp_path / name)]
+        assert trainer.main([*tiny["autoencoder_kl"][1], *words]) == 0
+        found = [finding.name for finding in doctor.examine(tmp_path / name)]
+        assert found == (["the discriminator says nothing"] if decay else [])
+
+
+def test_the_latents_of_an_adversarial_autoencoder_are_spread_as_its_prior_is(tiny, tmp_path):
+    """Of a mixture on a circle of radius 4; latents of an encoder at its start lie together."""
+    assert trainer.main([*tiny["autoencoder, adversarial"][1], "--run", str(tmp_path)]) == 0
+    log = history.read(tmp_path)["tokenizer"]
+    assert 0 < log.last("valid/diversity") < 1
+    (found,) = [finding for finding in doctor.judge(log) if finding.name == "mode collapse"]
+    assert found.seen.startswith(f"what is generated is spread {log.last('valid/diversity'):.2g} times as far")
+
+
 @pytest.mark.parametrize(("adaptive", "since", "wrong"), [(1e4, 500, True), (1200.0, 500, False), (1e4, 810, False)])
 def test_a_discriminator_whose_gradient_is_amplified_to_the_end_says_nothing(adaptive, since, wrong):
     """But not in the first fifth of the stage from when it is heard."""

@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from kartina.pipeline import checkpoint
 from kartina.training import sharded, state
 
-KINDS = pytest.mark.parametrize("kind", ["dalle", "unet"])
-DIVIDED = [(kind, name) for kind in ("dalle", "unet") for name in ("two", "passes", "parted", "moved")]
+KINDS = pytest.mark.parametrize("kind", CASES := ["dalle", "unet, captioned"])
+DIVIDED = [(kind, name) for kind in CASES for name in ("two", "passes", "parted", "moved")]
 DIVIDED.append(("dalle", "joined"))
 STEPS, STOP = 8, 4
 
@@ -26,7 +26,7 @@ def runs(tiny, prepared, tmp_path_factory, work):
     and resumed; and resumed on one. DALL-E also begun on one and resumed on two.
     """
     home = tmp_path_factory.mktemp("sharded")
-    names = [("dalle", "one"), ("unet", "one"), *DIVIDED]
+    names = [*((kind, "one") for kind in CASES), *DIVIDED, ("unet", "two")]
     folders = {each: prepared(home / " ".join(each), each[0]) for each in names}
     divided = ["training.shard=fsdp", "stages.prior.recompute=true"]
 
@@ -120,7 +120,13 @@ def test_the_export_is_whole(kind, runs):
     for name, value in one.items():
         assert two[name].shape == value.shape
         assert torch.allclose(two[name].float(), value.float(), atol=1e-3), name
-    assert (folders[kind, "two"] / "previews" / f"prior-{STEPS:06d}.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(("kind", "shown"), [("dalle", True), ("unet", True), ("unet, captioned", False)])
+def test_a_divided_network_shows_what_it_makes_unless_a_text_encoder_is_divided_with_it(kind, shown, runs):
+    """Those two are one network then, of which neither half can be called alone."""
+    path = runs[0][kind, "two"] / "previews" / f"prior-{STEPS:06d}.png"
+    assert path.is_file() == shown and (not shown or path.stat().st_size > 0)
 
 
 HALF = """

@@ -58,15 +58,15 @@ def folder(prepared, tmp_path):
     return prepared(tmp_path / "run", "patch_dvae")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_to_the_command_saves_and_leaves_no_process(processes, tiny, folder):
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_to_the_command_saves_and_leaves_no_process(processes, number, tiny, folder):
     process = start([*tiny["patch_dvae"][1], *LONG, "--run", str(folder)], processes)
     wait_for_step(folder, 5, process)
     started = family(process)
     assert len(started) == 1 if processes == 1 else len(started) >= 4  # the command, torchrun, two trainers
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, output
+    assert process.returncode == 128 + number, output
     assert not psutil.wait_procs(started, timeout=10)[1]
     (stopped,) = events(folder, "stopped")
     assert newest(folder)["step"] == stopped["step"] >= 5

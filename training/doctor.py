@@ -7,6 +7,7 @@ stand at the end of the log, so that what has healed is not told. What the rules
     valid/counts_per_code               how many codes these two rest on, for each entry of the codebook
     valid/active_units                  share of latent units whose posterior mean varies over the data by more than
                                         0.01 (Burda 2016, arXiv:1509.00519, section 5.2)
+    valid/diversity                     how far what is generated is spread, where what is real is by 1
     tokenizer/adaptive                  how many times as large the discriminator's gradient is made
     discriminator/accuracy              how often real and fake are told apart; in its place real_logits and fake_logits
     latent_std, of validation or any    standard deviation of the latents as a prior reads them
@@ -37,6 +38,7 @@ _STEPS, _SHARE, _HALF, _LINES = 20, 0.2, 0.5, 10
 _USAGE, _PERPLEXITY_LEFT, _COUNTS = 0.5, 1 / 3, 1  # usage of that of even codes; of fewer counts a code nothing is said
 _ACTIVE = 0.1
 _WINS, _HINGE = 0.97, 0.1  # a hinge loss of 0.1, where chance has 1, is mostly of pictures beyond its margin
+_DIVERSITY = 0.3
 _AMPLIFIED = 5e3  # of 1e4, where the adaptive weight ends
 _STD = (0.8, 1.25)
 _CHANCE = 0.95
@@ -161,6 +163,17 @@ def discriminator_wins(history: History) -> Found:
         yield "the discriminator wins", seen, advice
 
 
+def mode_collapse(history: History) -> Found:
+    diversity = history.last("valid/diversity")
+    if diversity is not None and diversity < _DIVERSITY and _ripe(history, _HALF):
+        yield (
+            "mode collapse",
+            f"what is generated is spread {diversity:.2g} times as far as what is real; {_DIVERSITY:g} is the least",
+            "give the discriminator more learning rate than the generator (optimizers.discriminator.lr), or a larger "
+            "global_batch, by which it sees what is missing",
+        )
+
+
 def discriminator_silent(history: History) -> Found:
     heard = history.curve("tokenizer/adaptive", _begin(history))
     if not heard or history.step - heard[0][0] < _SHARE * history.steps:  # at first it has little to say
@@ -277,6 +290,7 @@ RULES: tuple[Callable[[History], Found], ...] = (
     codebook_collapse,
     posterior_collapse,
     discriminator_wins,
+    mode_collapse,
     discriminator_silent,
     latent_scale,
     at_chance,

@@ -10,6 +10,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from ...layers.precision import full
 from ...pipeline.recipe import Recipe, build
 from ...priors import gaussian
 from .. import corruptions
@@ -122,6 +123,25 @@ class AutoencoderStage(LatentsStage):
         if self.adversary.learns(step):
             drawn = self._draw(step, batch.samples, *labels)
             yield self.adversary.update(self.forward[Adversary.part], drawn, latents, batch.weight, *labels)
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """Of an adversarial one also what `diversity` is made of: latents and draws of the prior, and their squares."""
+        found = super().measure(batch)
+        if self.prior is None:
+            return found
+        latents = full(self.network(batch.image)["latents"])
+        drawn = full(self._draw(0, batch.samples, *self._labels(batch)))
+        return found | {"latents": latents, "latents2": latents.square(), "drawn": drawn, "drawn2": drawn.square()}
+
+    def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
+        """Of an adversarial one: `diversity`, how far the latents are spread, where draws of the prior are by 1."""
+        if self.prior is None:
+            return {}
+        latents, drawn = (
+            (total[f"{name}2"] / count - (total[name] / count).square()).sum().sqrt() for name in ("latents", "drawn")
+        )
+        return {"diversity": latents / drawn}
 
     def _labels(self, batch: Batch) -> tuple[Tensor, ...]:
         """The labels (B,) of the images, where the discriminator sees them."""
