@@ -6,8 +6,8 @@
 - encode, decode: `AutoencoderKL` and diffusers' with the same weights, ours packed as a loaded system's are; outputs
   must be equal. In float32, and in bfloat16 where the device is fast in it.
 - dvae: forward, backward and Adam of `DiscreteVAE` and dalle-pytorch's, noise included, as in a step that writes no
-  line and whose KL has no weight: theirs computes the KL all the same. The networks differ, so that weights and FLOPs
-  of both are told.
+  line, in which ours counts its codes all the same. Without a weight of the KL, which theirs computes nevertheless, and
+  with one. The networks differ, so that weights and FLOPs of both are told.
 - quantizer: latents that require gradients to nearest codes, straight through, commitment, backward, and the moving
   averages; vector-quantize-pytorch without its rotation of gradients, which is another method.
 
@@ -21,6 +21,7 @@ not change the time.
 import argparse
 import importlib.util
 import json
+import math
 import sys
 import types
 from pathlib import Path
@@ -44,8 +45,8 @@ from kartina.training.optim import fast_bf16
 SIZES = yaml.safe_load((Path(__file__).parent / "sizes.yaml").read_text())["tokenizers"]
 
 
-def discrete_vae(device: torch.device) -> dict:
-    """Training steps in float32."""
+def discrete_vae(device: torch.device, kl_weight: float) -> dict:
+    """Training steps in float32. kl_weight: of the mean KL of a position, as dalle-pytorch has it."""
     sizes = SIZES["dvae"]
     count, side = sizes["batch"], sizes["ours"]["image_size"]
     image = torch.rand(count, 3, side, side, device=device)  # theirs in [0, 1], ours in [-1, 1]
@@ -56,21 +57,24 @@ def discrete_vae(device: torch.device) -> dict:
     def our_loss() -> Tensor:
         noise = random.gumbel(0, 0, samples, (*network.spec.shape, network.spec.vocabulary), "dvae gumbel")
         out = network(2 * image - 1, noise.permute(0, 3, 1, 2), 0.9)
-        (total, number), _ = dvae_objective(out["parameters"], out["logits"], 2 * image - 1, 0.0, weight)
+        beta = kl_weight * image[0].numel() / math.prod(network.spec.shape)
+        (total, number), scalars = dvae_objective(out["parameters"], out["logits"], 2 * image - 1, beta, weight)
+        scalars["codes"]()  # type: ignore[operator]  # which every step counts
         return total / number
 
     def theirs(peer: nn.Module, layout: torch.memory_format) -> Work:
         laid = image.contiguous(memory_format=layout)
         return training_step(peer, lambda: peer(laid, return_loss=True), device)
 
-    peer = peer_vae()(**sizes["peer"], temperature=0.9).to(device)
+    peer = peer_vae()(**sizes["peer"], temperature=0.9, kl_div_loss_weight=kl_weight).to(device)
     weights = [sum(w.numel() for w in each.parameters()) for each in (network, peer)]
     if weights[0] < weights[1]:
         raise SystemExit(f"ours must have no fewer weights than the peer, got {weights}; correct sizes.yaml")
     facts = {"ours_weights": weights[0], "peer_weights": weights[1]}
     peers = layouts(peer, theirs, "dalle-pytorch")
     ours = training_step(network, our_loss, device)
-    return compare("dVAE, training step, float32", ours, peers, device, torch.float32, SIZES["rounds"], **facts)
+    name = f"dVAE, training step, float32, {'with' if kl_weight else 'without'} a weight of the KL"
+    return compare(name, ours, peers, device, torch.float32, SIZES["rounds"], **facts)
 
 
 def peer_vae() -> type[nn.Module]:
@@ -174,7 +178,7 @@ def main() -> None:
     dtypes = [torch.float32, *([torch.bfloat16] if fast_bf16(device) else [])]
     rows = [row for dtype in dtypes for row in autoencoder(device, dtype)]
     keep_memory()  # as the trainer does, for both sides
-    rows += [discrete_vae(device), quantizer(device)]
+    rows += [discrete_vae(device, 0.0), discrete_vae(device, 0.1), quantizer(device)]
     if options.json:
         print(json.dumps({"device": str(device), "threads": options.threads, "rows": rows}))
         return

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kartina.pipeline.recipe import build
-from kartina.tokenizers.dvae import DiscreteVAE, map_pixels, openai_state_dict, relax, unmap_pixels
+from kartina.tokenizers.dvae import DiscreteVAE, likeliest, map_pixels, openai_state_dict, relax, unmap_pixels
 from kartina.tokenizers.spec import CodesSpec
 from kartina.training.objectives import dvae as objective
 from kartina.training.objectives.dvae import codebook_use, dvae, kl_weight, logit_laplace_nll, temperature, uniform_kl
@@ -210,6 +210,20 @@ def test_overfits_a_few_flat_images(small):
     assert losses[-1] < losses[0] - 1.0
     error = (small.decode(small.encode(image)) - image).abs().mean()
     assert error < 0.2 < image.std(dim=0).mean()
+
+
+@pytest.mark.parametrize("count", [1024, 8192, 1000, 512])
+def test_the_likeliest_code_is_the_first_of_the_largest_logits(count):
+    draw = torch.Generator().manual_seed(0)
+    for logits in (
+        torch.randn(2, count, 5, 3, generator=draw),
+        torch.randint(0, 4, (2, count, 5, 3), generator=draw).float(),  # many are equal
+        torch.randint(0, 9, (2, 5, 3, count), generator=draw).permute(0, 3, 1, 2).bfloat16(),
+        torch.full((1, count, 2, 2), -torch.inf),
+    ):
+        assert torch.equal(likeliest(logits), logits.argmax(dim=1))
+    logits[0, 700 % count, 1, 0] = torch.nan
+    assert torch.equal(likeliest(logits), logits.argmax(dim=1))
 
 
 def published_sized() -> DiscreteVAE:

@@ -22,6 +22,7 @@ from .spec import CodesSpec, check_image
 PIXEL_MARGIN = 0.1
 _ENCODER_KERNELS = (3, 3, 3, 1)
 _DECODER_KERNELS = (1, 3, 3, 3)
+_BLOCK = 64
 
 
 def map_pixels(image: Tensor) -> Tensor:
@@ -120,6 +121,21 @@ class Decoder(nn.Module):
         return self.head(F.relu(x))
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """The argmax over K of logits (B, K, h, w) -> int64 (B, h, w), the first of equal ones.
+
+    Of many codes, on a CPU, in two stages: the largest of blocks, then within one. There torch finds a largest value
+    in a tenth of the time that it takes to say where it stands.
+    """
+    rows = full(logits).permute(0, 2, 3, 1)  # as the encoder lays them out
+    if rows.device.type != "cpu" or rows.shape[-1] < 16 * _BLOCK or rows.shape[-1] % _BLOCK:
+        return rows.argmax(dim=-1)
+    blocks = rows.unflatten(-1, (-1, _BLOCK))
+    block = blocks.amax(dim=-1).argmax(dim=-1)
+    within = blocks.take_along_dim(block[..., None, None], dim=-2).squeeze(-2).argmax(dim=-1)
+    return _BLOCK * block + within
+
+
 class GumbelAutoencoder(nn.Module):
     """Images in [-1, 1] to a grid of codes and back, through logits over the codes that training relaxes.
 
@@ -147,7 +163,7 @@ class GumbelAutoencoder(nn.Module):
         Raises ValueError for other images.
         """
         check_image(image, self.image_size, type(self).__name__)
-        return self.logits(image).argmax(dim=1)
+        return likeliest(self.logits(image))
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes int64 (B, h, w) -> image (B, 3, H, W), the mode in logit space; unclamped, inside (-1.25, 1.25).

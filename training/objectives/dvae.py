@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...layers.precision import full
-from ...tokenizers.dvae import map_pixels
+from ...tokenizers.dvae import likeliest, map_pixels
 from .weighting import weighted
 
 
@@ -98,7 +98,7 @@ def dvae(
         return weighted(found, weight, {"kl": found})[1]["kl"]
 
     def counts() -> Tensor:
-        return codebook_counts(full(known).argmax(dim=1), known.shape[1], weight)  # in bfloat16 it takes longer
+        return codebook_counts(likeliest(known), known.shape[1], weight)
 
     return total, {**scalars, "kl": mean_kl, "codes": counts}
 
