@@ -99,7 +99,7 @@ def test_step_by_step(which, steps, monkeypatch):
     sample = SAMPLERS[name](denoise, None, SHAPE, SEEDS, num_steps=steps, **knobs)
     assert len(seen) + 1 == len(expected)
     for mine, other in zip([*seen, sample], expected, strict=True):
-        assert (mine - other).abs().max() <= 3e-5 * max(1.0, other.abs().max().item())
+        assert (mine - other).abs().max() <= 1e-5 * max(1.0, other.abs().max().item())
 
 
 @pytest.mark.parametrize("name", sorted(_schedulers()))
@@ -112,6 +112,8 @@ def test_every_scheduler_of_diffusers_paints(name):
         return Denoised(x_0, (x_t - alpha * x_0) / sigma)
 
     gaussian.schedule = schedule
-    z = find_sampler(name)(gaussian, None, (4, 16, 16), torch.arange(4), num_steps=20)
-    assert z.isfinite().all() and z.mean().item() == pytest.approx(0.3, abs=0.05)
-    assert z.std().item() == pytest.approx(0.5, abs=0.2)  # LCM's steps are for networks distilled for it
+    # The steps of these are for networks distilled for them, and at most 50.
+    steps, apart = (20, 0.2) if name in ("LCMScheduler", "TCDScheduler") else (100, 0.03)
+    z = find_sampler(name)(gaussian, None, (4, 16, 16), torch.arange(4), num_steps=steps)
+    assert z.isfinite().all() and z.mean().item() == pytest.approx(0.3, abs=0.03)
+    assert z.std().item() == pytest.approx(0.5, abs=apart)

@@ -10,6 +10,7 @@ from kartina.pipeline.editing import EditDrawing, mask_of, square
 from kartina.pipeline.recipe import sampling_knobs
 from kartina.pipeline.text_to_image import TextToImage
 from kartina.priors.diffusion_samplers import ddim_invert
+from kartina.training.show import diffusion
 
 CLASSES = {"prior": PIXEL["prior"] | {"num_classes": 10}}
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
@@ -43,3 +44,12 @@ def test_a_mask_that_is_cropped_away_is_not_called_black():
     assert mask_of(mask, (48, 16), 16, "stretch").sum() > 0
     with pytest.raises(ValueError, match="at 16 x 16 pixels; draw it, or none"):
         mask_of(Image.new("L", (48, 16)), (48, 16), 16, "crop")
+
+
+def test_a_way_from_noise_without_a_caption_is_shown_of_classes_too(tmp_path):
+    system = TextToImage.load(write_model(tmp_path / "model", CLASSES))
+    seen, _ = diffusion.reverse(system.draw, "", 0, sampling_knobs(system.recipe, {"num_steps": 2}, "tests"))
+    null, (t, x_t, x_0) = system.draw.null(1), seen[0]
+    with torch.no_grad():
+        assert torch.equal(system.draw.denoiser(null)(x_t, torch.tensor([t]), null).x_0, x_0)
+    assert diffusion.of_model(PICTURE, system, count=2, num_steps=2)[0].height > 0

@@ -67,7 +67,8 @@ def reverse(
     draw: DiffusionDrawing, caption: str, seed: int, knobs: dict[str, Any], progress: Progress | None = None
 ) -> tuple[list[tuple[float, Tensor, Tensor]], Tensor]:
     """Each look on the way from noise, (t, x_t, x_0) of shape (1, C, h, w), and where it ends."""
-    condition = draw.condition([caption])
+    named = caption or draw.prior.num_classes is None  # of classes none is the empty caption
+    condition = draw.condition([caption]) if named else draw.null(1)
     watched = Watched(draw.denoiser(condition, knobs))
     seeds = torch.tensor([seed], device=next(draw.prior.parameters()).device)
     return watched.seen, sampler_of(knobs)(watched, condition, draw.shape, seeds, progress=progress)
