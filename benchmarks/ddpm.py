@@ -4,12 +4,12 @@
     PYTHONPATH=build/bench/ddpm python benchmarks/ddpm.py [--sizes small] [--device cuda] [--threads N] [--json]
 
 Draws of timesteps and noise, forward, the error of eps, backward and Adam. The networks differ: theirs as its README
-builds it, ours with as many weights (no fewer, and at most 5 % more) and attention at the smaller sizes, where theirs
-has linear attention at every size but the smallest; FLOPs of both are told. In float32 and, where the device is fast in
-it, under bfloat16 autocast. Both sides take turns, the peer in both layouts, of which the faster counts, and with them
-a large matrix product of the same dtype; of each the best round. `limit` is the share of what the product reaches. Both
-are measured with the memory that the trainer keeps (`keep_memory`). Without other work on the machine only. Sizes:
-sizes.yaml.
+builds it, with `flash_attn`, and without, ours with as many weights (no fewer, and at most 5 % more) and attention at
+the smaller sizes, where theirs has linear attention at every size but the smallest; FLOPs of both are told. In float32
+and, where the device is fast in it, under bfloat16 autocast. Both sides take turns, the peer in both layouts, of all
+which the fastest counts, and with them a large matrix product of the same dtype; of each the best round. `limit` is the
+share of what the product reaches. Both are measured with the memory that the trainer keeps (`keep_memory`). Without
+other work on the machine only. Sizes: sizes.yaml.
 """
 
 import argparse
@@ -44,8 +44,9 @@ def measure(name: str, bf16: bool, device: torch.device) -> dict[str, Any]:
     size = SIZES[name]
     batch, side = size["batch"], size["image"]
     torch.manual_seed(0)
-    ours, theirs = UNet(**size["ours"]).to(device), Unet(**size["peer"]).to(device)
-    weights = [sum(weight.numel() for weight in network.parameters()) for network in (ours, theirs)]
+    ours = UNet(**size["ours"]).to(device)
+    theirs = {flash: Unet(**size["peer"], flash_attn=flash).to(device) for flash in (False, True)}
+    weights = [sum(weight.numel() for weight in network.parameters()) for network in (ours, theirs[True])]
     if not weights[1] <= weights[0] <= 1.05 * weights[1]:
         raise SystemExit(f"ours must have as many weights as the peer, got {weights}; correct sizes.yaml")
     image, samples = torch.rand(batch, 3, side, side, device=device), torch.arange(batch, device=device)
@@ -67,7 +68,9 @@ def measure(name: str, bf16: bool, device: torch.device) -> dict[str, Any]:
 
     dtype = torch.bfloat16 if bf16 else torch.float32
     word = str(dtype).removeprefix("torch.")
-    peers = layouts(theirs, their_step, "denoising-diffusion-pytorch")
+    peers = {}
+    for flash, network in theirs.items():
+        peers |= layouts(network, their_step, f"denoising-diffusion-pytorch{', flash_attn' if flash else ''}")
     facts = {"ours_weights": weights[0], "peer_weights": weights[1], "batch": batch, "size": name}
     lay_out(ours, device, bf16)  # as the trainer does
     step = training_step(ours, our_loss, device, bf16)
