@@ -7,6 +7,7 @@ their pipeline, which such a folder cannot hold.
 """
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def save(model: Path, out: Path) -> None:
     fills = prior["in_channels"] > 2 * latent  # a mask and a picture stand beside the latents
     index = {
         "_class_name": "StableDiffusionInpaintPipeline" if fills else "StableDiffusionPipeline",
+        "_diffusers_version": version("diffusers"),  # without it that for inpainting is not read
         "vae": ["diffusers", "AutoencoderKL"],
         "unet": ["diffusers", prior["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from typer.testing import CliRunner
 
 from kartina import cli
@@ -41,19 +42,20 @@ def theirs(pipeline, prompt):
     return pipeline(prompt, latents=latents, **knobs).images[0].astype(np.float64) * 255
 
 
-@pytest.mark.parametrize("noise", [{"schedule": "cosine", "prediction": "v"}, {"schedule": "scaled_linear"}])
-def test_a_model_of_ours_paints_the_same_in_diffusers(tmp_path, noise):
+def write_own(folder, noise, latents=3, channels=3):
+    """A model folder with captions, of this noise, whose U-Net reads so many channels."""
     unet = {"kind": "unet", "width": 8, "channel_mult": [1, 2], "blocks_per_level": 1, "norm_groups": 4}
     parts = {
         "tokenizer": {"kind": "autoencoder_kl", "image_size": 16, "width": 8, "channel_mult": [1, 2], "norm_groups": 2,
-                      "blocks_per_level": 1, "latent_channels": 3, "attn_resolutions": [16]},
+                      "blocks_per_level": 1, "latent_channels": latents, "attn_resolutions": [16]},
         "text": {"kind": "clip_text", "text_vocab": 272, "text_length": 14, "width": 16, "depth": 1, "num_heads": 2},
-        "prior": unet | {"num_heads": 2, "in_channels": 3, "attn_levels": [1], "context_dim": 16},
+        "prior": unet | {"num_heads": 2, "in_channels": channels, "out_channels": latents, "attn_levels": [1],
+                         "context_dim": 16},
     }  # fmt: skip
     recipe = Recipe(name="tests/own", paper="none", image_size=16, captions={"vocab_size": 270, "context_length": 12},
                     diffusion=noise, parts=parts, sampling={"sampler": "dpmpp_2m", "num_steps": 4})  # fmt: skip
-    (tmp_path / "m").mkdir()
-    CaptionTokenizer.train(["a ring", "a red ring"], 270, 12).save(tmp_path / "m" / "captions.json")
+    folder.mkdir()
+    CaptionTokenizer.train(["a ring", "a red ring"], 270, 12).save(folder / "captions.json")
     torch.manual_seed(1)
     for part in parts:
         network = build(recipe, part)
@@ -61,8 +63,14 @@ def test_a_model_of_ours_paints_the_same_in_diffusers(tmp_path, noise):
             torch.nn.init.normal_(parameter, std=0.2)
         weights = checkpoint.export(network, torch.float32)
         if part == "tokenizer":  # as measured: each channel has its own
-            weights |= {"scale.mean": torch.tensor([0.5, -1.0, 0.1]), "scale.std": torch.tensor([0.7, 2.0, 1.3])}
-        checkpoint.save_part(tmp_path / "m", recipe, part, weights)
+            scale = torch.tensor([0.5, -1.0, 0.1, 0.3]), torch.tensor([0.7, 2.0, 1.3, 0.9])
+            weights |= {f"scale.{name}": value[:latents] for name, value in zip(("mean", "std"), scale, strict=True)}
+        checkpoint.save_part(folder, recipe, part, weights)
+
+
+@pytest.mark.parametrize("noise", [{"schedule": "cosine", "prediction": "v"}, {"schedule": "scaled_linear"}])
+def test_a_model_of_ours_paints_the_same_in_diffusers(tmp_path, noise):
+    write_own(tmp_path / "m", noise)
     run("export", tmp_path / "m", tmp_path / "there")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "there")
     for prompt in ("a red ring", "a <|endoftext|> кот", "ring " * 20):
@@ -79,6 +87,35 @@ def test_a_model_of_ours_paints_the_same_in_diffusers(tmp_path, noise):
     assert CaptionTokenizer.load(tmp_path / "back/captions.json").definition() == (
         CaptionTokenizer.load(tmp_path / "m/captions.json").definition()
     )
+
+
+def test_a_model_of_ours_that_fills_a_mask_fills_the_same_in_diffusers(tmp_path, monkeypatch):
+    """Of 9 channels: within the mask, of whole places of the latents, after what each makes of the same noise."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+    from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_inpaint as inpaint
+
+    write_own(tmp_path / "m", {"schedule": "scaled_linear"}, latents=4, channels=9)
+    run("export", tmp_path / "m", tmp_path / "there")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    mask = Image.fromarray(np.pad(np.full((8, 10), 255, np.uint8), ((4, 4), (6, 0))))
+    own = TextToImage.load(tmp_path / "m")
+    edited = own.edit(picture, "a red ring", mask=mask, strength=1.0, seed=SEED, num_steps=4, guidance_scale=3.0)
+
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "there")
+    assert type(pipeline) is diffusers.StableDiffusionInpaintPipeline
+    pipeline.set_progress_bar_config(disable=True)
+
+    def noise(shape, **unused):
+        return normal(0, 0, torch.tensor([SEED]), tuple(shape[1:]), "sampler start")
+
+    monkeypatch.setattr(inpaint, "randn_tensor", noise)
+    mean = DiagonalGaussianDistribution.mode  # what ours takes of a picture, see docs/deviations.md
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda posterior, generator=None: mean(posterior))
+    size = {"height": 16, "width": 16, "strength": 1.0, "num_inference_steps": 4, "guidance_scale": 3.0}
+    found = pipeline("a red ring", image=picture, mask_image=mask, output_type="np", **size).images[0] * 255.0
+    inside = np.asarray(mask) > 0
+    assert found[inside].std() > 5
+    assert np.abs(np.asarray(edited[0].image).astype(float) - found)[inside].max() <= 1
 
 
 def test_a_model_of_pixels_draws_the_same_in_diffusers(tmp_path, monkeypatch):
