@@ -31,9 +31,9 @@ from accelerate import Accelerator
 from kartina.layers.attention import short_in_float32
 from kartina.pipeline import checkpoint
 from kartina.pipeline.known_models import SHIPPED
-from kartina.training import exchange, parallel
+from kartina.training import cache, exchange, parallel
 from kartina.training import run as runs
-from kartina.training.__main__ import keep_memory
+from kartina.training.__main__ import hashes_of, keep_memory
 from kartina.training.loop import train_stage
 from kartina.training.optim import EMA, build_optimizers, fast_bf16, rate
 from kartina.training.run import division
@@ -53,7 +53,9 @@ def build(model, name, workers=0):
     source = source_of(recipe, training.data_of(name))
     kind = STAGES[recipe.parts[name]["kind"]]
     torch.manual_seed(0)
-    return training, kind(recipe, training.stages[name], source, SHIPPED / model, 0, torch.device("cpu")), source
+    stage = kind(recipe, training.stages[name], source, SHIPPED / model, 0, torch.device("cpu"))
+    against = hashes_of(recipe, SHIPPED / model, kind.needs(recipe))
+    return training, stage, cache.source_for(stage, source, training.data, against, SHIPPED / model)
 
 
 def recipe_of(model):

@@ -1,12 +1,14 @@
-"""The discriminator begins to be heard in the midst of a training, and what was learned of reconstruction stays."""
+"""The discriminator is heard from the midst of a training on, and what was learned of reconstruction stays; a published
+one has BatchNorm."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from test_tokenizer_stages import knob, log
+from test_tokenizer_stages import knob, log, stage_of
 
 from kartina.training import __main__ as trainer
+from kartina.training import history
 from kartina.training.objectives import vqgan
 
 HEARD = 80  # from this step of 160 on
@@ -36,3 +38,22 @@ def psnr(argv):
     values = [line["valid/psnr"] for line in log(Path(argv[-1])) if "valid/psnr" in line]
     assert len(values) == 16
     return values[HEARD // 10 - 1], values[HEARD // 10 :]
+
+
+PUBLISHED = "parts.discriminator={kind: patch, width: 8, depth: 2}"  # with BatchNorm
+
+
+def test_what_is_real_has_no_part_in_the_statistics_of_what_is_not(tiny):
+    stage, batch = stage_of(tiny, "vqgan", PUBLISHED)
+    judge, fake = stage.forward["discriminator"], batch.image.flip(0) / 2
+    found = [stage.adversary.update(judge, real, fake, batch.weight)[2] for real in (batch.image, -batch.image)]
+    assert found[0]["real_logits"] != found[1]["real_logits"]
+    assert found[0]["fake_logits"] == found[1]["fake_logits"]
+
+
+def test_two_processes_train_a_published_discriminator(tiny, tmp_path, work):
+    """Each judges its own pictures, twice before the gradients of both are exchanged."""
+    results = work([{"name": "batch", "argv": [*tiny["vqgan"][1], PUBLISHED, "--run", str(tmp_path)]}], 2)
+    assert [rank["status"] for rank in results["batch"]] == [0, 0]
+    hinges = [value for _, value in history.read(tmp_path)["tokenizer"].curve("discriminator/hinge")]
+    assert len(hinges) == 18 and all(0.5 < hinge < 1.5 for hinge in hinges)

@@ -106,7 +106,7 @@ def _check_frozen(recipe: Recipe, model: Path) -> None:
         )
 
 
-def _against(recipe: Recipe, model: Path, depends: tuple[str, ...]) -> dict[str, str]:
+def hashes_of(recipe: Recipe, model: Path, depends: tuple[str, ...]) -> dict[str, str]:
     """The hashes of what a stage depends on. Raises ModelError where one is not trained yet."""
     hashes = {}
     for other in depends:
@@ -149,7 +149,7 @@ def _train(
 ) -> None:
     import torch
     from accelerate import Accelerator, PartialState
-    from accelerate.utils import parse_flag_from_env, set_seed
+    from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env, set_seed
 
     from .checks import check, spared, stage_of
     from .exchange import is_out_of_memory
@@ -165,7 +165,9 @@ def _train(
     # The flag that Accelerator reads itself: without it several CPU processes would each stand alone.
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE).device
     precision = training.precision if fast_bf16(device) else "fp32"
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    # Buffers are alike on all ranks as it is, but for a BatchNorm's statistics, which no pass in training reads.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=[ddp])
     if precision != training.precision:
         accelerator.print("this device has no fast bfloat16: training in float32")
     if accelerator.num_processes != asked:
@@ -199,7 +201,7 @@ def _train(
     def one(name: str) -> None:
         """Trains a stage and writes what it exports. Nothing of it stays in memory for the next one."""
         kind, config = stage_of(recipe, name), training.stages[name]
-        against = _against(recipe, model, kind.needs(recipe))
+        against = hashes_of(recipe, model, kind.needs(recipe))
         source = sources[training.data_of(name)]
         for each in (source, validation):
             expect_captions(each, kind.captioned(recipe))

@@ -83,12 +83,12 @@ class Adversary:
     def update(
         self, forward: Callable[..., Any], real: Tensor, fake: Tensor, weight: Tensor, *beside: Tensor
     ) -> Update:
-        """The discriminator's own loss, of two tensors of one shape, in one pass; beside: what each is judged with.
+        """The discriminator's own loss, of two tensors of one shape; beside: what each is judged with.
 
-        In two, the wrapper for several processes would broadcast buffers between a pass and its gradients.
+        One after the other, so that no statistics of a BatchNorm are of both.
         """
-        both = torch.cat([real, fake.detach().to(real.dtype)]), *(torch.cat([each, each]) for each in beside)
-        loss, scalars = self.loss(*forward(*both).chunk(2), weight)
+        logits = [forward(each, *beside) for each in (real, fake.detach().to(real.dtype))]
+        loss, scalars = self.loss(*logits, weight)
         return self.part, loss, scalars
 
 
