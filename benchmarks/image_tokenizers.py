@@ -24,6 +24,7 @@ import json
 import math
 import sys
 import types
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -77,6 +78,7 @@ def discrete_vae(device: torch.device, kl_weight: float) -> dict:
     return compare(name, ours, peers, device, torch.float32, SIZES["rounds"], **facts)
 
 
+@cache
 def peer_vae() -> type[nn.Module]:
     """dalle-pytorch's class. Its package imports what downloads published weights, which is left out here."""
     spec = importlib.util.find_spec("dalle_pytorch")

@@ -21,6 +21,7 @@ def system():
     return TextToImage.load("shapes/dalle", "cpu")
 
 
+@pytest.mark.slow
 def test_painted_pictures_are_told_from_those_of_other_captions(system, shards):
     found = captions_suite.evaluate(system, shards, per_test=20, candidates=2)
     one, best = (found["tests"]["captions"][column] for column in ("one_sample", "best_of_n"))

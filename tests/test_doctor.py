@@ -224,15 +224,6 @@ def test_learning_rate_too_high(tmp_path):
     assert fit(Denoiser(1.4), tmp_path / "right", lr=0.003, optimizer=optimizer) == []
 
 
-def test_trained_weights_whose_loss_is_flat_from_its_start_have_no_rate_too_high():
-    found = history.History("prior", {"networks": ["prior"], "clip": 1.0, "steps": 1000})
-    for step in range(1000):
-        found.add({"step": step, "prior/total": 0.52 + 0.02 * math.sin(step**2) if step else 0.5, "prior/norm": 0.1})
-    assert not list(doctor.learning_rate(found))
-    found.curves["prior/total"] |= dict.fromkeys(range(500, 1000), 0.8)
-    assert list(doctor.learning_rate(found))
-
-
 def test_as_many_samples_are_validated_as_the_recipe_says(tmp_path):
     scored = []
 

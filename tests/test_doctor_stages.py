@@ -133,6 +133,15 @@ def test_a_discriminator_whose_gradient_is_amplified_to_the_end_says_nothing(ada
     assert [finding.name for finding in doctor.judge(found)] == ["the discriminator says nothing"] * wrong
 
 
+def test_trained_weights_whose_loss_is_flat_from_its_start_have_no_rate_too_high():
+    found = history.History("prior", {"networks": ["prior"], "clip": 1.0, "steps": 1000})
+    for step in range(1000):
+        found.add({"step": step, "prior/total": 0.52 + 0.02 * math.sin(step**2) if step else 0.5, "prior/norm": 0.1})
+    assert not list(doctor.learning_rate(found))
+    found.curves["prior/total"] |= dict.fromkeys(range(500, 1000), 0.8)
+    assert list(doctor.learning_rate(found))
+
+
 def test_a_loss_that_rises_because_its_weights_do_has_no_rate_too_high():
     """A dVAE whose KL gets its weight from step 250 to 350."""
     found = history.History("tokenizer", {"networks": ["tokenizer"], "clip": 1.0, "steps": 1000, "restart_step": 250})

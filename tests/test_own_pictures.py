@@ -131,6 +131,7 @@ def test_stable_diffusion_with_captions(pictures, tmp_path):
     assert (tmp_path / "theirs" / "model_index.json").is_file()
 
 
+@pytest.mark.slow
 def test_dalle_with_captions(pictures, tmp_path):
     shards, codes, folder = (tmp_path / name for name in ("shards", "codes", "run"))
     run("data", "pack", pictures, shards)

@@ -275,6 +275,7 @@ def test_flops_of_the_unet_against_the_profiler(counted, real, profiled):
     assert counted(overrides, "prior")["prior"].flops == pytest.approx(3 * forward, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_published_diffusion_model_is_planned_by_the_parts_that_have_a_stage():
     found = planned("paper/ddpm-cifar10")
     assert list(found["stages"]) == ["prior"] and found["stages"]["prior"]["parameters"] == 35_746_307

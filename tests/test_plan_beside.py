@@ -50,6 +50,7 @@ def test_flops_of_a_discriminator_and_a_perceptual_network_against_the_profiler(
     assert found["discriminator"].flops == pytest.approx(through + attention + 3 * 2 * judged - 2 * first, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_discriminator_costs_from_the_step_on_at_which_it_learns_and_is_heard():
     words = [*JUDGED["vqgan"], "stages.tokenizer.steps=100"]
     late = "{discriminator_start: 0.5, discriminator_warmup: 0.25"

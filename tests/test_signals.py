@@ -48,7 +48,7 @@ def family(process):
     return [parent, *parent.children(recursive=True)]
 
 
-PATTERNS = ("patch_dvae", "vqgan", "vqvae, moved", "clip")  # one network, two, a codebook, a loss over pairs of samples
+PATTERNS = ("patch_dvae", "vqgan")  # one network, two and a codebook
 LONG = ["stages.tokenizer.steps=100000", "stages.tokenizer.validate_every=100000"]
 
 
