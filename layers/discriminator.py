@@ -20,9 +20,9 @@ class PatchDiscriminator(nn.Module):
     """Images (B, C, H, W) in [-1, 1] -> logits (B, 1, h, w), one for each patch: high where it looks real.
 
     4x4 convolutions with stride 2, `depth` of them, whose widths double from `width` to at most 8 * width, and two with
-    stride 1; leaky ReLU 0.2. norm: "batch" as published, or "group", which sees one image at a time and so does not mix
-    real and false ones; no norm follows the first and the last. Weights start as normal(0, 0.02).
-    in_channels: 3, or 6 where an image is judged beside its condition. Raises ValueError for sizes that do not fit.
+    stride 1; leaky ReLU 0.2. norm: "batch" as published, or "group", whose values hang on no other image; no norm
+    follows the first and the last. Weights start as normal(0, 0.02). in_channels: 3, or 6 where an image is judged
+    beside its condition. Raises ValueError for sizes that do not fit.
     """
 
     def __init__(

@@ -287,7 +287,7 @@ def test_equals_the_recorded_published_model_at_its_own_size(recorder):
     for ours, theirs in ((logits.flatten()[::97], "logits"), (model.decoder(soft), "parameters")):
         expected = torch.from_numpy(data[f"whole_{theirs}"])
         assert ours.shape == expected.shape and (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
-    assert (logits.argmax(dim=1) == codes).float().mean() > 0.98  # of random weights two logits may all but tie
+    assert (model.encode(image) == codes).float().mean() > 0.98  # of random weights two logits may all but tie
 
 
 def test_equals_the_installed_published_model(recorder, close):

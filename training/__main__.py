@@ -149,7 +149,7 @@ def _train(
 ) -> None:
     import torch
     from accelerate import Accelerator, PartialState
-    from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env, set_seed
+    from accelerate.utils import parse_flag_from_env, set_seed
 
     from .checks import check, spared, stage_of
     from .exchange import is_out_of_memory
@@ -165,9 +165,7 @@ def _train(
     # The flag that Accelerator reads itself: without it several CPU processes would each stand alone.
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE).device
     precision = training.precision if fast_bf16(device) else "fp32"
-    # Buffers are alike on all ranks as it is, but for a BatchNorm's statistics, which no pass in training reads.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=[ddp])
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     if precision != training.precision:
         accelerator.print("this device has no fast bfloat16: training in float32")
     if accelerator.num_processes != asked:

@@ -73,8 +73,8 @@ class Stage(Section):
     save_minutes: float = Field(5.0, gt=0)
     save_every: int | None = Field(None, ge=1, description="steps; as well as by time")
     keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best one")
-    # Three times so many lie within the steps in which going back a third time ends a run.
-    patience: int = Field(10, ge=1, le=333, description="steps in a row that are not finite before the run goes back")
+    # So that three such spans in a row begin within the steps in which going back a third time ends a run.
+    patience: int = Field(10, ge=1, le=499, description="steps in a row that are not finite before the run goes back")
     export: Literal["last", "best"] = Field(
         "last", description="the weights that become the part; best: by the headline metric"
     )

@@ -139,7 +139,8 @@ class AutoencoderStage(LatentsStage):
         if self.prior is None:
             return {}
         latents, drawn = (
-            (total[f"{name}2"] / count - (total[name] / count).square()).sum().sqrt() for name in ("latents", "drawn")
+            (total[f"{name}2"] / count - (total[name] / count).square()).sum().clamp(min=0).sqrt()  # 0 may be rounded
+            for name in ("latents", "drawn")
         )
         return {"diversity": latents / drawn}
 
