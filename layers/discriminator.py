@@ -7,7 +7,7 @@ B images, C channels, H x W pixels, h x w patches that overlap; D the width of a
 They do not know what is real, nor any loss.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,21 @@ from torch.nn import functional as F
 from .conv import group_norm
 
 
-class PatchDiscriminator(nn.Module):
+class _Discriminator(nn.Module):
+    """What both share: of a tuple each is judged by itself, in one call, between whose passes DDP copies no buffers."""
+
+    def forward(self, given: Tensor | tuple[Tensor, ...], *beside: Tensor) -> Any:
+        """What `judge` says: logits (B, 1, ...) of a tensor, a tuple of them of a tuple."""
+        if isinstance(given, tuple):
+            return tuple(self.judge(each, *beside) for each in given)
+        return self.judge(given, *beside)
+
+    def judge(self, given: Tensor, *beside: Tensor) -> Tensor:
+        """Logits (B, 1, ...)."""
+        raise NotImplementedError
+
+
+class PatchDiscriminator(_Discriminator):
     """Images (B, C, H, W) in [-1, 1] -> logits (B, 1, h, w), one for each patch: high where it looks real.
 
     4x4 convolutions with stride 2, `depth` of them, whose widths double from `width` to at most 8 * width, and two with
@@ -57,7 +71,7 @@ class PatchDiscriminator(nn.Module):
         """The least H and W: those whose patches are one."""
         return 3 * 2**self.depth
 
-    def forward(self, image: Tensor) -> Tensor:
+    def judge(self, image: Tensor) -> Tensor:  # type: ignore[override]  # nothing stands beside it
         if image.dim() != 4 or image.shape[1] != self.in_channels or min(image.shape[2:]) < self.smallest:
             raise ValueError(
                 f"PatchDiscriminator needs images (B, {self.in_channels}, H, W) with H and W of at least "
@@ -66,7 +80,7 @@ class PatchDiscriminator(nn.Module):
         return self.main(image)
 
 
-class LatentDiscriminator(nn.Module):
+class LatentDiscriminator(_Discriminator):
     """Flat latents (B, D), and their labels (B,) where it is built for classes -> logits (B, 1): high where drawn.
 
     latent_dim: D. num_classes: 0, or K, of which one is given beside each latent as a one-hot vector (section 2.3).
@@ -86,7 +100,7 @@ class LatentDiscriminator(nn.Module):
         self.outer = ("main.0", f"main.{len(self.main) - 1}")
         self.latent_dim, self.num_classes = latent_dim, num_classes
 
-    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+    def judge(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:  # type: ignore[override]
         if latents.dim() != 2 or latents.shape[1] != self.latent_dim or (labels is None) != (self.num_classes == 0):
             raise ValueError(
                 f"LatentDiscriminator needs latents (B, {self.latent_dim}) and "

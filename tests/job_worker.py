@@ -5,11 +5,10 @@
 A job is a line {"name", "argv", ...}: the arguments of the trainer, and what happens to it: "stop_at", the step at
 which the first rank sends itself a real SIGTERM; "poison", the first and last position of samples whose pictures are
 not numbers; "steep_at", the step at which the last rank's loss is finite and its gradient is not; "fail_at", the step
-at which the last rank fails; "chunk", the samples that validation reads at once. Of
-images that codes begin with it reads few. Per job and rank, RESULTS/<name>-<rank>.json holds {"status", "world",
-"keys", "scored", "held", "hash"}: the keys of the samples of each step; those that were measured, with a weight; of
-each network the number of its values that this rank holds, of how many, and whether all its parameters are DTensors;
-and the hash of the networks at the end.
+at which the last rank fails; "chunk", the samples that validation reads at once. Of images that codes begin with it
+reads few. Per job and rank, RESULTS/<name>-<rank>.json holds {"status", "world", "keys", "scored", "held", "hash"}: the
+keys of the samples of each step; those that were measured, with a weight; of each network the number of its values that
+this rank holds, of how many, and whether all its parameters are DTensors; and the hash of the networks at the end.
 """
 
 import gc

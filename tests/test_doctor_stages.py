@@ -113,7 +113,7 @@ def test_a_discriminator_whose_weights_decay_as_fast_as_they_learn_says_nothing(
         assert found == (["the discriminator says nothing"] if decay else [])
 
 
-def test_the_latents_of_an_adversarial_autoencoder_are_spread_as_its_prior_is(tiny, tmp_path):
+def test_latents_that_lie_closer_than_draws_of_the_prior_are_a_mode_collapse(tiny, tmp_path):
     """Of a mixture on a circle of radius 4; latents of an encoder at its start lie together."""
     assert trainer.main([*tiny["autoencoder, adversarial"][1], "--run", str(tmp_path)]) == 0
     log = history.read(tmp_path)["tokenizer"]

@@ -273,7 +273,7 @@ def test_equals_the_recorded_published_model(recorder, close, dtype):
 @pytest.mark.slow
 @torch.no_grad()
 def test_equals_the_recorded_published_model_at_its_own_size(recorder):
-    """53,786,240 and 43,829,766 parameters, in float32, a picture of 64 pixels there and back, to 1e-4."""
+    """In float32, a picture of 64 pixels there and back, to 1e-4."""
     with np.load(HERE / "data" / "parity" / "dvae.npz") as file:
         data, seed = {name: file[name] for name in file.files if name.startswith("whole")}, int(file["seed"])
     halves = []

@@ -87,8 +87,7 @@ class Adversary:
 
         One after the other, so that no statistics of a BatchNorm are of both.
         """
-        logits = [forward(each, *beside) for each in (real, fake.detach().to(real.dtype))]
-        loss, scalars = self.loss(*logits, weight)
+        loss, scalars = self.loss(*forward((real, fake.detach().to(real.dtype)), *beside), weight)
         return self.part, loss, scalars
 
 

@@ -20,7 +20,7 @@ from ..objectives.weighting import ERRORS
 from ..run import Stage
 from ..stream import Batch, Source
 from .adversary import Adversary
-from .contract import Knob, Updates, contact_sheet, over_ranks
+from .contract import Knob, Updates, contact_sheet, over_ranks, psnr
 from .latents import LatentsStage, latent_std
 
 _ADVERSARIAL = {"prior": Knob(choices=gaussian.KINDS), "pieces": Knob(low=1)}
@@ -127,11 +127,11 @@ class AutoencoderStage(LatentsStage):
     @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, Tensor]:
         """Of an adversarial one also what `diversity` is made of: latents and draws of the prior, and their squares."""
-        found = super().measure(batch)
         if self.prior is None:
-            return found
-        latents = full(self.network(batch.image)["latents"])
-        drawn = full(self._draw(0, batch.samples, *self._labels(batch)))
+            return super().measure(batch)
+        out = self.network(batch.image)
+        found = {"psnr": psnr(full(out["reconstruction"]).clamp(-1, 1), batch.image)}
+        latents, drawn = full(out["latents"]), full(self._draw(0, batch.samples, *self._labels(batch)))
         return found | {"latents": latents, "latents2": latents.square(), "drawn": drawn, "drawn2": drawn.square()}
 
     def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
