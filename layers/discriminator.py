@@ -36,7 +36,7 @@ class PatchDiscriminator(_Discriminator):
     4x4 convolutions with stride 2, `depth` of them, whose widths double from `width` to at most 8 * width, and two with
     stride 1; leaky ReLU 0.2. norm: "batch" as published, or "group", whose values hang on no other image; no norm
     follows the first and the last. Weights start as normal(0, 0.02). in_channels: 3, or 6 where an image is judged
-    beside its condition. Raises ValueError for sizes that do not fit.
+    beside its condition, another image of its size (section 3.1). Raises ValueError for sizes that do not fit.
     """
 
     def __init__(
@@ -71,11 +71,14 @@ class PatchDiscriminator(_Discriminator):
         """The least H and W: those whose patches are one."""
         return 3 * 2**self.depth
 
-    def judge(self, image: Tensor) -> Tensor:  # type: ignore[override]  # nothing stands beside it
+    def judge(self, image: Tensor, condition: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        if condition is not None:
+            image = torch.cat([image, condition], dim=1)
         if image.dim() != 4 or image.shape[1] != self.in_channels or min(image.shape[2:]) < self.smallest:
             raise ValueError(
                 f"PatchDiscriminator needs images (B, {self.in_channels}, H, W) with H and W of at least "
-                f"{self.smallest}, got {tuple(image.shape)}; enlarge them or build it with a smaller depth"
+                f"{self.smallest}, got {tuple(image.shape)}; enlarge them, or build it with a smaller depth or other "
+                "in_channels"
             )
         return self.main(image)
 

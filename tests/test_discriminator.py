@@ -1,8 +1,13 @@
-"""PatchGAN: published sizes, the 70 x 70 patch, group normalisation, edges."""
+"""PatchGAN: published sizes, the 70 x 70 patch, group normalisation, edges, images judged beside others."""
+
+import json
 
 import pytest
 import torch
+from test_tokenizer_stages import JUDGED, stage_of
+from typer.testing import CliRunner
 
+from kartina import cli
 from kartina.layers.discriminator import PatchDiscriminator
 
 
@@ -51,3 +56,24 @@ def test_bad_sizes_are_refused():
         PatchDiscriminator(norm="instance")
     with pytest.raises(ValueError, match="groups that divide"):
         PatchDiscriminator(width=8, norm="group")
+
+
+@pytest.mark.parametrize("kind", JUDGED)
+def test_with_six_channels_what_came_back_is_judged_beside_what_was_to(kind, tiny):
+    """One logit of whether both are equal: 0 where they are, which are the real ones."""
+    stage, batch = stage_of(tiny, kind, "parts.discriminator.in_channels=6")
+
+    def apart(image: torch.Tensor) -> torch.Tensor:
+        assert image.shape[1] == 6
+        return (image[:, :3] - image[:, 3:]).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+    stage.networks["discriminator"].main.forward = apart
+    (_, _, fooling), (_, _, judged) = stage.updates(batch, 19)
+    assert judged["real_logits"] == 0
+    assert judged["fake_logits"] == pytest.approx(-float(fooling["fooling"]), abs=1e-6)
+    assert judged["fake_logits"] > 0.1
+
+
+def test_the_command_counts_six_channels():
+    argv = ["plan", "paper/vqgan-f16-1024", "parts.discriminator.in_channels=6", "--json"]
+    assert json.loads(CliRunner().invoke(cli.app, argv).output)["parameters"]["discriminator"] == 2_768_705

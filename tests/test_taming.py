@@ -77,15 +77,18 @@ def test_equals_the_recorded_taming_model(kind, dtype, recorder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_step_against_the_discriminator_equals_the_recorded_losses(dtype, recorder):
-    """PatchGAN with batch norm in training, the balance of equation 7, both losses and all gradients.
+@pytest.mark.parametrize("kind", ["judged", "beside"])
+def test_a_step_against_the_discriminator_equals_the_recorded_losses(kind, dtype, recorder):
+    """PatchGAN with batch norm in training, the balance of equation 7, both losses and all gradients; of "beside" it
+    judges each picture with the one that was to come back.
 
     The released code adds 1e-4 to the norm that it divides by, we 1e-6, as the equation has it; and its codebook has
     its weights on the other terms.
     """
-    data, seed = recorded("judged")
+    data, seed = recorded(kind)
     model, pixels = (x.to(dtype) for x in tiny("vector", recorder))
-    judge = PatchDiscriminator(width=recorder.WIDTH, depth=recorder.LAYERS)
+    beside = (pixels,) if kind == "beside" else ()
+    judge = PatchDiscriminator(in_channels=3 * (1 + len(beside)), width=recorder.WIDTH, depth=recorder.LAYERS)
     judge = with_weights(judge, data, recorder, seed + 5).to(dtype).train()
     share = (data["pull"] + 1e-6) / (data["pull"] + 1e-4)
     out, weight = model(pixels), torch.ones(2)
@@ -93,7 +96,8 @@ def test_a_step_against_the_discriminator_equals_the_recorded_losses(dtype, reco
     codebook, commitment = quantization(out["latents"], out["codewords"])
     (loss, count), scalars = objective.vqgan(
         again, pixels, recorder.WEIGHTS["codebook_weight"] * (commitment + 0.25 * codebook), out["codes"], 20, weight,
-        fake_logits=judge(again), last_layer=model.last_layer, ramp=recorder.WEIGHTS["disc_weight"] * float(share),
+        fake_logits=judge(again, *beside), last_layer=model.last_layer,
+        ramp=recorder.WEIGHTS["disc_weight"] * float(share),
         perceptual=recorder.distance(pixels, again).flatten(), perceptual_weight=recorder.WEIGHTS["perceptual_weight"],
     )  # fmt: skip
     close(loss / count, data["generator"])
@@ -104,7 +108,7 @@ def test_a_step_against_the_discriminator_equals_the_recorded_losses(dtype, reco
     close_gradients(model, data, recorder, "of/")
 
     judge.zero_grad()
-    (loss, count), _ = objective.hinge(judge(pixels), judge(again.detach()), weight)
+    (loss, count), _ = objective.hinge(judge(pixels, *beside), judge(again.detach(), *beside), weight)
     close(loss / count, data["discriminator"])
     (loss / count).backward()
     close_gradients(judge, data, recorder)

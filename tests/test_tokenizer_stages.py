@@ -114,6 +114,7 @@ def test_two_networks_step_once_each_in_two_passes(tiny, tmp_path):
     [
         ("vqgan", ["stages.tokenizer.micro_batch=4"], "codes begin anew among the latents of a step"),
         ("autoencoder_kl", ["stages.tokenizer.micro_batch=4"], "adaptive weight"),
+        ("vqgan", ["parts.discriminator.in_channels=4"], "expected 3, or 6 to judge an image beside"),
         ("vqvae, moved", ["stages.tokenizer.micro_batch=4"], "follows the latents of a step"),
         ("vae", ["stages.tokenizer.micro_batch=4"], "free bits"),
         ("autoencoder", ["stages.tokenizer.micro_batch=4"], "sparsity is of a step's mean"),

@@ -90,8 +90,11 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return apart.square().mean(dim=(1, 2, 3), keepdim=True)
 
 
-def judged(model: torch.nn.Module, pixels: torch.Tensor) -> dict[str, np.ndarray]:
-    """The published loss of `model` and of its discriminator in training, for these pixels."""
+def judged(model: torch.nn.Module, pixels: torch.Tensor, kind: str) -> dict[str, np.ndarray]:
+    """The published loss of `model` and of its discriminator in training, for these pixels.
+
+    kind: "judged", or "beside" where each picture is judged with the one that was to come back, in 6 channels.
+    """
     from taming.modules.losses import vqperceptual
 
     class Distance(torch.nn.Module):
@@ -100,28 +103,31 @@ def judged(model: torch.nn.Module, pixels: torch.Tensor) -> dict[str, np.ndarray
 
     vqperceptual.LPIPS = Distance
     sizes = {"disc_start": 0, "disc_num_layers": LAYERS, "disc_ndf": WIDTH}
+    cond = pixels if kind == "beside" else None
+    sizes |= {} if cond is None else {"disc_in_channels": 6, "disc_conditional": True}
     loss = vqperceptual.VQLPIPSWithDiscriminator(**sizes, **WEIGHTS).double().train()
     state = loss.discriminator.state_dict()
     loss.discriminator.load_state_dict(weights(list(state), [tuple(t.shape) for t in state.values()], SEED + 5))
     tables = {
-        "judged_names": np.array(list(state)),
-        "judged_shapes": np.array([",".join(map(str, t.shape)) for t in state.values()]),
+        "names": np.array(list(state)),
+        "shapes": np.array([",".join(map(str, t.shape)) for t in state.values()]),
     }
     model.zero_grad()
     decoded, codebook = model(pixels)
     last = model.get_last_layer()
-    (pull,) = torch.autograd.grad(-loss.discriminator(decoded).mean(), last, retain_graph=True)
-    generator, log = loss(codebook, pixels, decoded, 0, 0, last_layer=last)
+    pictures = decoded if cond is None else torch.cat([decoded, cond], dim=1)
+    (pull,) = torch.autograd.grad(-loss.discriminator(pictures).mean(), last, retain_graph=True)
+    generator, log = loss(codebook, pixels, decoded, 0, 0, last_layer=last, cond=cond)
     generator.backward()
-    tables |= {"judged_generator": generator.detach().numpy(), "judged_pull": pull.norm().numpy()}
-    tables |= {f"judged_{name}": log[f"train/{name}"].numpy() for name in ("d_weight", "g_loss", "nll_loss")}
-    tables |= {f"judged_of/{name}": sample(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    tables |= {"generator": generator.detach().numpy(), "pull": pull.norm().numpy()}
+    tables |= {name: log[f"train/{name}"].numpy() for name in ("d_weight", "g_loss", "nll_loss")}
+    tables |= {f"of/{name}": sample(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     loss.zero_grad()
-    discriminator, _ = loss(codebook, pixels, decoded, 1, 0, last_layer=last)
+    discriminator, _ = loss(codebook, pixels, decoded, 1, 0, last_layer=last, cond=cond)
     discriminator.backward()
-    tables |= {"judged_discriminator": discriminator.detach().numpy()}
-    tables |= {f"judged_gradient/{name}": sample(p.grad) for name, p in loss.discriminator.named_parameters()}
-    return tables
+    tables |= {"discriminator": discriminator.detach().numpy()}
+    tables |= {f"gradient/{name}": sample(p.grad) for name, p in loss.discriminator.named_parameters()}
+    return {f"{kind}_{name}": values for name, values in tables.items()}
 
 
 def record(path: Path) -> None:
@@ -155,7 +161,7 @@ def record(path: Path) -> None:
         tables |= {f"{kind}_decoded": decoded.detach().numpy(), f"{kind}_codes": codes.numpy()}
         tables |= {f"{kind}_gradient/{name}": sample(gradient) for name, gradient in gradients.items()}
         if kind == "vector":
-            tables |= judged(model, pixels)
+            tables |= judged(model, pixels, "judged") | judged(model, pixels, "beside")
     np.savez_compressed(path, seed=SEED, **tables)
 
 

@@ -22,8 +22,9 @@ class Adversary:
     It learns from the share discriminator_start of the steps on. For the share discriminator_warmup of them the
     tokenizer does not listen yet; then the weight of its adversarial loss rises in a line, over the share
     discriminator_ramp, to discriminator_weight, times the adaptive weight where there is one. As published: warm-up and
-    ramp 0. weight: discriminator_weight where the recipe says nothing. loss: the discriminator's, of its logits of what
-    is real, those of what is not, and the weight (B,).
+    ramp 0. With parts.discriminator.in_channels of 6 each image is judged beside the one that was to come back
+    (Isola 2017, arXiv:1611.07004, section 3.1). weight: discriminator_weight where the recipe says nothing. loss: the
+    discriminator's, of its logits of what is real, those of what is not, and the weight (B,).
     """
 
     part = "discriminator"
@@ -46,6 +47,13 @@ class Adversary:
                 f"stages.tokenizer.objective has {', '.join(sorted(wrong))}, but the recipe no part 'discriminator'; "
                 "add the part, or leave them out"
             )
+        channels = recipe.parts.get(self.part, {}).get("in_channels", 3)
+        if channels not in (3, 6):
+            raise ValueError(
+                f"parts.discriminator.in_channels: expected 3, or 6 to judge an image beside the one that was to come "
+                f"back, got {channels!r}; correct the recipe"
+            )
+        self.conditional = channels == 6
         self.weight = config.number("discriminator_weight", weight)
         shares = [config.number(f"discriminator_{name}", default) for name, default in _DEFAULTS]
         self.start, warmup, self.rise = (round(share * config.steps) for share in shares)
@@ -73,6 +81,10 @@ class Adversary:
     def learns(self, step: int) -> bool:
         """Whether the discriminator takes this step."""
         return self.network is not None and step >= self.start
+
+    def condition(self, image: Tensor) -> tuple[Tensor, ...]:
+        """What is judged with what was made of an image: the image itself, or nothing."""
+        return (image,) if self.conditional else ()
 
     def judge(self, *made: Tensor) -> Tensor:
         """Logits, (B, 1, h, w) of images, of what the tokenizer made; their gradients stay out of the discriminator."""

@@ -62,13 +62,14 @@ class AutoencoderKLStage(LatentsStage):
         return Adversary.coupled(recipe, config)
 
     def updates(self, batch: Batch, step: int) -> Updates:
-        ramp = self.adversary.ramp(step)
+        ramp, beside = self.adversary.ramp(step), self.adversary.condition(batch.image)
         noise = random.normal(self.seed, step, batch.samples, self.network.spec.shape, "posterior")
         out = self.forward[self.part](batch.image, noise, self.shrink)
         again, mean = out["reconstruction"], out["mean"]
+        fooling = self.adversary.judge(again, *beside) if ramp else None
         loss, scalars = objective.autoencoder_kl(
             again, batch.image, mean, out["log_variance"], batch.weight,
-            fake_logits=self.adversary.judge(again) if ramp else None, last_layer=self.network.last_layer, ramp=ramp,
+            fake_logits=fooling, last_layer=self.network.last_layer, ramp=ramp,
             kl_weight=self.kl_weight, average=over_ranks(batch.weight), equivariance=self.equivariance,
             shrunk=[out[f"shrunk_{n}"] for n in self.shrink], **self.likeness.terms(again, batch.image),
         )  # fmt: skip
@@ -76,7 +77,7 @@ class AutoencoderKLStage(LatentsStage):
         if self.adversary.learns(step):
             with torch.no_grad():  # with the weights of now
                 again = self.network(batch.image, noise)["reconstruction"]
-            yield self.adversary.update(self.forward[Adversary.part], batch.image, again, batch.weight)
+            yield self.adversary.update(self.forward[Adversary.part], batch.image, again, batch.weight, *beside)
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Image | None:

@@ -69,12 +69,14 @@ class VQGANStage(CodesStage):
         self.codebook.start(read_images(self.source, positions, self.device), self.network)
 
     def updates(self, batch: Batch, step: int) -> Updates:
-        ramp, given = self.adversary.ramp(step), (batch.image, *self._relaxation(batch, step))
+        ramp, beside = self.adversary.ramp(step), self.adversary.condition(batch.image)
+        given = (batch.image, *self._relaxation(batch, step))
         out = self.forward[self.part](*given)
         again = out["reconstruction"]
+        fooling = self.adversary.judge(again, *beside) if ramp else None
         loss, scalars = objective.vqgan(
             again, batch.image, self._regular(out), out["codes"], self.vocabulary, batch.weight,
-            fake_logits=self.adversary.judge(again) if ramp else None, last_layer=self.network.last_layer, ramp=ramp,
+            fake_logits=fooling, last_layer=self.network.last_layer, ramp=ramp,
             average=over_ranks(batch.weight), **self.likeness.terms(again, batch.image),
         )  # fmt: skip
         yield self.part, loss, scalars
@@ -83,7 +85,7 @@ class VQGANStage(CodesStage):
         if self.adversary.learns(step):
             with torch.no_grad():  # with the weights of now
                 again = self.network(*given)["reconstruction"]
-            yield self.adversary.update(self.forward[Adversary.part], batch.image, again, batch.weight)
+            yield self.adversary.update(self.forward[Adversary.part], batch.image, again, batch.weight, *beside)
 
     def _relaxation(self, batch: Batch, step: int) -> tuple[Tensor, float] | tuple[()]:
         """Noise (B, K, h, w) and temperature of quantizer "gumbel"."""
