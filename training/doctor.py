@@ -106,8 +106,10 @@ def report(run: Path, findings: list[Finding], as_json: bool = False) -> str:
 # --- the rules --------------------------------------------------------------------------------------------------------
 
 
-def _ripe(history: History, share: float = _SHARE) -> bool:
-    return history.step - _begin(history) >= max(_STEPS, share * (history.steps - _begin(history)))
+def _ripe(history: History, share: float = _SHARE, since: int = 0) -> bool:
+    """Whether this share of the steps is done, counted from where the stage began anew, and from `since`."""
+    begin = max(_begin(history), since)
+    return history.step - begin >= max(_STEPS, share * (history.steps - begin))
 
 
 def _begin(history: History) -> int:
@@ -165,7 +167,8 @@ def discriminator_wins(history: History) -> Found:
 
 def mode_collapse(history: History) -> Found:
     diversity = history.last("valid/diversity")
-    if diversity is not None and diversity < _DIVERSITY and _ripe(history, _HALF):
+    heard = int(history.facts.get("ramp_end") or 0)  # before, no discriminator spreads anything
+    if diversity is not None and diversity < _DIVERSITY and _ripe(history, _HALF, heard):
         yield (
             "mode collapse",
             f"what is generated is spread {diversity:.2g} times as far as what is real; {_DIVERSITY:g} is the least",

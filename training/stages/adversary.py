@@ -70,7 +70,8 @@ class Adversary:
         if self.network is None:
             return stage.hold(network)
         stage.hold(network, **{self.part: self.network})
-        stage.starts, stage.phases = {self.part: self.start}, (self.start, self.heard, self.heard + self.rise)
+        stage.starts, stage.ramp_end = {self.part: self.start}, self.heard + self.rise
+        stage.phases = self.start, self.heard, stage.ramp_end
 
     def ramp(self, step: int) -> float:
         """The weight of the tokenizer's adversarial loss at a step, or what the adaptive weight is multiplied by."""
