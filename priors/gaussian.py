@@ -69,12 +69,19 @@ class Mixture:
         placed = noise * noise.new_tensor(self.std) + noise.new_tensor([self.radius, 0.0])
         return torch.einsum("bi,bij->bj", placed, self._frames(noise)[labels])
 
-    def log_density(self, z: Tensor) -> Tensor:
-        """ln p(z) in nats: (B, 2) -> (B,)."""
+    def _log_densities(self, z: Tensor) -> Tensor:
+        """Of each mode: (B, 2) -> (B, K)."""
         std = z.new_tensor(self.std)
         placed = torch.einsum("bj,kij->bki", z, self._frames(z)) - z.new_tensor([self.radius, 0.0])  # (B, K, 2)
-        each = -0.5 * ((placed / std).square() + _LN_2PI).sum(dim=2) - std.log().sum()
-        return each.logsumexp(dim=1) - math.log(self.num_pieces)
+        return -0.5 * ((placed / std).square() + _LN_2PI).sum(dim=2) - std.log().sum()
+
+    def log_density(self, z: Tensor) -> Tensor:
+        """ln p(z) in nats: (B, 2) -> (B,)."""
+        return self._log_densities(z).logsumexp(dim=1) - math.log(self.num_pieces)
+
+    def piece(self, z: Tensor) -> Tensor:
+        """The mode that most likely drew z: (B, 2) -> int64 (B,)."""
+        return self._log_densities(z).argmax(dim=1)
 
 
 class SwissRoll:
@@ -94,10 +101,19 @@ class SwissRoll:
         """Draws (B, 2), of the piece that labels, int64 (B,) in [0, K), name, or of the whole where there are none."""
         share = random.uniform(seed, step, samples, (), f"{stream} roll")
         share = share if labels is None else (share + labels) / self.num_pieces
+        return self._line(share) + _THICKNESS * random.normal(seed, step, samples, (2,), stream)
+
+    @staticmethod
+    def _line(share: Tensor) -> Tensor:
+        """Where the spiral is after a share of its length: (B,) -> (B, 2)."""
         reach = share.sqrt()  # the length of a spiral grows as the square of its angle
         angle = 2 * math.pi * _TURNS * reach
-        line = 2 * reach[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
-        return line + _THICKNESS * random.normal(seed, step, samples, (2,), stream)
+        return 2 * reach[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
+
+    def piece(self, z: Tensor) -> Tensor:
+        """The piece with the point of the spiral that is nearest to z, to a thousandth: (B, 2) -> int64 (B,)."""
+        share = (torch.arange(1000, device=z.device, dtype=z.dtype) + 0.5) / 1000
+        return (share[torch.cdist(z, self._line(share)).argmin(dim=1)] * self.num_pieces).long()
 
 
 Distribution = Standard | Mixture | SwissRoll

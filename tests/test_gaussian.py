@@ -60,6 +60,7 @@ def test_a_label_names_where_its_draws_lie(kind):
     else:  # pieces of equal length, from the centre on
         reach = torch.stack([z[labels == k].norm(dim=1).mean() for k in range(6)])
         assert (reach.diff() > 0).all() and reach[0] < 0.7 and reach[5] > 1.8
+    assert (prior.piece(z) == labels).float().mean() > (0.99 if kind == "mixture" else 0.9)  # a roll's pieces touch
     whole = prior.draw(0, 0, SAMPLES, "test")
     torch.testing.assert_close(z.mean(dim=0), whole.mean(dim=0), atol=0.04, rtol=0)  # together they are the whole
     torch.testing.assert_close(z.T.cov(), whole.T.cov(), atol=0.04, rtol=0)

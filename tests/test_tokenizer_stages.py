@@ -266,6 +266,8 @@ def test_an_adversary_pulls_the_latents_towards_the_piece_of_their_label(tiny):
     drawn = stage.prior.draw(0, 19, batch.samples, "adversarial prior", labels)
     torch.testing.assert_close(told["real_logits"], stage.networks["discriminator"](drawn, labels).mean())
     torch.testing.assert_close(told["fake_logits"], logits.mean())
+    stage.network.forward = lambda image: {"reconstruction": image, "latents": drawn}
+    assert stage.measure(batch)["own_piece"].tolist() == (stage.prior.piece(drawn) == labels).tolist() == [True] * 8
 
 
 def test_a_discriminator_without_classes_sees_no_labels(tiny):

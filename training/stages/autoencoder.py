@@ -126,12 +126,18 @@ class AutoencoderStage(LatentsStage):
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, Tensor]:
-        """Of an adversarial one also what `diversity` is made of: latents and draws of the prior, and their squares."""
+        """Of an adversarial one also what `diversity` is made of: latents and draws of the prior, and their squares.
+
+        With classes also `own_piece`, the share of latents that lie in their label's piece of the prior.
+        """
         if self.prior is None:
             return super().measure(batch)
         out = self.network(batch.image)
-        found = {"psnr": psnr(full(out["reconstruction"]).clamp(-1, 1), batch.image)}
-        latents, drawn = full(out["latents"]), full(self._draw(0, batch.samples, *self._labels(batch)))
+        found, labels = {"psnr": psnr(full(out["reconstruction"]).clamp(-1, 1), batch.image)}, self._labels(batch)
+        latents, drawn = full(out["latents"]), full(self._draw(0, batch.samples, *labels))
+        if labels:
+            assert not isinstance(self.prior, gaussian.Standard)  # which has no pieces, and was refused
+            found["own_piece"] = (self.prior.piece(latents) == labels[0]).float()
         return found | {"latents": latents, "latents2": latents.square(), "drawn": drawn, "drawn2": drawn.square()}
 
     def summary(self, total: dict[str, Tensor], count: float) -> dict[str, Tensor]:
