@@ -59,10 +59,16 @@ def test_logit_laplace_reads_mu_then_log_b():
 
 
 def test_kl_equals_the_sum_over_outcomes():
-    logits = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(1)) * 3
-    q = torch.softmax(logits.double(), dim=1)
+    generator = torch.Generator().manual_seed(1)
+    logits = (torch.randn(2, 5, 3, 4, generator=generator) * 3).requires_grad_()
+    again = logits.detach().double().requires_grad_()
+    q = torch.softmax(again, dim=1)
     brute = sum(q[:, k] * torch.log(q[:, k] / (1 / 5)) for k in range(5))
     torch.testing.assert_close(uniform_kl(logits).double(), brute, atol=1e-5, rtol=1e-5)
+    grad = torch.randn(2, 3, 4, generator=generator)
+    uniform_kl(logits).backward(grad)
+    brute.backward(grad.double())
+    torch.testing.assert_close(logits.grad.double(), again.grad, atol=1e-6, rtol=1e-5)
     assert torch.allclose(uniform_kl(torch.zeros(1, 7, 2, 2)), torch.zeros(1, 2, 2), atol=1e-6)
 
 

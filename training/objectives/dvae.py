@@ -8,6 +8,7 @@ It does not know the model: it takes the decoder's parameters and the encoder's 
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +28,34 @@ def logit_laplace_nll(parameters: Tensor, mapped: Tensor) -> Tensor:
     return math.log(2) + log_b + torch.log(x) + torch.log1p(-x) + (torch.logit(x) - mu).abs() * torch.exp(-log_b)
 
 
+class _NegativeEntropy(torch.autograd.Function):
+    """Of softmax(logits) over the last dim; with half of the arrays that separate operations make, which is its time.
+
+    Its gradient is q (ln q - sum q ln q).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        log_q = logits.log_softmax(dim=-1)
+        q = log_q.exp()
+        total = torch.linalg.vecdot(q, log_q)
+        ctx.save_for_backward(log_q, q, total)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        log_q, q, total = ctx.saved_tensors
+        return torch.addcmul(-(grad * total)[..., None], log_q, grad[..., None]).mul_(q)
+
+
 def uniform_kl(logits: Tensor) -> Tensor:
-    """KL(softmax(logits) || uniform) at each position, in nats: (B, K, h, w) -> float32 (B, h, w), in [0, ln K]."""
-    log_q = torch.log_softmax(full(logits).permute(0, 2, 3, 1), dim=-1)  # (B, h, w, K), as the encoder lays it out
-    return (log_q.exp() * log_q).sum(dim=-1) + math.log(logits.shape[1])
+    """KL(softmax(logits) || uniform) at each position, in nats: (B, K, h, w) -> float32 (B, h, w), in [0, ln K].
+
+    Its gradient cannot be differentiated again.
+    """
+    rows = full(logits).permute(0, 2, 3, 1)  # (B, h, w, K), as the encoder lays it out
+    return _NegativeEntropy.apply(rows) + math.log(logits.shape[1])
 
 
 def codebook_counts(codes: Tensor, num_codes: int, weight: Tensor) -> Tensor:
