@@ -1,10 +1,13 @@
 """Steps that are not taken: of every stage where the loss is finite and its gradient is not, and of two networks."""
 
+import json
 import math
 
+import torch
 from test_weather import events, is_finite, newest, optimizer_steps
 
 from kartina.training import __main__ as trainer
+from kartina.training.stages.dvae import DVAEStage
 from kartina.training.stages.vqgan import VQGANStage
 
 ANEW = ("vqvae, moved", "dvae")  # whose codes begin anew at the second step, with another optimizer and average
@@ -37,3 +40,24 @@ def test_a_step_of_two_networks_ends_with_the_one_that_is_not_finite(tiny, tmp_p
     assert is_finite(saved)
     steps = {name: optimizer_steps(saved, name) for name in saved["optimizers"]}
     assert steps == {"tokenizer": {20}, "discriminator": {17}}  # which begins at step 2
+
+
+def test_codes_in_a_line_are_of_the_steps_since_they_began_anew_and_since_a_run_went_back(tiny, tmp_path, monkeypatch):
+    """Step s meets code s alone. Codes begin anew at step 5; at 13 and 14 nothing is finite, and the run goes back to
+    10, where it was saved, at what would be step 15. Lines stand after 10 and 20 steps: 5 codes each, then 10."""
+    real, met = DVAEStage.updates, []
+
+    def marked(stage, batch, step):
+        bad = step in (12, 13) and len(met) < 16
+        met.append(step)
+        for name, (loss, count), scalars in real(stage, batch, step):
+            code = torch.nn.functional.one_hot(torch.tensor(len(met)), 64).float()
+            yield name, (loss * math.nan if bad else loss, count), {**scalars, "codes": code}
+
+    monkeypatch.setattr(DVAEStage, "updates", marked)
+    stage = [f"stages.tokenizer.{key}" for key in ("log_every=10", "save_every=10", "patience=2")]
+    assert trainer.main([*tiny["dvae"][1], *stage, "--run", str(tmp_path)]) == 0
+    (returned,) = events(tmp_path, "returned")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    usage = {line["step"]: line["tokenizer/usage"] * 64 for line in lines if "tokenizer/usage" in line}
+    assert returned["reached"] == 14 and usage == {1: 1, 10: 5, 20: 10}
