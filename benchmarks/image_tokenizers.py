@@ -11,20 +11,22 @@
 - quantizer: latents that require gradients to nearest codes, straight through, commitment, backward, and the moving
   averages; vector-quantize-pytorch without its rotation of gradients, which is another method.
 
-Sizes: sizes.yaml. Both sides take turns, the peer in both layouts, of which the faster counts, and with them a large
-matrix product of the same dtype; of each the best round. `limit` is the share of what the product reaches, by FLOPs of
-products and convolutions that the framework counts. Steps of training are measured with the memory that the trainer
-keeps (`keep_memory`), on both sides. Without other work on the machine only. It does not know trained weights: they do
-not change the time.
+Sizes: sizes.yaml. Both sides take turns, the peer in both layouts, and diffusers' compiled too, of which the fastest
+counts, and with them a large matrix product of the same dtype; of each the best round. `limit` is the share of what the
+product reaches, by FLOPs of products and convolutions that the framework counts. Steps of training are measured with
+the memory that the trainer keeps (`keep_memory`), on both sides. Without other work on the machine only. It does not
+know trained weights: they do not change the time.
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import math
 import sys
 import types
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -160,8 +162,21 @@ def autoencoder(device: torch.device, dtype: torch.dtype) -> list[dict]:
         ways = layouts(
             peer, lambda net, layout, x=x, f=other: lambda: f(net, x.contiguous(memory_format=layout)), "diffusers"
         )
+        ways["diffusers, channels last, compiled"] = compiled(peer, other, x)
         rows.append(compare(f"{name}, {word}", lambda f=own, x=x: f(x), ways, device, dtype, SIZES["rounds"]))
     return rows
+
+
+def compiled(network: nn.Module, method: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Work:
+    """By `torch.compile` with its defaults, as diffusers' documentation advises; needs a C++ compiler on a CPU."""
+    laid = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    work = torch.compile(
+        partial(method, laid), dynamic=False
+    )  # its FLOPs are counted without, which a full graph forbids
+    x = x.contiguous(memory_format=torch.channels_last)
+    if (work(x) - method(network, x)).abs().max() > (1e-3 if x.dtype == torch.float32 else 0.1):
+        raise SystemExit("what is compiled differs")
+    return partial(work, x)
 
 
 def main() -> None:
