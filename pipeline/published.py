@@ -173,7 +173,7 @@ def from_names(
     if section["kind"] == "autoencoder_kl" and factor is None:
         known = section["latent_channels"] == 4 and len(section["channel_mult"]) == 4
         factor = torch.tensor(usual_factor if known else 1.0, dtype=torch.float64)
-    if section["kind"] == "vqgan" or factor is None:
+    if section["kind"] == "vqgan":
         return section, from_compvis(stored, None)
     if factor.numel() != 1:
         raise WeightsError(f"{path}: scale_factor must be one number, got {factor.numel()}; download it again")

@@ -109,3 +109,11 @@ def test_codes_begin_anew_at_latents_far_from_theirs_and_no_two_at_one(tiny):
         first += int(found[0, 0] == 10)
     share = 8 * 100 / (8 * 100 + 248)
     assert abs(first / 400 - share) < 4 * (share * (1 - share) / 400) ** 0.5
+
+
+def test_what_was_met_of_old_codes_counts_for_no_new_ones(tiny):
+    stage, batch = stage_of(tiny, "vqvae", knob("restart_every", 8), knob("kmeans", 0.25))
+    list(stage.updates(batch, 0))
+    assert stage.network.quantize.met.any()
+    stage.restart()
+    assert not stage.network.quantize.met.any()

@@ -114,7 +114,7 @@ def test_a_discriminator_whose_weights_decay_as_fast_as_they_learn_says_nothing(
 
 
 def test_latents_that_lie_closer_than_draws_of_the_prior_are_a_mode_collapse(tiny, tmp_path):
-    """Of a mixture on a circle of radius 4; latents of an encoder at its start lie together."""
+    """Of a mixture on a ring; latents of an encoder at its start lie together."""
     words = [*tiny["autoencoder, adversarial"][1], "stages.tokenizer.steps=40", "--run", str(tmp_path)]
     assert trainer.main(words) == 0
     log = history.read(tmp_path)["tokenizer"]

@@ -163,7 +163,7 @@ def test_models_without_codes_or_pictures_are_refused(tmp_path):
         codebook.load(elsewhere, None, CPU)
     model, source = codebook.load(folder(tmp_path / "c", vqvae, data={"kind": "shapes", "levels": ["S1"]}), None, CPU)
     assert {len(facts.objects) for facts in source.facts(range(20))} == {1}
-    with pytest.raises(ValueError, match="no decoder of relaxed codes"):
+    with pytest.raises(ValueError, match="reads no mixtures of codes"):
         gumbel.reconstruct(model, source.read(range(2)).image, 1.0, 0)
 
 

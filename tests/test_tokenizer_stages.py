@@ -115,6 +115,8 @@ def test_two_networks_step_once_each_in_two_passes(tiny, tmp_path):
         ("vqgan", ["stages.tokenizer.micro_batch=4"], "codes begin anew among the latents of a step"),
         ("autoencoder_kl", ["stages.tokenizer.micro_batch=4"], "adaptive weight"),
         ("vqgan", ["parts.discriminator.in_channels=4"], "expected 3, or 6 to judge an image beside"),
+        ("vqgan", ["parts.discriminator={kind: latent, latent_dim: 8}"], "expected parts.discriminator of kind patch"),
+        ("autoencoder_kl", ["parts.discriminator.depth=4"], "of at least 48 pixels a side, got 32"),
         ("vqvae, moved", ["stages.tokenizer.micro_batch=4"], "follows the latents of a step"),
         ("vae", ["stages.tokenizer.micro_batch=4"], "free bits"),
         ("autoencoder", ["stages.tokenizer.micro_batch=4"], "sparsity is of a step's mean"),
@@ -266,7 +268,7 @@ def test_an_adversary_pulls_the_latents_towards_the_piece_of_their_label(tiny):
     drawn = stage.prior.draw(0, 19, batch.samples, "adversarial prior", labels)
     torch.testing.assert_close(told["real_logits"], stage.networks["discriminator"](drawn, labels).mean())
     torch.testing.assert_close(told["fake_logits"], logits.mean())
-    stage.network.forward = lambda image: {"reconstruction": image, "latents": drawn}
+    stage.network.encode = lambda image: drawn
     assert stage.measure(batch)["own_piece"].tolist() == (stage.prior.piece(drawn) == labels).tolist() == [True] * 8
 
 
@@ -279,6 +281,13 @@ def test_a_discriminator_without_classes_sees_no_labels(tiny):
     batch.labels = None
     assert [name for name, *_ in stage.updates(batch, 19)] == ["tokenizer", "discriminator"]
     assert stage.preview(batch).height > 4 * 128  # pairs, and two rows of draws
+
+
+@pytest.mark.parametrize("kind", ["vae", "autoencoder, adversarial"])
+def test_metrics_are_not_of_what_a_step_in_bfloat16_computes(kind, tiny):
+    stage, batch = stage_of(tiny, kind, *[knob("iwae_draws", 2)] * (kind == "vae"))
+    stage.network.forward = None  # which Accelerate wraps
+    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in stage.measure(batch).values())
 
 
 def active_units(stage, batch):

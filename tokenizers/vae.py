@@ -73,7 +73,7 @@ class VAE(nn.Module):
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """Image (B, 3, H, W) in [-1, 1] -> latents (B, D): a draw with noise (B, D), the posterior's mean without."""
         check_image(image, self.image_size, type(self).__name__)
-        return reparameterise(*self._posterior(image), noise)
+        return reparameterise(*self.posterior(image), noise)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, D) -> the mean image (B, 3, H, W), unclamped. Raises ValueError for another shape."""
@@ -94,11 +94,12 @@ class VAE(nn.Module):
         `mean`, `log_variance` and `latents` (B, D); `reconstruction` (B, 3, H, W) and its `log_scale`.
         """
         check_image(image, self.image_size, type(self).__name__, values=False)
-        mean, log_variance = self._posterior(image)
+        mean, log_variance = self.posterior(image)
         latents = reparameterise(mean, log_variance, noise)
         reconstruction, log_scale = self.likelihood(latents)
         found = {"reconstruction": reconstruction, "log_scale": log_scale}
         return found | {"mean": mean, "log_variance": log_variance, "latents": latents}
 
-    def _posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image (B, 3, H, W) -> mean and log_variance (B, D) of q(latents | image)."""
         return moments(self.flat.flatten(self.encoder(image)))

@@ -121,7 +121,7 @@ def prepare(
 
 def _stage_alone(recipe: Recipe, part: str, config: Stage, world: int, device: torch.device) -> Setting:
     stage = STAGES[recipe.parts[part]["kind"]](recipe, config, _Zeros(), Path(), 0, device)
-    if problem := stage.problem(recipe, {part: stage.network}, config, Path()):
+    if problem := stage.problem(recipe, dict(stage.networks), config, Path()):
         raise RecipeError(f"stage {part}: {problem}")
     if getattr(stage, "codebook", None) is not None:
         stage.codebook.until = 0  # which codes begin anew is asked of values, which a plan has none of

@@ -98,7 +98,10 @@ def gumbel(
     given, wanted = _numbers(logits, "--logits"), _numbers(temperatures, "--temperatures")
     if model is not None:
         tokenizer, source = models.load(model, data, torch.device("cpu"))
-        images = source.read(range(8)).image
+        batch = source.read(range(8))
+        images = batch.image[batch.weight > 0]
+        if not len(images):
+            raise ValueError("none of the first 8 pictures can be read; look at them with `kartina data check`")
     page, numbers = drawing.picture(given, wanted, seed, tokenizer, images)
     facts = {"model": model, "logits": given, "seed": seed, "temperatures": numbers}
     path = gallery.targets(out, 1)[0]

@@ -53,7 +53,7 @@ def reconstruct(tokenizer: Any, image: Tensor, temperature: float, seed: int) ->
     """Images (B, 3, H, W) through the relaxation. Raises ValueError for a tokenizer without one."""
     if not isinstance(tokenizer, GumbelAutoencoder):
         raise ValueError(
-            f"{type(tokenizer).__name__} has no decoder of relaxed codes; name a model with a dVAE, as shapes/dalle"
+            "its decoder reads no mixtures of codes, as a dVAE's does; name a model with one, as shapes/dalle"
         )
     shape = (tokenizer.spec.vocabulary, *tokenizer.spec.shape)
     noise = random.gumbel(seed, 0, torch.arange(len(image), device=image.device), shape, "show gumbel")

@@ -5,12 +5,13 @@ B images; what is judged are images, in h x w patches, or latents.
 It does not know the tokenizer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ...layers.discriminator import PatchDiscriminator
 from ...pipeline.recipe import Recipe, build
 from ..run import Stage
 from .contract import Knob, Loss, TrainingStage, Update, frozen
@@ -47,17 +48,31 @@ class Adversary:
                 f"stages.tokenizer.objective has {', '.join(sorted(wrong))}, but the recipe no part 'discriminator'; "
                 "add the part, or leave them out"
             )
-        channels = recipe.parts.get(self.part, {}).get("in_channels", 3)
-        if channels not in (3, 6):
-            raise ValueError(
-                f"parts.discriminator.in_channels: expected 3, or 6 to judge an image beside the one that was to come "
-                f"back, got {channels!r}; correct the recipe"
-            )
-        self.conditional = channels == 6
+        self.conditional = getattr(self.network, "in_channels", 3) == 6
         self.weight = config.number("discriminator_weight", weight)
         shares = [config.number(f"discriminator_{name}", default) for name, default in _DEFAULTS]
         self.start, warmup, self.rise = (round(share * config.steps) for share in shares)
-        self.heard = self.start + warmup
+        self.heard, self.steps = self.start + warmup, config.steps
+
+    @classmethod
+    def problem(cls, parts: Mapping[str, Any]) -> str:
+        """Why the discriminator among the parts cannot judge the images of the tokenizer, and what to correct."""
+        judge, side = parts.get(cls.part), parts["tokenizer"].image_size
+        if judge is None:
+            return ""
+        if not isinstance(judge, PatchDiscriminator):
+            return "it is judged by its images: expected parts.discriminator of kind patch; correct the recipe"
+        if judge.in_channels not in (3, 6):
+            return (
+                f"parts.discriminator.in_channels: expected 3, or 6 to judge an image beside the one that was to come "
+                f"back, got {judge.in_channels}; correct the recipe"
+            )
+        if side < judge.smallest:
+            return (
+                f"parts.discriminator of depth {judge.depth} judges images of at least {judge.smallest} pixels a side, "
+                f"got {side}; choose a smaller depth"
+            )
+        return ""
 
     @classmethod
     def coupled(cls, recipe: Recipe, config: Stage) -> str:
@@ -70,8 +85,8 @@ class Adversary:
         if self.network is None:
             return stage.hold(network)
         stage.hold(network, **{self.part: self.network})
-        stage.starts, stage.ramp_end = {self.part: self.start}, self.heard + self.rise
-        stage.phases = self.start, self.heard, stage.ramp_end
+        stage.starts, stage.phases = {self.part: self.start}, (self.start, self.heard, self.heard + self.rise)
+        stage.ramp_end = self.heard + self.rise if self.weight else self.steps
 
     def ramp(self, step: int) -> float:
         """The weight of the tokenizer's adversarial loss at a step, or what the adaptive weight is multiplied by."""

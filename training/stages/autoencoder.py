@@ -23,7 +23,7 @@ from .adversary import Adversary
 from .contract import Knob, Updates, contact_sheet, over_ranks, psnr
 from .latents import LatentsStage, latent_std
 
-_ADVERSARIAL = {"prior": Knob(choices=gaussian.KINDS), "pieces": Knob(low=1)}
+_ADVERSARIAL = {"prior": Knob(choices=gaussian.KINDS), "pieces": Knob(low=1, whole=True)}
 
 
 class AutoencoderStage(LatentsStage):
@@ -132,9 +132,9 @@ class AutoencoderStage(LatentsStage):
         """
         if self.prior is None:
             return super().measure(batch)
-        out = self.network(batch.image)
-        found, labels = {"psnr": psnr(full(out["reconstruction"]).clamp(-1, 1), batch.image)}, self._labels(batch)
-        latents, drawn = full(out["latents"]), full(self._draw(0, batch.samples, *labels))
+        scaled, labels = self.network.encode(batch.image), self._labels(batch)  # not in bfloat16, as a step may be
+        found = {"psnr": psnr(full(self.network.decode(scaled)).clamp(-1, 1), batch.image)}
+        latents, drawn = self.network.scale.inverse(scaled), full(self._draw(0, batch.samples, *labels))
         if labels:
             assert not isinstance(self.prior, gaussian.Standard)  # which has no pieces, and was refused
             found["own_piece"] = (self.prior.piece(latents) == labels[0]).float()
@@ -148,7 +148,7 @@ class AutoencoderStage(LatentsStage):
             (total[f"{name}2"] / count - (total[name] / count).square()).sum().clamp(min=0).sqrt()  # 0 may be rounded
             for name in ("latents", "drawn")
         )
-        return {"diversity": latents / drawn}
+        return {"diversity": latents / drawn.clamp(min=1e-12)}  # a single sample is not spread
 
     def _labels(self, batch: Batch) -> tuple[Tensor, ...]:
         """The labels (B,) of the images, where the discriminator sees them."""

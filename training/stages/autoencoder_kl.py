@@ -47,10 +47,10 @@ class AutoencoderKLStage(LatentsStage):
 
     @staticmethod
     def problem(recipe: Recipe, parts: dict[str, Any], config: Stage, model: Path) -> str:
-        """Latents that cannot be shrunk, where they are held to be."""
-        side = parts["tokenizer"].spec.shape[-1]
-        if not config.number("equivariance", 0) or side % max(_SHRINK) == 0:
-            return ""
+        """A discriminator that cannot judge its images, or latents that cannot be shrunk, where they are held to be."""
+        side, found = parts["tokenizer"].spec.shape[-1], Adversary.problem(parts)
+        if found or not config.number("equivariance", 0) or side % max(_SHRINK) == 0:
+            return found
         return (
             f"its objective's equivariance shrinks latents {_SHRINK} times, got sides of {side}; choose an image_size "
             "and a channel_mult whose latents these divide, or leave equivariance out"

@@ -134,6 +134,8 @@ class Codebook:
     def start(self, images: Iterable[Tensor], network: Any) -> None:
         """See kmeans; images: batches of (B, 3, H, W)."""
         network.start_codes(images, self.seed)
+        if self.every:
+            self.quantizer.met.zero_()  # what was met is of other codes
 
     def finish(self) -> None:
         """Takes out of the codebook what only training needs."""

@@ -11,6 +11,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ...layers import random
+from ...layers.precision import full
 from ...pipeline.recipe import Recipe, build
 from ...priors import gaussian
 from ...tokenizers.vae import reparameterise
@@ -39,7 +40,7 @@ class VAEStage(TrainingStage):
         "beta": Knob(),
         "beta_share": Knob(high=1),
         "free_bits": Knob(),
-        "iwae_draws": Knob(high=5000),
+        "iwae_draws": Knob(high=5000, whole=True),
     }
 
     def __init__(
@@ -81,13 +82,13 @@ class VAEStage(TrainingStage):
 
         `mean` and `square`: of the posterior's mean of each latent.
         """
-        out = self.network(batch.image, self._noise(batch, 0, "validation"))
-        names = ("reconstruction", "log_scale", "mean", "log_variance")
-        reconstruction, log_scale, mean, log_variance = (out[name] for name in names)
+        mean, log_variance = self.network.posterior(batch.image)  # not as in a step, which may be in bfloat16
+        latents = reparameterise(mean, log_variance, self._noise(batch, 0, "validation"))
+        reconstruction, log_scale = self.network.likelihood(latents)
         terms = objective.elbo_terms(reconstruction, log_scale, batch.image, mean, log_variance, self.likelihood)
         elbo = -(terms[0] + terms[1].sum(dim=1))
         bits = objective.bits_per_dim(elbo, batch.image[0].numel(), self.likelihood)
-        again = psnr(reconstruct(self.network, batch.image), batch.image)
+        again = psnr(full(self.network.likelihood(mean)[0]).clamp(-1, 1), batch.image)
         found = {"bits_per_dim": bits, "elbo": elbo, "psnr": again, "mean": mean, "square": mean.square()}
         if self.draws:
             bound = self._importance_weighted(batch, mean, log_variance)

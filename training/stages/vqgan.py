@@ -4,7 +4,7 @@ B images of 3 x H x W pixels, K codes on a grid of h x w.
 """
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +55,11 @@ class VQGANStage(CodesStage):
         self.source, self.config, self.seed, self.device = source, config, seed, device
         self.codebook = Codebook(self.network.quantize, config, seed) if self.quantizer == "vector" else None
         self.restart_step = None if self.codebook is None else self.codebook.restart_step
+
+    @staticmethod
+    def problem(recipe: Recipe, parts: dict[str, Any], config: Stage, model: Path) -> str:
+        """A discriminator that cannot judge its images."""
+        return Adversary.problem(parts)
 
     @staticmethod
     def coupled(recipe: Recipe, config: Stage) -> str:
