@@ -234,9 +234,7 @@ def load_part(folder: Path, recipe: Recipe, part: str, device: Any = "cpu", dtyp
 
 def load_tokenizer(folder: Path, device: Any = "cpu") -> tuple[Recipe, Any]:
     """The recipe of a model folder and its tokenizer, see `load_part`. Raises ModelError where it has none.
-
-    On a GPU its convolutions are those of float32 from now on, as in training, so that codes are the same.
-    """
+    On a GPU its convolutions are those of float32 from now on, as in training, so that codes are the same."""
     recipe = load_recipe(folder)
     if "tokenizer" not in recipe.parts:
         raise ModelError(f"{folder}: its recipe has no tokenizer; name a model that has one")

