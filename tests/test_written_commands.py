@@ -55,7 +55,7 @@ def check(words: list[str]) -> None:
 def test_the_command_line_takes_every_command_that_is_shown(source):
     before: list[str] = []
     for line in commands_in_header(source) if source in RECIPES else commands_of(source):
-        words = [STAND_INS.get(word, word) for word in shlex.split(re.sub(r"\[.*?\]", "", line))[1:]]
+        words = [STAND_INS.get(word, word) for word in shlex.split(re.sub(r"\[(?:[A-Z]|--)[^]]*\]", "", line))[1:]]
         if words[1:2] == ["..."]:
             words = [*before, *words[2:]]
         try:
