@@ -170,9 +170,8 @@ def autoencoder(device: torch.device, dtype: torch.dtype) -> list[dict]:
 def compiled(network: nn.Module, method: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Work:
     """By `torch.compile` with its defaults, as diffusers' documentation advises; needs a C++ compiler on a CPU."""
     laid = copy.deepcopy(network).to(memory_format=torch.channels_last)
-    work = torch.compile(
-        partial(method, laid), dynamic=False
-    )  # its FLOPs are counted without, which a full graph forbids
+    # No full graph, so that FLOPs can be counted, which is done by what is not compiled.
+    work = torch.compile(partial(method, laid), dynamic=False)
     x = x.contiguous(memory_format=torch.channels_last)
     if (work(x) - method(network, x)).abs().max() > (1e-3 if x.dtype == torch.float32 else 0.1):
         raise SystemExit("what is compiled differs")
