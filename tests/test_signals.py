@@ -72,6 +72,21 @@ def test_a_signal_to_the_command_saves_and_leaves_no_process(processes, number, 
     assert newest(folder)["step"] == stopped["step"] >= 5
 
 
+@pytest.mark.parametrize("trainers", [0, 2])
+def test_a_signal_before_the_trainers_watch_is_no_failure(trainers, tiny, folder):
+    """While torchrun starts, and while the trainers import what they need."""
+    process = start([*tiny["patch_dvae"][1], *LONG, "--run", str(folder)], 2)
+    end = time.monotonic() + 60
+    while len(family(process)) < 2 + trainers and time.monotonic() < end:
+        time.sleep(0.01)
+    started = family(process)
+    assert len(started) == 2 + trainers
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM), output  # the same to a shell
+    assert not psutil.wait_procs(started, timeout=10)[1] and not (folder / "log.jsonl").exists()
+
+
 def test_a_signal_to_the_whole_group_saves_too(tiny, folder):
     """As a scheduler sends it: to the processes that read as well."""
     argv = [*tiny["patch_dvae"][1], *LONG, "training.data.workers=2", "--run", str(folder)]

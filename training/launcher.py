@@ -40,10 +40,12 @@ def launch(trainer: Sequence[str], processes: int) -> int:
         command, env=environment, start_new_session=True, preexec_fn=ends_with_parent(signal.SIGTERM)
     )
     asked: list[int] = []
+    begun = True
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
+        nonlocal begun
         asked.append(signum)
-        _signal_trainers(agent.pid, signum)
+        begun = _signal_trainers(agent.pid, signum)
         if len(asked) > 1:  # a trainer that waits for another one does not look at signals
             agent.terminate()
 
@@ -53,15 +55,33 @@ def launch(trainer: Sequence[str], processes: int) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    # A second signal ends a trainer in the midst of things, which its launcher takes for a failure.
-    return 128 + asked[-1] if len(asked) > 1 or (asked and status == 0) else status
+    # A second signal, or one before they watch, ends trainers in the midst of things: a failure, says their launcher.
+    return 128 + asked[-1] if asked and (status == 0 or len(asked) > 1 or not begun) else status
 
 
-def _signal_trainers(agent: int, signum: int) -> None:
-    """To the trainers, not to the launcher: that would not wait for them to save. Before they run, to the launcher."""
+def _signal_trainers(agent: int, signum: int) -> bool:
+    """To the trainers, not to their launcher, which would not wait for them to save. Returns whether all watched.
+
+    Before they do the launcher is ended, and they with it: by SIGTERM, for Python may lose a Ctrl-C while it imports.
+    """
     try:
-        trainers = psutil.Process(agent).children()
-        for process in trainers or [psutil.Process(agent)]:
+        launcher = psutil.Process(agent)
+        trainers = launcher.children()
+        begun = bool(trainers) and all(_watches(process.pid) for process in trainers)
+        if not begun:
+            launcher.terminate()
+        for process in trainers if begun else []:
             process.send_signal(signum)
+        return begun
     except psutil.NoSuchProcess:
-        pass  # it has ended by itself
+        return True  # it has ended by itself
+
+
+def _watches(process: int) -> bool:
+    """Whether a trainer has come to where SIGTERM asks it to stop, in place of ending it; True where nothing tells."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
+    except OSError:
+        return True
+    caught = int(status.split("SigCgt:")[1].split()[0], 16)  # bit n - 1 is of signal n
+    return bool(caught >> signal.SIGTERM - 1 & 1)
