@@ -1,11 +1,11 @@
 """Diffusion beside what `make parity` recorded of denoising-diffusion-pytorch."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from parity import record_ddpm as recorder
 
 from kartina.priors.denoiser import Denoiser
 from kartina.priors.schedules import new_schedule
@@ -17,15 +17,7 @@ TARGETS = {"pred_noise": "eps", "pred_x0": "x_0", "pred_v": "v"}
 
 
 @pytest.fixture(scope="module")
-def recorder():
-    spec = importlib.util.spec_from_file_location("record_ddpm", HERE / "parity" / "record_ddpm.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def recorded(recorder):
+def recorded():
     with np.load(recorder.RECORD) as file:
         return {name: torch.from_numpy(file[name]) for name in file.files if name != "seed"}
 
@@ -36,7 +28,7 @@ def equal(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) 
 
 
 @pytest.mark.parametrize("kind", list(SCHEDULES))
-def test_schedule_and_posterior(kind, recorder, recorded):
+def test_schedule_and_posterior(kind, recorded):
     x_0, eps, t = recorder.inputs(recorder.SEED)
     schedule = new_schedule(kind, 100, **SCHEDULES[kind])
     equal(schedule.alpha_bar.float(), recorded[f"{kind}.alpha_bar"])
@@ -50,7 +42,7 @@ def test_schedule_and_posterior(kind, recorder, recorded):
 @pytest.mark.parametrize("min_snr", [False, True])
 @pytest.mark.parametrize("theirs", list(TARGETS))
 @pytest.mark.parametrize("kind", list(SCHEDULES))
-def test_losses(kind, theirs, min_snr, recorder, recorded):
+def test_losses(kind, theirs, min_snr, recorded):
     x_0, eps, t = recorder.inputs(recorder.SEED)
     schedule, target = new_schedule(kind, 100, **SCHEDULES[kind]), TARGETS[theirs]
     (alpha, sigma), network = schedule.at(t, x_0), recorder.Network(False)
@@ -63,7 +55,7 @@ def test_losses(kind, theirs, min_snr, recorder, recorded):
 
 
 @pytest.mark.parametrize("kind", list(SCHEDULES))
-def test_learned_variances(kind, recorder, recorded):
+def test_learned_variances(kind, recorded):
     x_0, eps, t = recorder.inputs(recorder.SEED)
     schedule = new_schedule(kind, 100, **SCHEDULES[kind])
     x_t, (alpha, sigma) = schedule.diffuse(x_0, t, eps), schedule.at(t, x_0)

@@ -1,13 +1,13 @@
 """The discrete VAE and its objective: likelihood, KL, relaxation, sizes, and equality with the published model."""
 
 import copy
-import importlib.util
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from parity import record_dvae as recorder
 
 from kartina.pipeline.recipe import build
 from kartina.tokenizers.dvae import DiscreteVAE, likeliest, map_pixels, openai_state_dict, relax, unmap_pixels
@@ -23,14 +23,6 @@ SMALL = {"image_size": 32, "num_codes": 32, "width": 16, "init_width": 16, "num_
 def gumbel(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     u = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
     return (-torch.log(-torch.log(u))).float()
-
-
-@pytest.fixture(scope="module")
-def recorder():
-    spec = importlib.util.spec_from_file_location("record_dvae", HERE / "parity" / "record_dvae.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -236,7 +228,7 @@ def published_sized() -> DiscreteVAE:
     return DiscreteVAE(image_size=32, num_codes=64, width=8, init_width=8)
 
 
-def check_against(model: DiscreteVAE, close, recorder, logits, parameters, codes, decoded) -> None:
+def check_against(model: DiscreteVAE, close, logits, parameters, codes, decoded) -> None:
     image, soft = (given.to(logits.dtype) for given in recorder.inputs(recorder.SEED))
     with torch.no_grad():
         ours = image * 2 - 1
@@ -247,7 +239,7 @@ def check_against(model: DiscreteVAE, close, recorder, logits, parameters, codes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equals_the_recorded_published_model(recorder, close, dtype):
+def test_equals_the_recorded_published_model(close, dtype):
     with np.load(HERE / "data" / "parity" / "dvae.npz") as file:
         data = dict(file)
     seed = int(data["seed"])
@@ -259,7 +251,7 @@ def test_equals_the_recorded_published_model(recorder, close, dtype):
     model.load_state_dict(openai_state_dict(*halves))
     model = model.to(dtype)
     logits, parameters, decoded = (torch.from_numpy(data[n]).to(dtype) for n in ("logits", "parameters", "decoded"))
-    check_against(model, close, recorder, logits, parameters, torch.from_numpy(data["codes"]), decoded)
+    check_against(model, close, logits, parameters, torch.from_numpy(data["codes"]), decoded)
     image, soft = (given.to(dtype) for given in recorder.inputs(recorder.SEED))
     bound = 1e-5 if dtype == torch.float32 else 1e-10
     for half, given in (("encoder", map_pixels(image * 2 - 1)), ("decoder", soft)):
@@ -278,7 +270,7 @@ def test_equals_the_recorded_published_model(recorder, close, dtype):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_equals_the_recorded_published_model_at_its_own_size(recorder):
+def test_equals_the_recorded_published_model_at_its_own_size():
     """In float32, a picture of 64 pixels there and back, to 1e-4."""
     with np.load(HERE / "data" / "parity" / "dvae.npz") as file:
         data, seed = {name: file[name] for name in file.files if name.startswith("whole")}, int(file["seed"])
@@ -296,7 +288,7 @@ def test_equals_the_recorded_published_model_at_its_own_size(recorder):
     assert (model.encode(image) == codes).float().mean() > 0.98  # of random weights two logits may all but tie
 
 
-def test_equals_the_installed_published_model(recorder, close):
+def test_equals_the_installed_published_model(close):
     package = pytest.importorskip("dall_e")
     encoder, decoder = recorder.published()
     model = published_sized()
@@ -307,4 +299,4 @@ def test_equals_the_installed_published_model(recorder, close):
         codes = logits.argmax(dim=1)
         one_hot = torch.nn.functional.one_hot(codes, 64).permute(0, 3, 1, 2).float()
         decoded = package.unmap_pixels(torch.sigmoid(decoder(one_hot)[:, :3]))
-        check_against(model, close, recorder, logits, decoder(soft), codes, decoded)
+        check_against(model, close, logits, decoder(soft), codes, decoded)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from parity import record_lpips as recorder
 from torch import nn
 from torch.nn import functional as F
 
@@ -153,9 +154,6 @@ def test_gradients_reach_the_reconstruction_alone():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_lpips_of_torchvisions_vgg16_and_five_heads_equals_the_recorded_package(dtype, tmp_path, monkeypatch):
     """Distances and gradients of `lpips`, see tests/parity."""
-    spec = importlib.util.spec_from_file_location("record_lpips", HERE / "parity" / "record_lpips.py")
-    recorder = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recorder)
     recorded = np.load(HERE / "data" / "parity" / "lpips.npz")
     trunk, heads = recorder.weights(int(recorded["seed"]))
     heads = {f"lin{i}.model.1.weight": head.view(1, -1, 1, 1) for i, head in enumerate(heads)}

@@ -1,12 +1,12 @@
 """VQ-GAN, its Gumbel form, and its loss against a discriminator equal the recorded outputs and gradients of
 taming-transformers (see tests/parity)."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from parity import record_vqgan as recorder
 
 from kartina.layers.discriminator import PatchDiscriminator
 from kartina.tokenizers.vqgan import VQGAN
@@ -24,34 +24,26 @@ def close(ours: torch.Tensor, theirs: np.ndarray) -> None:
     assert np.abs(ours.detach().numpy() - theirs).max() <= bound * max(1.0, np.abs(theirs).max())
 
 
-@pytest.fixture(scope="module")
-def recorder():
-    spec = importlib.util.spec_from_file_location("record_vqgan", HERE / "parity" / "record_vqgan.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def recorded(kind):
     """What was recorded of it, and the seed."""
     with np.load(HERE / "data" / "parity" / "vqgan.npz") as file:
         return {name.removeprefix(f"{kind}_"): file[name] for name in file.files if name.startswith(kind)}, file["seed"]
 
 
-def with_weights(network, data, recorder, seed):
+def with_weights(network, data, seed):
     shapes = [tuple(map(int, text.split(","))) if text else () for text in data["shapes"].tolist()]
     network.load_state_dict(recorder.weights(data["names"].tolist(), shapes, int(seed)))
     return network
 
 
-def tiny(kind, recorder):
+def tiny(kind):
     data, seed = recorded(kind)
     layout = {"image_size": 16, "width": 32, "channel_mult": (1, 2), "blocks_per_level": 1, "attn_resolutions": (8,)}
     model = VQGAN(**layout, num_codes=20, code_dim=6, latent_channels=6, quantizer=kind)
-    return with_weights(model, data, recorder, seed), recorder.image(int(seed))
+    return with_weights(model, data, seed), recorder.image(int(seed))
 
 
-def close_gradients(network, data, recorder, prefix="gradient/"):
+def close_gradients(network, data, prefix="gradient/"):
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     assert {f"{prefix}{name}" for name in gradients} == {name for name in data if name.startswith(prefix)}
     for name, gradient in gradients.items():
@@ -60,10 +52,10 @@ def close_gradients(network, data, recorder, prefix="gradient/"):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["vector", "gumbel"])
-def test_equals_the_recorded_taming_model(kind, dtype, recorder):
+def test_equals_the_recorded_taming_model(kind, dtype):
     """Of "gumbel" with the published draws: a hard forward, the gradient of the relaxation, and the KL."""
     data, _ = recorded(kind)
-    model, pixels = (x.to(dtype) for x in tiny(kind, recorder))
+    model, pixels = (x.to(dtype) for x in tiny(kind))
     close(model.latents(pixels), data["latents"])
     codes = torch.from_numpy(data["codes"])
     assert torch.equal(model.encode(pixels), codes) and len(codes.unique()) > 3
@@ -78,12 +70,12 @@ def test_equals_the_recorded_taming_model(kind, dtype, recorder):
         assert kl == pytest.approx(float(data["kl"]), rel=1e-6 if dtype == torch.float32 else 1e-8)
     close(decoded, data["decoded"])
     decoded.square().mean().backward()
-    close_gradients(model, data, recorder)
+    close_gradients(model, data)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["judged", "beside"])
-def test_a_step_against_the_discriminator_equals_the_recorded_losses(kind, dtype, recorder):
+def test_a_step_against_the_discriminator_equals_the_recorded_losses(kind, dtype):
     """PatchGAN with batch norm in training, the balance of equation 7, both losses and all gradients; of "beside" it
     judges each picture with the one that was to come back.
 
@@ -91,10 +83,10 @@ def test_a_step_against_the_discriminator_equals_the_recorded_losses(kind, dtype
     its weights on the other terms.
     """
     data, seed = recorded(kind)
-    model, pixels = (x.to(dtype) for x in tiny("vector", recorder))
+    model, pixels = (x.to(dtype) for x in tiny("vector"))
     beside = (pixels,) if kind == "beside" else ()
     judge = PatchDiscriminator(in_channels=3 * (1 + len(beside)), width=recorder.WIDTH, depth=recorder.LAYERS)
-    judge = with_weights(judge, data, recorder, seed + 5).to(dtype).train()
+    judge = with_weights(judge, data, seed + 5).to(dtype).train()
     share = (data["pull"] + 1e-6) / (data["pull"] + 1e-4)
     out, weight = model(pixels), torch.ones(2)
     again = out["reconstruction"]
@@ -110,10 +102,10 @@ def test_a_step_against_the_discriminator_equals_the_recorded_losses(kind, dtype
     close(scalars["fooling"], data["g_loss"])
     close(scalars["adaptive"] * recorder.WEIGHTS["disc_weight"] * float(share), data["d_weight"])
     (loss / count).backward()
-    close_gradients(model, data, recorder, "of/")
+    close_gradients(model, data, "of/")
 
     judge.zero_grad()
     (loss, count), _ = objective.hinge(judge(pixels, *beside), judge(again.detach(), *beside), weight)
     close(loss / count, data["discriminator"])
     (loss / count).backward()
-    close_gradients(judge, data, recorder)
+    close_gradients(judge, data)
