@@ -2,23 +2,22 @@
 
 import gc
 import json
-import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import job_worker
 import pytest
+import tiny_pipelines
 import torch
 from accelerate.state import AcceleratorState
+from two_ranks import TwoRanks
 
 from kartina.training import __main__ as trainer
 from kartina.training import features, footprint, passes
 from kartina.training import run as runs
+from kartina.training.stages import contract
 
 PLANNED = 4  # samples
-WORKER = Path(__file__).parent / "job_worker.py"
 
 _CAPTIONS = ["captions.vocab_size=300", "captions.context_length=22"]
 _TOKENIZER = ["parts.tokenizer.width=8", "parts.tokenizer.num_codes=32"]
@@ -35,8 +34,8 @@ _SHORT = [
     *[f"stages.{stage}.{key}" for stage in ("tokenizer", "prior", "clip") for key in ("steps=20", "global_batch=8")],
     *[f"stages.{stage}.log_every=1" for stage in ("tokenizer", "prior", "clip")],
     *[f"stages.{stage}.validate_every=10" for stage in ("tokenizer", "prior", "clip")],
-    # A chunk and a half: each of two ranks has one to measure.
-    *[f"stages.{stage}.validate_samples=96" for stage in ("tokenizer", "prior", "clip")],
+    # A chunk and a half of job_worker's: each of two ranks has one to measure.
+    *[f"stages.{stage}.validate_samples=12" for stage in ("tokenizer", "prior", "clip")],
     "training.precision=fp32",
     "training.trackers=[]",
 ]
@@ -156,6 +155,20 @@ def any_precision():
     AcceleratorState._reset_state()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_images():
+    """Codes begin with those of few images, and so do scales of latents, but where a test says `all_images`."""
+    usual, contract.IMAGES = contract.IMAGES, 256
+    yield usual
+    contract.IMAGES = usual
+
+
+@pytest.fixture
+def all_images(few_images, monkeypatch):
+    """As many as the commands take."""
+    monkeypatch.setattr(contract, "IMAGES", few_images)
+
+
 @pytest.fixture(scope="session")
 def images():
     """A function (seed, batch) -> noise in the range of pixels, (batch, 3, 16, 16)."""
@@ -219,7 +232,8 @@ def prepared(tiny, trained_tokenizer):
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory):
-    """Runs jobs (see job_worker), in this process or in several of one life; returns {name: [facts of each rank]}."""
+    """Runs jobs (see job_worker), in this process or in two others; returns {name: [facts of each rank]}."""
+    pair = []
 
     def run(jobs, processes):
         folder = tmp_path_factory.mktemp("jobs")
@@ -229,75 +243,23 @@ def work(tmp_path_factory):
                 patch.setenv("ACCELERATE_USE_CPU", "1")
                 job_worker.run_all(folder / "jobs.jsonl", folder)
         else:
-            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-            worker = [*launcher, str(WORKER), str(folder / "jobs.jsonl"), str(folder)]
-            command = [sys.executable, *worker]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-            assert done.returncode == 0, done.stderr
-            sys.stderr.write(done.stderr)  # shown where a test fails
+            pair.extend([] if pair else [TwoRanks(tmp_path_factory.mktemp("ranks") / "errors")])
+            sys.stderr.write(pair[0].run(folder / "jobs.jsonl", folder))  # shown where a test fails
         ranks = range(processes)
         return {
             job["name"]: [json.loads((folder / f"{job['name']}-{rank}.json").read_text()) for rank in ranks]
             for job in jobs
         }
 
-    return run
-
-
-def _vocabulary():
-    """A BPE of bytes alone, with a few merges, and CLIP's two last tokens."""
-    from tokenizers import pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("a", "t</w>"), ("r", "e"), ("re", "d</w>"), ("c", "at</w>")]
-    words = [*alphabet, *(f"{byte}</w>" for byte in alphabet), *("".join(pair) for pair in merges)]
-    return {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}, merges
-
-
-def _stable_diffusion(kind):
-    """Of the sizes that CompVis' files imply: 32 groups, 8 heads or heads 64 wide."""
-    import diffusers
-    import transformers
-
-    torch.manual_seed(0)
-    vocab, merges = _vocabulary()
-    first = kind == "sd1"
-    tokenizer = transformers.CLIPTokenizer(
-        vocab=vocab, merges=merges, pad_token="<|endoftext|>" if first else "!", model_max_length=77
-    )
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=4, in_channels=4, out_channels=4, block_out_channels=(64, 128), layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=64, attention_head_dim=8 if first else (1, 2), use_linear_projection=not first,
-    )  # fmt: skip
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(32, 64, 64, 64), layers_per_block=1, latent_channels=4, sample_size=32,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
-    text = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=len(vocab), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1,
-            hidden_act="quick_gelu" if first else "gelu", bos_token_id=len(vocab) - 2, eos_token_id=len(vocab) - 1,
-        )
-    )  # fmt: skip
-    for network in (unet, vae, text):
-        for parameter in network.parameters():
-            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.1 if network is not vae else 0.05)
-    scheduler = diffusers.DPMSolverMultistepScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing",
-        prediction_type="epsilon" if first else "v_prediction",
-    )  # fmt: skip
-    return diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+    yield run
+    for ranks in pair:
+        ranks.end()
 
 
 @pytest.fixture(scope="session")
 def tiny_stable_diffusion():
     """A tiny pipeline of diffusers with random weights, by kind: "sd1" or "sd2"."""
-    return _stable_diffusion
+    return tiny_pipelines.stable_diffusion
 
 
 @pytest.fixture
@@ -325,25 +287,35 @@ def real():
 
 
 @pytest.fixture
-def profiled(tmp_path):
-    def of(work) -> tuple[float, list[int], object]:
-        """FLOPs by torch's formulas, the bytes alive after each allocation and release, and the result."""
-        activities = [torch.profiler.ProfilerActivity.CPU]
+def flops():
+    def of(work) -> float:
+        """By torch's formulas, which pass by attention and transposed convolutions."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profiler:
+            work()
+        products = {"aten::conv2d", "aten::mm", "aten::addmm", "aten::bmm"}
+        return sum(event.flops for event in profiler.events() if event.name in products)
+
+    return of
+
+
+@pytest.fixture
+def allocated(tmp_path):
+    def by(work) -> tuple[list[int], object]:
+        """The bytes alive after each allocation and release, and the result."""
         gc.collect()
         gc.disable()  # else what earlier tests left may be released meanwhile, and count against what is measured
         try:
-            with torch.profiler.profile(activities=activities, profile_memory=True, with_flops=True) as profiler:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
                 result = work()
         finally:
             gc.enable()
-        products = {"aten::conv2d", "aten::mm", "aten::addmm", "aten::bmm"}
-        flops = sum(event.flops for event in profiler.events() if event.name in products)
         profiler.export_chrome_trace(str(tmp_path / "trace.json"))
         events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
         events = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
         alive = [0]
         for event in events:
             alive.append(alive[-1] + event["args"]["Bytes"])
-        return flops, alive, result
+        return alive, result
 
-    return of
+    return by

@@ -2,10 +2,12 @@
 
     torchrun --nproc_per_node=2 job_worker.py JOBS.jsonl RESULTS
 
+Without these two it reads them from its standard input, a list in a line, and says `done` after each (see two_ranks).
+
 A job is a line {"name", "argv", ...}: the arguments of the trainer, and what happens to it: "stop_at", the step at
 which the first rank sends itself a real SIGTERM; "poison", the first and last position of samples whose pictures are
 not numbers; "steep_at", the step at which the last rank's loss is finite and its gradient is not; "fail_at", the step
-at which the last rank fails; "chunk", the samples that validation reads at once. Of images that codes begin with it
+at which the last rank fails; "chunk", the samples that validation reads at once (8). Of images that codes begin with it
 reads few. Per job and rank, RESULTS/<name>-<rank>.json holds {"status", "world", "keys", "scored", "held", "hash"}: the
 keys of the samples of each step; those that were measured, with a weight; of each network the number of its values that
 this rank holds, of how many, and whether all its parameters are DTensors; and the hash of the networks at the end.
@@ -89,7 +91,7 @@ def run(job, results):
     keys, scored, found, hashes, known = [], [], {}, [], dict(stages.STAGES)
     stages.STAGES.update({name: troubled(kind, job, keys, scored, found, hashes) for name, kind in known.items()})
     usual = exchange.CHUNK, contract.IMAGES
-    exchange.CHUNK, contract.IMAGES = job.get("chunk", exchange.CHUNK), 256
+    exchange.CHUNK, contract.IMAGES = job.get("chunk", 8), 256
     try:
         status = trainer.main([*job["argv"], f"--processes={WORLD}"])
     finally:
@@ -108,5 +110,12 @@ def run_all(jobs, results):
 
 if __name__ == "__main__":
     gc.freeze()  # what is imported stays: each job ends by looking for garbage
-    run_all(Path(sys.argv[1]), Path(sys.argv[2]))
+    if len(sys.argv) > 1:
+        run_all(*map(Path, sys.argv[1:]))
+    else:
+        answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what trainings say
+        for line in sys.stdin:
+            run_all(*map(Path, json.loads(line)))
+            print("done", file=answers, flush=True)
     trainer.end(0)

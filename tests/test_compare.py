@@ -20,9 +20,9 @@ SMALL = [
     " num_heads: 2, attention: full, rotary: true, qk_norm: true, norm: rms, zero_init: true}",
     *["training.precision=fp32", "training.trackers=[]", "training.data.levels=[S1]"],
     *["stages.tokenizer.steps=20", "stages.tokenizer.global_batch=16", "stages.tokenizer.log_every=2"],
-    *["stages.prior.steps=150", "stages.prior.global_batch=16", "stages.prior.log_every=2"],
-    *["stages.prior.validate_every=10", "stages.prior.optimizer.muon=0"],
-    *["stages.tokenizer.validate_samples=64", "stages.prior.validate_samples=64"],
+    *["stages.prior.steps=150", "stages.prior.global_batch=8", "stages.prior.log_every=2"],
+    *["stages.prior.validate_every=15", "stages.prior.optimizer.muon=0"],
+    *["stages.tokenizer.validate_samples=64", "stages.prior.validate_samples=32"],
 ]
 
 

@@ -21,6 +21,7 @@ from kartina.training import run as runs
 from kartina.training.loop import train_stage
 from kartina.training.objectives.gan import discriminator
 from kartina.training.objectives.vqgan import hinge
+from kartina.training.stages import contract
 from kartina.training.stages.contract import frozen
 from kartina.training.stopping import Stop
 from kartina.training.stream import Batch
@@ -238,7 +239,7 @@ def test_as_many_samples_are_validated_as_the_recipe_says(tmp_path):
 
 
 def test_waiting_for_data(tmp_path):
-    found = fit(Denoiser(1.4), tmp_path, Points(sleep=0.1), steps=60)
+    found = fit(Denoiser(1.4), tmp_path, Points(sleep=0.1), steps=24)
     assert named(found) == {"waiting for data"}
 
 
@@ -267,9 +268,11 @@ def train(folder, *more):
 
 
 @pytest.fixture(scope="module")
-def healthy(tmp_path_factory):
+def healthy(tmp_path_factory, few_images):
     folder = tmp_path_factory.mktemp("healthy")
-    return folder, train(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contract, "IMAGES", few_images)  # as many as the command takes
+        return folder, train(folder)
 
 
 def test_a_healthy_system_reports_nothing(healthy):
@@ -332,11 +335,8 @@ def test_the_loop_warns_once_and_the_command_says_it_again(healthy, tmp_path):
     (event,) = [event for event in history.read(tmp_path)["prior"].events if event["event"] == "finding"]
     assert event["finding"] == "latent scale off" and event["step"] == 40
     result = CliRunner().invoke(cli.app, ["doctor", str(tmp_path)])
-    assert (
-        result.exit_code == 1
-        and "latent scale off" in result.output
-        and "\n  do     train the tokenizer" in result.output
-    )
+    assert result.exit_code == 1 and "latent scale off" in result.output
+    assert "\n  do     train the tokenizer" in result.output
     result = CliRunner().invoke(cli.app, ["doctor", str(tmp_path), "--json"])
     assert result.exit_code == 1 and json.loads(result.output)["name"] == "latent scale off"
     result = CliRunner().invoke(cli.app, ["doctor", str(healthy[0])])

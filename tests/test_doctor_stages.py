@@ -23,7 +23,7 @@ LATENT = [
     " attn_levels: [1], num_heads: 2, context_dim: 16}",
     *[f"stages.{stage}.{key}" for stage in ("tokenizer", "prior") for key in ("log_every=1", "global_batch=8")],
     *["stages.tokenizer.steps=20", "stages.prior.steps=20", "stages.prior.validate_every=20"],
-    *["stages.tokenizer.validate_samples=64", "stages.prior.validate_samples=64"],
+    *["stages.tokenizer.validate_samples=64", "stages.prior.validate_samples=64", "sampling.num_steps=2"],
 ]
 
 

@@ -100,7 +100,7 @@ def _read(folder, results):
 
 def test_several_processes_share_it(there, largest, tmp_path):
     mirror.make(f"file://{there}", tmp_path / "m", 8.5 * largest)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # as workers that read begin
     results = context.Queue()
     readers = [context.Process(target=_read, args=(tmp_path / "m", results)) for _ in range(2)]
     for reader in readers:

@@ -35,10 +35,10 @@ CODES = [
     "parts.prior={kind: dalle, text_vocab: 300, text_length: 14, num_codes: 16, grid: [16, 16], width: 16, depth: 2,"
     " num_heads: 2, attention: full, qk_norm: true}",
 ]
-WITHOUT = f"parts.prior={{{UNET}, attn_levels: [1], context_dim: null}}"
+WITHOUT = [f"parts.prior={{{UNET}, attn_levels: [1], context_dim: null}}", "sampling.num_steps=2"]
 WITH = [
     "captions={vocab_size: 300, context_length: 14}",
-    f"parts.prior={{{UNET}, attn_levels: [1], context_dim: 16}}",
+    *[f"parts.prior={{{UNET}, attn_levels: [1], context_dim: 16}}", "sampling.num_steps=2"],
     "parts.text={kind: clip_text, text_vocab: 302, text_length: 16, width: 16, depth: 1, num_heads: 2}",
     "parts.clip={kind: clip, embed_dim: 8, image_size: 32, patch_size: 16, vision_width: 16, vision_depth: 1,"
     " vision_heads: 2, text_vocab: 302, text_length: 16, text_width: 16, text_depth: 1, text_heads: 2}",
@@ -76,7 +76,7 @@ def test_latent_diffusion_without_captions(pictures, tmp_path):
         caption.unlink()
     shards, latents, folder = (tmp_path / name for name in ("shards", "latents", "run"))
     assert "40" in run("data", "pack", pictures, shards, "--no-captions")
-    command = ["own/latent-diffusion", *AUTOENCODER, WITHOUT, f"training.data.shards={shards}", "--run", str(folder)]
+    command = ["own/latent-diffusion", *AUTOENCODER, *WITHOUT, f"training.data.shards={shards}", "--run", str(folder)]
     assert trainer.main([*command, "--stage", "tokenizer"]) == 0
     assert "PSNR" in run("reconstruct", folder, "--data", shards, "--count", 8)
     run("data", "encode", shards, latents, "--model", folder, "--what", "latents", "--processes", 1)
@@ -91,7 +91,7 @@ def test_an_imported_autoencoder_is_scaled_for_a_prior(pictures, tmp_path, capsy
     """A checkpoint of CompVis' names does not say the scale of its latents."""
     torch.manual_seed(0)
     sizes = ["parts.tokenizer.width=32", "parts.tokenizer.norm_groups=32"]  # as all published ones
-    network = build(runs.load("own/latent-diffusion", [*AUTOENCODER, *sizes, WITHOUT])[0], "tokenizer")
+    network = build(runs.load("own/latent-diffusion", [*AUTOENCODER, *sizes, *WITHOUT])[0], "tokenizer")
     weights = checkpoint.export(network, torch.float32)
     save_file({name: value for name, value in weights.items() if "scale." not in name}, tmp_path / "kl.safetensors")
     shards, imported = tmp_path / "shards", tmp_path / "imported"
@@ -99,7 +99,7 @@ def test_an_imported_autoencoder_is_scaled_for_a_prior(pictures, tmp_path, capsy
     run("convert", tmp_path / "kl.safetensors", imported, "--image-size", 32)
     section = checkpoint.load_recipe(imported).parts["tokenizer"]
     assert section["latent_channels"] == 4 and section["channel_mult"] == [1, 2]
-    command = ["own/latent-diffusion", *AUTOENCODER, WITHOUT, f"training.data.shards={shards}", "--stage", "prior"]
+    command = ["own/latent-diffusion", *AUTOENCODER, *WITHOUT, f"training.data.shards={shards}", "--stage", "prior"]
     command += [f"parts.tokenizer={json.dumps(section)}", "licence=not stated", "--from", str(imported)]
     assert trainer.main([*command, "--run", str(tmp_path / "first")]) == 2
     assert "measure it: kartina scale SHARDS --model FOLDER" in " ".join(capsys.readouterr().err.split())
@@ -135,7 +135,11 @@ def test_stable_diffusion_with_captions(pictures, tmp_path):
 def test_dalle_with_captions(pictures, tmp_path):
     shards, codes, folder = (tmp_path / name for name in ("shards", "codes", "run"))
     run("data", "pack", pictures, shards)
-    sizes = [*AUTOENCODER, *(word for word in WITH if "text=" not in word and "prior=" not in word), *CODES]
+    sizes = [
+        *AUTOENCODER,
+        *(word for word in WITH if not any(name in word for name in ("text=", "prior=", "num_steps"))),
+        *CODES,
+    ]
     command = ["own/dalle", *sizes, f"training.data.shards={shards}", "--run", str(folder)]
     assert trainer.main([*command, "--stage", "tokenizer"]) == 0
     run("data", "encode", shards, codes, "--model", folder, "--processes", 1)

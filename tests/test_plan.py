@@ -127,18 +127,18 @@ def test_flops_of_clip_by_hand(counted):
 
 
 @pytest.mark.parametrize("overrides", [[], DVAE], ids=["patch_dvae", "dvae"])
-def test_flops_of_the_dvae_against_the_profiler(overrides, counted, real, profiled):
+def test_flops_of_the_dvae_against_the_profiler(overrides, counted, real, flops):
     """Backward takes twice the forward pass, but for the first convolution, whose input needs no gradient."""
     setting = real(overrides, "tokenizer")
-    forward, _, _ = profiled(lambda: loss_of(setting))
+    forward = flops(lambda: loss_of(setting))
     assert counted(overrides, "tokenizer")["tokenizer"].flops == pytest.approx(3 * forward, rel=0.1)
 
 
 @PRECISIONS
-def test_activations_and_peak_against_the_allocator(overrides, part, bf16, counted, real, profiled, monkeypatch):
+def test_activations_and_peak_against_the_allocator(overrides, part, bf16, counted, real, allocated, monkeypatch):
     monkeypatch.setattr(random, "_IN_CACHE", 2**62)  # a CPU draws whole tensors too, as the devices that are planned
     found, setting = counted(overrides, part, bf16), real(overrides, part, bf16)
-    _, alive, loss = profiled(lambda: loss_of(setting))
+    alive, loss = allocated(lambda: loss_of(setting))
     assert found[part].saved == pytest.approx(alive[-1], rel=0.02)  # what the loss holds on to, and the loss
     del loss
     # A CPU's convolutions in bfloat16 have a workspace of their own; a tiny discriminator has little else.
@@ -146,7 +146,7 @@ def test_activations_and_peak_against_the_allocator(overrides, part, bf16, count
     setting, held = real(overrides, part, bf16), 0
     updates = updates_of(setting)
     for name, cost in found.items():
-        _, alive, made = profiled(lambda: _backward(next(updates)))
+        alive, made = allocated(lambda: _backward(next(updates)))
         assert made == name
         if not (bf16 and name == "discriminator"):
             assert cost.alive == pytest.approx(held + max(alive), rel=0.1 if workspace else 0.02)
@@ -266,12 +266,12 @@ def test_a_plan_lists_encoders_and_decoders(name, halves, others):
     assert f"of the tokenizer: encoder {halves[0]:,d}, decoder {halves[1]:,d}" in report(found)
 
 
-def test_flops_of_the_unet_against_the_profiler(counted, real, profiled):
+def test_flops_of_the_unet_against_the_profiler(counted, real, flops):
     """Without attention and transposed convolutions, which the profiler does not count: backward is twice forward."""
     part = "{prior: {kind: unet, in_channels: 3, width: 16, channel_mult: [1], attn_levels: [], mid_attention: false"
     overrides = [f"parts={part}, context_dim: null, norm_groups: 4}}}}", "sampling={}"]
     setting = real(overrides, "prior")
-    forward, _, _ = profiled(lambda: loss_of(setting))
+    forward = flops(lambda: loss_of(setting))
     assert counted(overrides, "prior")["prior"].flops == pytest.approx(3 * forward, rel=0.05)
 
 

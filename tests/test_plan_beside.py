@@ -16,7 +16,7 @@ def planned(*overrides: str, **options) -> dict:
 
 
 @pytest.mark.parametrize("kind", JUDGED)
-def test_flops_of_a_discriminator_and_a_perceptual_network_against_the_profiler(kind, counted, real, profiled):
+def test_flops_of_a_discriminator_and_a_perceptual_network_against_the_profiler(kind, counted, real, flops):
     """Forward passes of each network alone say what a step takes of them; backward is twice forward, of which half is
     the weights'. The adaptive weight takes one more pass back to the last layer, of both.
     """
@@ -26,7 +26,7 @@ def test_flops_of_a_discriminator_and_a_perceptual_network_against_the_profiler(
     given = (torch.zeros(BATCH, 2), torch.zeros(BATCH, dtype=torch.int64)) if kind == "aae" else (image,)
     noise = [torch.zeros(BATCH, *network.spec.shape)] if kind == "autoencoder_kl" else []
     through, judged, first = (
-        profiled(work)[0]
+        flops(work)
         for work in (
             lambda: network(image, *noise),
             lambda: judge(*given),
@@ -39,10 +39,8 @@ def test_flops_of_a_discriminator_and_a_perceptual_network_against_the_profiler(
         assert found["discriminator"].flops == pytest.approx(3 * 2 * judged - 2 * first, rel=0.01)  # and of a draw
         assert found["tokenizer"].flops == pytest.approx(3 * through + 3.5 * attention + 2 * judged, rel=0.1)
         return
-    seen, _, _ = profiled(lambda: setting.frozen["perceptual"].network(image))
-    last, _, _ = profiled(
-        lambda: torch.nn.functional.conv2d(torch.zeros(BATCH, 16, 32, 32), network.last_layer, padding=1)
-    )
+    seen = flops(lambda: setting.frozen["perceptual"].network(image))
+    last = flops(lambda: torch.nn.functional.conv2d(torch.zeros(BATCH, 16, 32, 32), network.last_layer, padding=1))
     assert found["tokenizer"].frozen_flops == pytest.approx((2 + 2) * seen, rel=0.01)
     assert found["tokenizer"].flops == pytest.approx(
         3 * through + 3.5 * attention + (1 + 2) * judged + 2 * last, rel=0.1

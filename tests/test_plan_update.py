@@ -12,7 +12,7 @@ ONE = ["parts.tokenizer.num_codes=256", "stages.prior.micro_batch=1", "stages.pr
 
 
 @pytest.mark.parametrize("share", [0, 1 / 4])
-def test_the_peak_of_an_update_against_the_allocator(share, profiled, monkeypatch):
+def test_the_peak_of_an_update_against_the_allocator(share, allocated, monkeypatch):
     """Of a network so large that Muon's update takes more than a pass of one sample. AdamW's takes nothing.
 
     share: of the work, in a stack at most: one matrix each, and several.
@@ -25,7 +25,7 @@ def test_the_peak_of_an_update_against_the_allocator(share, profiled, monkeypatc
     for _ in range(2):  # the first one makes the state
         for parameter in network.parameters():
             parameter.grad = torch.full_like(parameter, 0.01)
-        adamw, muon = (max(profiled(optimizer.step)[1]) for optimizer in optimizers)
+        adamw, muon = (max(allocated(optimizer.step)[0]) for optimizer in optimizers)
     device = "h100" if newton_schulz_dtype(torch.device("cpu")) == torch.bfloat16 else "v100"
     memory = plan.plan(recipe, training, device, stage="prior")["stages"]["prior"]["memory"]
     held = sum(memory[name] for name in ("weights", "gradients", "optimizer", "ema", "frozen"))

@@ -35,8 +35,8 @@ def runs(tiny, prepared, tmp_path_factory, work):
         for (kind, _), folder in found:
             argv = [*tiny[kind][1], *divided]
             argv += ["stages.prior.micro_batch=2"] if name == "passes" else []
-            argv += [f"stages.prior.steps={STEPS}", "stages.prior.validate_samples=12"]  # a chunk and a half
-            yield {"name": f"{kind} {name}{part}", "argv": [*argv, "--run", str(folder)], "chunk": 8, **more}
+            argv += [f"stages.prior.steps={STEPS}"]
+            yield {"name": f"{kind} {name}{part}", "argv": [*argv, "--run", str(folder)], **more}
 
     results = work([*jobs("one"), *jobs("joined", " first", stop_at=STOP - 1)], 1)
     halves = [*jobs("parted", " first", stop_at=STOP - 1), *jobs("moved", " first", stop_at=STOP - 1)]

@@ -103,13 +103,14 @@ def test_a_signal_to_the_whole_group_saves_too(tiny, folder):
 def test_a_second_signal_stops_at_once(tiny, folder):
     """Also a trainer that no longer comes to look at signals, as one that waits for ever in a save."""
     stuck = "import time; from kartina.training import state; state.save = lambda *rest: time.sleep(1000); "
+    stuck += "from kartina.training import stopping; stopping._SAME = 0.3; "
     argv = [*tiny["patch_dvae"][1], *LONG, "stages.tokenizer.save_every=7", "--run", str(folder)]
     code = f"{stuck}import sys; from kartina.training import __main__ as trainer; sys.exit(trainer.main({argv!r}))"
     code = code.replace("lambda *rest: time", "lambda folder, content, *rest: content['at'] and time")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
     wait_for_step(folder, 7, process)
     process.send_signal(signal.SIGTERM)
-    time.sleep(2.5)
+    time.sleep(0.8)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == -signal.SIGTERM
@@ -125,7 +126,7 @@ def test_a_killed_command_leaves_no_process_either(tiny, folder):
 
 
 @pytest.fixture
-def killed(tiny, prepared, tmp_path):
+def killed(tiny, prepared, tmp_path, all_images):
     """A function (kind): a run that was killed is resumed by a new process, and ends as one that was not."""
 
     def check(kind):
@@ -165,7 +166,7 @@ def save_forever(folder):
     return f"""
 import torch
 from pathlib import Path
-from kartina.training import loop, state
+from kartina.training import state
 at = 0
 while True:
     at += 1

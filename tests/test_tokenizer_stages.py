@@ -227,7 +227,7 @@ def test_fsq_needs_no_codebook(tiny):
 
 
 @pytest.mark.parametrize("kind", ["autoencoder", "autoencoder_kl", "vq_latents"])
-def test_the_shipped_latents_have_mean_0_and_deviation_1(kind, tiny, tmp_path):
+def test_the_shipped_latents_have_mean_0_and_deviation_1(kind, tiny, tmp_path, all_images):
     assert not stage_of(tiny, kind)[0].network.scale.measured
     assert trainer.main([*tiny[kind][1], "--run", str(tmp_path)]) == 0
     recipe = checkpoint.load_recipe(tmp_path / "model")
@@ -326,7 +326,7 @@ def test_many_draws_bound_the_likelihood_from_nearer(tiny):
 
 
 def test_a_recipe_with_a_tokenizer_alone_needs_no_captions(tmp_path):
-    tiny = [f"stages.tokenizer.{key}" for key in ("steps=2", "global_batch=4", "log_every=1")]
+    tiny = [f"stages.tokenizer.{key}" for key in ("steps=2", "global_batch=4", "log_every=1", "validate_samples=8")]
     assert trainer.main(["shapes/vae", *tiny, "training.trackers=[]", "--run", str(tmp_path)]) == 0
     assert set(checkpoint.read_card(tmp_path / "model")["parts"]) == {"tokenizer"}
     assert not list(tmp_path.rglob("captions*"))

@@ -24,21 +24,14 @@ TINY = [
     "captions.context_length=22",
     "parts.tokenizer.width=8",
     "parts.tokenizer.num_codes=32",
-    "parts.prior.num_codes=32",
-    "parts.prior.text_vocab=300",
-    "parts.prior.width=32",
-    "parts.prior.depth=2",
+    *[f"parts.prior.{key}" for key in ("num_codes=32", "text_vocab=300", "width=32", "depth=2", "num_heads=2")],
     "parts.prior.attention=full",
-    "parts.prior.num_heads=2",
-    "parts.clip.text_vocab=302",
-    "parts.clip.vision_depth=1",
-    "parts.clip.text_depth=1",
-    *[f"stages.{stage}.{key}" for stage in ("tokenizer", "prior", "clip") for key in ("steps=4", "global_batch=4")],
+    *[f"parts.clip.{key}" for key in ("text_vocab=302", "vision_depth=1", "text_depth=1")],
     "training.precision=fp32",
+    *[f"stages.{stage}.{key}" for stage in ("tokenizer", "prior", "clip") for key in ("steps=4", "global_batch=4")],
     *[f"stages.{stage}.log_every=1" for stage in ("tokenizer", "prior", "clip")],
+    *[f"stages.{stage}.validate_samples=8" for stage in ("tokenizer", "prior", "clip")],
 ]
-
-
 DVAE = """parts.tokenizer={kind: dvae, image_size: 32, num_codes: 32, width: 8, init_width: 8, num_groups: 2,
     blocks_per_group: 1, branch_gain: 1.0}"""
 
@@ -52,10 +45,25 @@ def test_codes_of_patches_need_no_autoencoder_and_others_have_no_evenness(tmp_pa
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    assert trainer.main(["shapes/dalle", *TINY, "--run", str(folder)]) == 0
-    return folder
+def run_and_kept(tmp_path_factory):
+    """The run folder, and of each parameter of a stage whether it was there when a later one began."""
+    real, seen, kept, folder = loop.train_stage, [], [], tmp_path_factory.mktemp("run")
+
+    def train_stage(identity, stage, *rest):
+        gc.collect()
+        kept.extend(one() is not None for one in seen)
+        seen.extend(weakref.ref(parameter) for parameter in stage.network.parameters())
+        return real(identity, stage, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_stage", train_stage)
+        assert trainer.main(["shapes/dalle", *TINY, "--run", str(folder)]) == 0
+    return folder, kept
+
+
+@pytest.fixture
+def run(run_and_kept):
+    return run_and_kept[0]
 
 
 def test_every_stage_is_exported_with_what_it_was_trained_against(run):
@@ -327,18 +335,9 @@ def test_the_best_checkpoint_is_kept_and_may_be_what_is_exported(tmp_path, monke
     assert all(torch.equal(last[f"average.{name}"].to(value.dtype), value) for name, value in exported.items())
 
 
-def test_what_a_stage_trained_is_not_kept_for_the_next_one(tmp_path, monkeypatch):
-    real, seen, alive = loop.train_stage, [], []
-
-    def train_stage(identity, stage, *rest):
-        gc.collect()
-        alive.extend(one() is not None for one in seen)
-        seen.extend(weakref.ref(parameter) for parameter in stage.network.parameters())
-        return real(identity, stage, *rest)
-
-    monkeypatch.setattr(loop, "train_stage", train_stage)
-    assert trainer.main(["shapes/dalle", *TINY, "--run", str(tmp_path)]) == 0
-    assert len(alive) > 10 and not any(alive)
+def test_what_a_stage_trained_is_not_kept_for_the_next_one(run_and_kept):
+    _, kept = run_and_kept
+    assert len(kept) > 10 and not any(kept)
 
 
 def test_tensorboard_has_the_scalars_and_a_missing_tracker_is_refused_at_once(tmp_path, capsys):

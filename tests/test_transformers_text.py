@@ -38,6 +38,7 @@ RECIPE = [
     *(f"stages.{stage}.validate_samples=16" for stage in ("tokenizer", "prior")),
     "training.precision=fp32",
     "training.trackers=[]",
+    "sampling.num_steps=2",
 ]
 
 
@@ -205,7 +206,7 @@ def from_cache(model, bare, folder):
     encode.encode(folder / "shards", folder / "cache", model, ["latents", "text_tokens"], processes=1)
     words = ["shapes/stable-diffusion-minilm", *RECIPE, "stages.prior.steps=20", "stages.prior.log_every=1"]
     words += [f"training.data={{kind: shards, shards: {folder / 'shards'}, validation_share: 0, bad_limit: 0.5}}"]
-    words += ["sampling.num_steps=2", "stages.prior.objective={condition_drop: 0.3}", "--stage", "prior"]
+    words += ["stages.prior.objective={condition_drop: 0.3}", "--stage", "prior"]
     ends, logs = [], []
     for name, more in {"on the fly": [], "cached": [f"training.data.cache={folder / 'cache'}"]}.items():
         run = shutil.copytree(bare, folder / name)

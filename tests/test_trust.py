@@ -48,10 +48,9 @@ def trainings(tiny, prepared, tmp_path_factory, work):
             for plan, stops in plans.items():
                 folder = prepared(home / f"{kind}-{plan}-{processes}", kind)
                 own = [*argv, *([f"stages.{stage}.micro_batch={4 // processes}"] if plan == "passes" else [])]
-                # A chunk and a half: each of two ranks has one to measure.
-                own += [f"stages.{stage}.validate_samples=12", "--run", str(folder)]
+                own += ["--run", str(folder)]
                 names = [f"{kind}-{plan}-{i}" for i in range(len(stops))]
-                jobs += [{"name": n, "argv": own, "stop_at": s, "chunk": 8} for n, s in zip(names, stops, strict=True)]
+                jobs += [{"name": n, "argv": own, "stop_at": s} for n, s in zip(names, stops, strict=True)]
                 plans_of[processes, kind, plan] = folder, names
         results = work(jobs, processes)
         return {key: (folder, [results[name] for name in names]) for key, (folder, names) in plans_of.items()}
@@ -109,8 +108,7 @@ def test_in_bfloat16_stopped_and_resumed_equals_uninterrupted(tiny_kind, tiny, p
     stage, argv = tiny[tiny_kind]
     folders, jobs = [tmp_path / "whole", tmp_path / "parted"], []
     for folder, stops in zip(folders, ([None], [STOP - 1, None]), strict=True):
-        words = [*argv, "training.precision=bf16", f"stages.{stage}.validate_samples=12"]
-        words += ["--run", str(prepared(folder, tiny_kind))]
+        words = [*argv, "training.precision=bf16", "--run", str(prepared(folder, tiny_kind))]
         jobs += [{"name": f"{folder.name}-{i}", "argv": words, "stop_at": stop} for i, stop in enumerate(stops)]
     found = work(jobs, 1)
     assert [facts["status"] for (facts,) in found.values()] == [0, 128 + 15, 0]

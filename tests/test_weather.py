@@ -99,8 +99,8 @@ def stormy(tiny, shards, tmp_path_factory, work):
         "one": (middle, ["training.data.workers=2", f"training.data.validation={shards}"]),
     }
     for name, (folder, words) in of.items():
-        own = of_shards(tiny, folder, *words, "--run", str(home / name))
-        jobs.append({"name": name, "argv": own, "chunk": 8})  # so that both ranks have some to measure
+        own = of_shards(tiny, folder, *words, "stages.tokenizer.validate_samples=96", "--run", str(home / name))
+        jobs.append({"name": name, "argv": own})
     return home, work(jobs, 2)
 
 
@@ -295,6 +295,7 @@ def test_memory_that_does_not_suffice_ends_neither_validation_nor_a_run_at_its_p
 ):
     """Validation goes on with halves, and finds the same; CLIP, which compares the samples of a batch, cannot."""
     found, limit = {}, {"samples": 1000}
+    many = [f"stages.{stage}.validate_samples=96" for stage in ("tokenizer", "clip")]
 
     def scarce(real):
         def measure(stage, batch):
@@ -314,13 +315,13 @@ def test_memory_that_does_not_suffice_ends_neither_validation_nor_a_run_at_its_p
         limit["samples"] = samples
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            assert trainer.main([*tiny["patch_dvae"][1], "--run", str(tmp_path / name)]) == 0
+            assert trainer.main([*tiny["patch_dvae"][1], *many, "--run", str(tmp_path / name)]) == 0
         lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         found[name] = [line["valid/psnr"] for line in lines if "valid/psnr" in line]
         assert any("while measuring 64 samples: going on with 32" in str(w.message) for w in said) == (name == "scarce")
     assert len(found["enough"]) == 2 and found["scarce"] == pytest.approx(found["enough"], rel=1e-6)
     assert "is not saved (CUDA out of memory.)" in capsys.readouterr().out
-    assert trainer.main([*tiny["clip"][1], "--run", str(tmp_path / "clip")]) == 2
+    assert trainer.main([*tiny["clip"][1], *many, "--run", str(tmp_path / "clip")]) == 2
     assert "stage clip ran out of memory" in capsys.readouterr().err
 
 
