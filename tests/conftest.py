@@ -243,11 +243,11 @@ def work(tmp_path_factory):
                 patch.setenv("ACCELERATE_USE_CPU", "1")
                 job_worker.run_all(folder / "jobs.jsonl", folder)
         else:
-            pair.extend([] if pair else [TwoRanks(tmp_path_factory.mktemp("ranks") / "errors")])
-            sys.stderr.write(pair[0].run(folder / "jobs.jsonl", folder))  # shown where a test fails
-        ranks = range(processes)
+            ranks = pair.pop() if pair else TwoRanks(tmp_path_factory.mktemp("ranks") / "errors")
+            sys.stderr.write(ranks.run(folder / "jobs.jsonl", folder))  # shown where a test fails
+            pair.append(ranks)
         return {
-            job["name"]: [json.loads((folder / f"{job['name']}-{rank}.json").read_text()) for rank in ranks]
+            job["name"]: [json.loads((folder / f"{job['name']}-{k}.json").read_text()) for k in range(processes)]
             for job in jobs
         }
 

@@ -16,13 +16,13 @@ LARGER = [  # than what is tiny elsewhere, and at full rates: so that there is s
     "parts.tokenizer.width=8", "parts.tokenizer.channel_mult=[1, 2]", "parts.tokenizer.norm_groups=4",
     "stages.tokenizer.optimizer={lr: 0.01, muon: 0.02, betas: [0.9, 0.99], decay: 0.5, clip: 1.0}",
     "stages.tokenizer.steps=160", "stages.tokenizer.validate_every=10", "stages.tokenizer.ema=0.8",
-    "training.data.levels=[S1]", knob("discriminator_start", 0.4),
+    "training.data.levels=[S1]", "stages.tokenizer.validate_samples=96", knob("discriminator_start", 0.4),
 ]  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vqgan", "autoencoder_kl"])
-def test_reconstruction_survives_that_the_discriminator_is_heard(kind, tiny, tmp_path, monkeypatch):
+def test_reconstruction_survives_that_the_discriminator_is_heard(kind, tiny, tmp_path, monkeypatch, all_images):
     """No validation from then on has half a decibel less than the last before; with 100,000 in
     place of the adaptive weight it loses more than two."""
     before, after = psnr([*tiny[kind][1], *LARGER, "--run", str(tmp_path / "adapted")])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kartina.training import __main__ as trainer
-from kartina.training import state
+from kartina.training import state, stopping
 from kartina.training.stages.dvae import DVAEStage
 
 
@@ -111,7 +111,7 @@ def test_a_second_signal_stops_at_once(tiny, folder):
     wait_for_step(folder, 7, process)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.8)
-    assert process.poll() is None
+    assert process.poll() is None and stopping._SAME == 2.0
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == -signal.SIGTERM
 

@@ -62,16 +62,17 @@ def launch(trainer: Sequence[str], processes: int) -> int:
 def _signal_trainers(agent: int, signum: int) -> bool:
     """To the trainers, not to their launcher, which would not wait for them to save. Returns whether all watched.
 
-    Before they do the launcher is ended, and they with it: by SIGTERM, for Python may lose a Ctrl-C while it imports.
+    Before they do nothing is begun, and they are ended; or their launcher is, where it has started none yet: by
+    SIGTERM, for Python may lose a Ctrl-C while it imports.
     """
     try:
         launcher = psutil.Process(agent)
         trainers = launcher.children()
         begun = bool(trainers) and all(_watches(process.pid) for process in trainers)
-        if not begun:
+        if not trainers:
             launcher.terminate()
-        for process in trainers if begun else []:
-            process.send_signal(signum)
+        for process in trainers:
+            process.send_signal(signum if begun else signal.SIGKILL)
         return begun
     except psutil.NoSuchProcess:
         return True  # it has ended by itself
@@ -80,8 +81,8 @@ def _signal_trainers(agent: int, signum: int) -> bool:
 def _watches(process: int) -> bool:
     """Whether a trainer has come to where SIGTERM asks it to stop, in place of ending it; True where nothing tells."""
     try:
-        status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
+        _, found, rest = Path(f"/proc/{process}/status").read_bytes().partition(b"\nSigCgt:")
     except OSError:
         return True
-    caught = int(status.split("SigCgt:")[1].split()[0], 16)  # bit n - 1 is of signal n
+    caught = int(rest.split()[0], 16) if found else -1  # bit n - 1 is of signal n
     return bool(caught >> signal.SIGTERM - 1 & 1)
