@@ -65,10 +65,10 @@ def _tokenizer(part, objective, *more):
     return "tokenizer", [*own, *_GENTLE, *more]
 
 
-_UNET = """parts={prior: {kind: unet, in_channels: 3, out_channels: 6, width: 8, channel_mult: [1, 2],
-    blocks_per_level: 1, attn_levels: [1], num_heads: 2, context_dim: null, dropout: 0.1, norm_groups: 4}}"""
-_CAPTIONED = """parts={prior: {kind: unet, in_channels: 3, out_channels: 6, width: 8, channel_mult: [1, 2],
-    blocks_per_level: 1, attn_levels: [1], num_heads: 2, context_dim: 16, dropout: 0.1, norm_groups: 4},
+_UNET = """parts={prior: {kind: unet, in_channels: 3, out_channels: 6, width: 8, channel_mult: [1, 1, 2],
+    blocks_per_level: 1, attn_levels: [2], num_heads: 2, context_dim: null, dropout: 0.1, norm_groups: 4}}"""
+_CAPTIONED = """parts={prior: {kind: unet, in_channels: 3, out_channels: 6, width: 8, channel_mult: [1, 1, 2],
+    blocks_per_level: 1, attn_levels: [2], num_heads: 2, context_dim: 16, dropout: 0.1, norm_groups: 4},
     text: {kind: clip_text, text_vocab: 302, text_length: 24, width: 16, depth: 1, num_heads: 2}}"""
 _DENOISED = [
     "diffusion={schedule: cosine, num_timesteps: 50, prediction: v, zero_terminal: true}",

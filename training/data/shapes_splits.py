@@ -156,8 +156,15 @@ def _many_rows(part: str) -> tuple[Rows, Mask]:
     return rows, meaning_hash(rows) % np.uint64(RESERVE) == 0
 
 
+@lru_cache(maxsize=len(TEST_COUNTS))
 def test_rows(name: str) -> Rows:
-    """Rows of a test set (see `test_captions`), int64 (n, 8) or, of S3, (n, 13)."""
+    """Rows of a test set (see `test_captions`), int64 (n, 8) or, of S3, (n, 13); read-only."""
+    rows = _test_rows(name)
+    rows.setflags(write=False)
+    return rows
+
+
+def _test_rows(name: str) -> Rows:
     if name not in TEST_COUNTS:
         raise ValueError(f"shapes has the test sets {tuple(TEST_COUNTS)}, got {name!r}: choose one of these")
     if name in S3_TESTS:
