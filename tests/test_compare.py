@@ -98,6 +98,37 @@ def test_a_reference_of_another_version_of_the_recipe_or_of_other_data_judges_no
     assert code == 0 and "no verdict on prior: the reference read other data" in text
 
 
+def test_a_reference_that_ends_before_its_training_judges_until_there_and_never_replaces_a_longer_one(
+    runs, tmp_path, monkeypatch
+):
+    shutil.copy(runs / "shapes-dalle.yaml", tmp_path)
+    monkeypatch.setattr(compare, "find", lambda name: tmp_path / "shapes-dalle.yaml")
+    entries = [json.loads(line) for line in (runs / "first" / "log.jsonl").read_text().splitlines()]
+    shutil.copytree(runs / "first", tmp_path / "cut")
+
+    def cut(last):
+        kept = [one for one in entries if one["stage"] != "prior" or one["step"] <= last]
+        (tmp_path / "cut" / "log.jsonl").write_text("".join(json.dumps(one) + "\n" for one in kept))
+
+    cut(10)
+    with pytest.raises(ValueError, match="prior is at step 10 and was never validated"):
+        compare.save_reference(tmp_path / "cut")
+    cut(60)
+    compare.save_reference(tmp_path / "cut")
+    found = compare.compare([runs / "first", runs / "x40"], stage="prior").verdicts
+    for name, word in ("first", "normal"), ("x40", "behind"):
+        one = next(one for one in found[str(runs / name)] if one.key == "valid/nats_per_code")
+        assert (one.step, one.word) == (60, word) and "the reference ends at step 60 of 150" in one.why
+    cut(45)
+    with pytest.raises(ValueError, match="prior is at step 45; its reference reaches step 60"):
+        compare.save_reference(tmp_path / "cut")
+    compare.save_reference(runs / "first")
+    one = compare.compare([runs / "first"], stage="prior").verdicts[str(runs / "first")][0]
+    assert one.step == 150 and "ends" not in one.why
+    cut(10)  # such a run has no measure yet
+    assert "prior" not in {one.stage for one in compare.compare([tmp_path / "cut"]).verdicts[str(tmp_path / "cut")]}
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.curves.json")), ids=lambda path: path.parent.name + path.name)
 def test_every_shipped_reference_is_of_its_recipe_as_it_stands(path, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "find", find)  # where `runs` has replaced it

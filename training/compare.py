@@ -2,6 +2,7 @@
 
 A shipped recipe carries the reference beside it: `dalle.yaml`, `dalle.curves.json`, made of a log by `save_reference`.
 It says nothing of runs of a recipe that was changed since, or on other data: they get no verdict, and are told why.
+Where its own training was not finished, a run is judged by where it stood at the reference's last step at the latest.
 What is normal at a step s is what the reference was between 3/4 s and 4/3 s, and on either side three times its own
 scatter more, 2 % of the value at least. A band in time rather than in value needs no constant for each metric, and
 another seed or device shifts a curve mostly in time.
@@ -172,8 +173,8 @@ def save_reference(folder: Path, stage: str | None = None) -> Path:
 
     stage: of this one alone. Stages that the run has not stay as they were.
 
-    Raises ValueError where the run is of no shipped recipe, or of one that it changed, or a stage has not reached its
-    last step.
+    Raises ValueError where the run is of no shipped recipe, or of one that it changed, or where a stage was not
+    validated yet, or is not as far as the reference that it would replace.
     """
     recipe = _recipe_of(folder)
     path = _shipped(recipe)
@@ -191,8 +192,13 @@ def save_reference(folder: Path, stage: str | None = None) -> Path:
         decides = _deciding(recipe, name, depends)
         if changed := differences(_deciding(read_recipe(path), name, depends), decides):
             raise ValueError(f"{folder} changes its recipe ({changed}); a reference is a run of the recipe as it is")
-        if history.step < history.steps or history.headline is None:
-            raise ValueError(f"{name} is at step {history.step} of {history.steps}; a reference is a whole run")
+        if history.headline is None or history.headline not in history.curves:
+            raise ValueError(f"{name} is at step {history.step} and was never validated; a reference has its metrics")
+        known = stages.get(name)
+        if known and known["recipe"] == decides and history.step < (there := _until(known)):
+            raise ValueError(
+                f"{name} is at step {history.step}; its reference reaches step {there}, train on until then"
+            )
         names = [*_metrics(history), *(f"{network}/total" for network in history.facts["networks"])]
         curves = {key: _thin(history.curve(key)) for key in names if key in history.curves}
         facts = {key: history.facts.get(key) for key in ("steps", "global_batch", "higher_is_better", "data")}
@@ -201,6 +207,11 @@ def save_reference(folder: Path, stage: str | None = None) -> Path:
     text = f'{{"format": {_FORMAT}, "recipe": {json.dumps(recipe.name)}, "stages": {{\n' + ",\n".join(lines) + "\n}}\n"
     write_text(written, text)
     return written
+
+
+def _until(known: dict[str, Any]) -> int:
+    """The last step that a stage's reference tells of."""
+    return max(points[-1][0] for points in known["curves"].values())
 
 
 def _metrics(history: History) -> list[str]:
@@ -234,16 +245,21 @@ def band(points: Points, step: int) -> tuple[float, float]:
 
 
 def judge(history: History, reference: Reference) -> list[Verdict]:
-    """Where a stage stands against the reference, by each metric at the last step that it was measured."""
+    """Where a stage stands by each metric at the last step that it was measured and that its reference tells of."""
     known = reference.get(history.stage, {"curves": {}})
     keys = [key for key in _metrics(history) if key in history.curves and key in known["curves"]]
-    return [_judge(history, key, known) for key in keys]
+    return [one for key in keys if (one := _judge(history, key, known))]
 
 
-def _judge(history: History, key: str, known: dict[str, Any]) -> Verdict:
-    (step, value), points = history.curve(key)[-1], known["curves"][key]
+def _judge(history: History, key: str, known: dict[str, Any]) -> Verdict | None:
+    points, until = known["curves"][key], _until(known)
+    measured = [(s, v) for s, v in history.curve(key) if s <= until or until >= known["steps"]]
+    if not measured:
+        return None
+    step, value = measured[-1]
     low, high = band(points, step)
     why = f"normal at step {step} is {low:.4g} to {high:.4g}"
+    why += f" (the reference ends at step {until} of {known['steps']})" if until < known["steps"] else ""
     word = "normal" if low <= value <= high else "higher" if value > high else "lower"
     if key == history.headline and word != "normal":
         word = "ahead" if (word == "higher") == known["higher_is_better"] else "behind"
