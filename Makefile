@@ -23,7 +23,7 @@ test: .venv/.installed
 	  echo "make test: $$(( $$(date +%s) - start )) s"; exit $$status
 
 test-slow: .venv/.installed
-	@start=$$(date +%s); $(BIN)/python -m pytest -m slow --durations=0; status=$$?; \
+	@start=$$(date +%s); OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --durations=0; status=$$?; \
 	  echo "make test-slow: $$(( $$(date +%s) - start )) s"; exit $$status
 
 lint: .venv/.installed

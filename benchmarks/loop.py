@@ -4,7 +4,7 @@
 
 - loop: the time of a step in `train_stage` against the same forward pass, backward pass, clipping, optimizers and
   moving average in a bare `for`. Steps of both alternate, and what one reads ahead is read during the other's step: the
-  median of the pairs' ratios, and their quartiles.
+  median of the pairs' ratios, and their quartiles; then all steps together, of which the loop logs every twentieth.
 - wait: the share of the time that the log calls waiting, with two processes that read.
 - two processes: samples a second of two that share the recipe's steps, one thread each, against one with one thread;
   beside it of two that have the recipe's batch each, and what the machine itself leaves to two that run at once and
@@ -42,13 +42,14 @@ from kartina.training.stages import STAGES
 from kartina.training.stopping import Stop
 from kartina.training.stream import prefetch, rank_positions
 
-STEPS, WARM, ROUNDS = 20, 4, 3
+STEPS, WARM = 44, 4  # of which the log tells of 20 and 40
+COUNTED, ROUNDS = 20, 3
 QUIET = ["preview_every=100000", "validate_every=100000", "save_minutes=1000"]
 
 
 def build(model, name, workers=0):
     """Recipe's training half, the stage and its source, as the trainer makes them."""
-    overrides = [f"stages.{name}.{word}" for word in (*QUIET, f"steps={STEPS}", f"log_every={STEPS}")]
+    overrides = [f"stages.{name}.{word}" for word in (*QUIET, f"steps={STEPS}")]
     recipe, training = runs.load(recipe_of(model), [*overrides, f"training.data.workers={workers}"])
     source = source_of(recipe, training.data_of(name))
     kind = STAGES[recipe.parts[name]["kind"]]
@@ -137,7 +138,7 @@ def samples_a_second(model, name, runs_at_once, processes, batches=1):
         for folder in folders:
             lay_out(folder / "model", model, name)
         batch = batches * runs.load(recipe_of(model), [])[1].stages[name].global_batch
-        own = *QUIET, f"steps={2 * STEPS}", f"log_every={STEPS}", f"global_batch={batch}"
+        own = *QUIET, f"steps={2 * COUNTED}", f"log_every={COUNTED}", f"global_batch={batch}"
         words = [f"stages.{name}.{word}" for word in own]
         command = [sys.executable, "-m", "kartina.cli", "train", recipe_of(model), "--stage", name, *words]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -186,7 +187,12 @@ def main() -> None:
             pairs = side_by_side(model, name, accelerator)
         looped, alone = (1000 * statistics.median(times) for times in zip(*pairs, strict=True))
         low, ratio, high = statistics.quantiles([a / b for a, b in pairs], n=4)
-        print(f"{word}: a step {looped:.0f} ms in the loop, {alone:.0f} ms bare: {ratio:.3f} [{low:.3f}, {high:.3f}]")
+        together = sum(a for a, _ in pairs) / sum(b for _, b in pairs)
+        print(
+            f"{word}: a step {looped:.0f} ms in the loop, {alone:.0f} ms bare: {ratio:.3f} [{low:.3f}, {high:.3f}],",
+            end=" ",
+        )
+        print(f"{together:.3f} with those that log")
         wait = in_the_loop(model, name, accelerator, workers=2)[1]
         print(f"{word}: waiting for data with two workers {100 * wait:.2f} % of the time", flush=True)
     for word in words:

@@ -10,7 +10,8 @@ They do not know what is real, nor any loss.
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
 from .conv import group_norm
@@ -30,13 +31,40 @@ class _Discriminator(nn.Module):
         raise NotImplementedError
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation (Ioffe 2015, arXiv:1502.03167), in training by what all processes have together, of which
+    each has as many: a step is the same on any number of devices. `nn.SyncBatchNorm` is so on GPUs alone.
+    """
+
+    def forward(self, image: Tensor) -> Tensor:
+        if not (self.training and distributed.is_available() and distributed.is_initialized()):
+            return super().forward(image)
+        given = image.float()
+        mean = _of_all(given.mean((0, 2, 3)))
+        given = given - mean[:, None, None]
+        variance = _of_all(given.square().mean((0, 2, 3)))
+        count = given.numel() // len(mean) * distributed.get_world_size()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (given * scale[:, None, None] + self.bias[:, None, None]).to(image.dtype)
+
+
+def _of_all(value: Tensor) -> Tensor:
+    """The mean of a value over processes, through which gradients flow."""
+    return all_reduce(value) / distributed.get_world_size()
+
+
 class PatchDiscriminator(_Discriminator):
     """Images (B, C, H, W) in [-1, 1] -> logits (B, 1, h, w), one for each patch: high where it looks real.
 
     4x4 convolutions with stride 2, `depth` of them, whose widths double from `width` to at most 8 * width, and two with
-    stride 1; leaky ReLU 0.2. norm: "batch" as published, or "group", whose values hang on no other image; no norm
-    follows the first and the last. Weights start as normal(0, 0.02). in_channels: 3, or 6 where an image is judged
-    beside its condition, another image of its size (section 3.1). Raises ValueError for sizes that do not fit.
+    stride 1; leaky ReLU 0.2. norm: "batch" as published, of all processes' images, or "group", whose values hang on no
+    other image; no norm follows the first and the last. Weights start as normal(0, 0.02). in_channels: 3, or 6 where an
+    image is judged beside its condition, another image of its size (section 3.1). Raises ValueError for sizes that do
+    not fit.
     """
 
     def __init__(
@@ -58,7 +86,7 @@ class PatchDiscriminator(_Discriminator):
         for i in range(depth):
             layers += [
                 nn.Conv2d(widths[i], widths[i + 1], 4, stride=2 if i < depth - 1 else 1, padding=1, bias=False),
-                nn.BatchNorm2d(widths[i + 1]) if norm == "batch" else group_norm(widths[i + 1], norm_groups),
+                BatchNorm(widths[i + 1]) if norm == "batch" else group_norm(widths[i + 1], norm_groups),
                 nn.LeakyReLU(0.2),
             ]
         self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))

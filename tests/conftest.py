@@ -48,6 +48,7 @@ _DISCRIMINATOR = [
     "stages.tokenizer.optimizers={discriminator: {lr: 0.0001}}",
 ]
 _LISTENS = "discriminator_start: 0.1, discriminator_warmup: 0.1, discriminator_ramp: 0.3"
+_VAE = f"kind: vae, {_CONVOLUTIONS}, latent_dim: 16, latent_channels: 4"
 _VQVAE = "kind: vqvae, image_size: 32, num_codes: 32, code_dim: 4, width: 8, residual_width: 8, depth: 1"
 _VQGAN = f"kind: vqgan, {_CONVOLUTIONS}, num_codes: 32, code_dim: 4, latent_channels: 8, attn_resolutions: []"
 
@@ -89,10 +90,8 @@ _TINY = {
         "training.data={kind: digits}",
         _DISCRIMINATOR[1],
     ),
-    "vae": _tokenizer(
-        f"kind: vae, {_CONVOLUTIONS}, latent_dim: 16, latent_channels: 4",
-        "likelihood: logistic, beta_share: 0.5, free_bits: 0.02",
-    ),
+    "vae": _tokenizer(_VAE, "likelihood: logistic, beta_share: 0.5"),
+    "vae, free bits": _tokenizer(_VAE, "likelihood: logistic, beta_share: 0.5, free_bits: 0.02"),
     "vqvae": _tokenizer(_VQVAE, "data_variance: 0.3"),
     "vqvae, moved": _tokenizer(f"{_VQVAE}, ema_decay: 0.9, cosine: true", "kmeans: 0.25, restart_every: 5"),
     "vqgan": _tokenizer(_VQGAN, f"kmeans: 0, restart_every: 4, {_LISTENS}", *_DISCRIMINATOR),
@@ -103,9 +102,11 @@ _TINY = {
     "autoencoder_kl": _tokenizer(
         f"kind: autoencoder_kl, {_CONVOLUTIONS}",
         f"{_LISTENS}, equivariance: 0.3",
-        *_DISCRIMINATOR,
+        "parts.discriminator={kind: patch, width: 8, depth: 1, norm: batch}",
+        _DISCRIMINATOR[1],
         "stages.tokenizer.optimizer.muon=0.0005",
     ),
+    "autoencoder_kl, alone": _tokenizer(f"kind: autoencoder_kl, {_CONVOLUTIONS}", "equivariance: 0.3"),
     "dvae": (
         "tokenizer",
         [_DVAE, *(f"stages.tokenizer.objective.{knob}" for knob in ("autoencoder=0.25", "evenness=0")), *_GENTLE_RATES],

@@ -1,16 +1,15 @@
-"""Runs training jobs one after the other in one process: the caller's, or as one of the ranks that torchrun started.
-
-    torchrun --nproc_per_node=2 job_worker.py JOBS.jsonl RESULTS
-
-Without these two it reads them from its standard input, a list in a line, and says `done` after each (see two_ranks).
+"""Runs training jobs one after the other in one process: the caller's, or one of the ranks that torchrun started, which
+reads from its standard input where they are and where results go, a list in a line, and says `done` after each (see
+two_ranks).
 
 A job is a line {"name", "argv", ...}: the arguments of the trainer, and what happens to it: "stop_at", the step at
-which the first rank sends itself a real SIGTERM; "poison", the first and last position of samples whose pictures are
-not numbers; "steep_at", the step at which the last rank's loss is finite and its gradient is not; "fail_at", the step
-at which the last rank fails; "chunk", the samples that validation reads at once (8). Of images that codes begin with it
-reads few. Per job and rank, RESULTS/<name>-<rank>.json holds {"status", "world", "keys", "scored", "held", "hash"}: the
-keys of the samples of each step; those that were measured, with a weight; of each network the number of its values that
-this rank holds, of how many, and whether all its parameters are DTensors; and the hash of the networks at the end.
+which the first rank sends itself a real SIGTERM; "poison", first and last positions of samples whose pictures are not
+numbers; "steep_at", the step at which the last rank's loss is finite and its gradient is not; "chunk", the samples that
+validation reads at once (8); "previews", whether it makes them. Of images that codes begin with it reads few. Per job
+and rank, RESULTS/<name>-<rank>.json holds {"status", "world", "keys", "scored", "held", "hash"}: the keys of the
+samples of each step; those that were measured, with a weight; of each network the number of its values that this rank
+holds, of how many, and whether all its parameters are DTensors; and the hashes of the networks and their average after
+the last step, and of what is exported.
 """
 
 import gc
@@ -26,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from kartina.pipeline.checkpoint import part_hash
 from kartina.training import __main__ as trainer
-from kartina.training import exchange, stages
+from kartina.training import exchange, loop, stages
 from kartina.training.stages import contract
 
 
@@ -67,10 +66,8 @@ def troubled(kind, job, keys, scored, found, hashes):
             found.update({name: held(network) for name, network in self.networks.items()})
             if step == job.get("stop_at") and RANK == 0:
                 signal.raise_signal(signal.SIGTERM)
-            if step == job.get("fail_at") and RANK == WORLD - 1:
-                raise RuntimeError(f"rank {RANK} fails at step {step}")
-            first, last = job.get("poison", (0, -1))
-            batch.image[(batch.samples >= first) & (batch.samples <= last)] = float("nan")
+            for first, last in job.get("poison", []):
+                batch.image[(batch.samples >= first) & (batch.samples <= last)] = float("nan")
             updates = super().updates(batch, step)
             return steepened(updates) if step == job.get("steep_at") and RANK == WORLD - 1 else updates
 
@@ -78,25 +75,43 @@ def troubled(kind, job, keys, scored, found, hashes):
             scored.extend(key for key, weight in zip(batch.keys, batch.weight.tolist(), strict=True) if weight)
             return super().measure(batch)
 
+        def preview(self, batch):
+            return super().preview(batch) if job.get("previews") else None
+
         def finish(self):
             super().finish()
-            networks = self.networks.items()
-            if not any(found[name][2] for name in self.networks):  # divided ones are compared by their export
-                hashes.append(part_hash({f"{n}.{k}": v for n, m in networks for k, v in m.state_dict().items()}))
+            self.mark({})
+
+        def mark(self, more):
+            """Adds the hash of all networks as they are, and of more. Divided ones are compared by their export."""
+            if not any(found[name][2] for name in self.networks):
+                networks = self.networks.items()
+                hashes.append(part_hash({f"{n}.{k}": v for n, m in networks for k, v in m.state_dict().items()} | more))
 
     return Troubled
+
+
+def marked(train):
+    """The training of a stage, which marks its networks before they are rounded, and their average."""
+
+    def trained(identity, stage, *rest):
+        ema = train(identity, stage, *rest)
+        stage.mark(ema.average)
+        return ema
+
+    return trained
 
 
 def run(job, results):
     keys, scored, found, hashes, known = [], [], {}, [], dict(stages.STAGES)
     stages.STAGES.update({name: troubled(kind, job, keys, scored, found, hashes) for name, kind in known.items()})
-    usual = exchange.CHUNK, contract.IMAGES
-    exchange.CHUNK, contract.IMAGES = job.get("chunk", 8), 256
+    usual = exchange.CHUNK, contract.IMAGES, loop.train_stage
+    exchange.CHUNK, contract.IMAGES, loop.train_stage = job.get("chunk", 8), 256, marked(loop.train_stage)
     try:
         status = trainer.main([*job["argv"], f"--processes={WORLD}"])
     finally:
         stages.STAGES.update(known)
-        exchange.CHUNK, contract.IMAGES = usual
+        exchange.CHUNK, contract.IMAGES, loop.train_stage = usual
     facts = {"status": status, "world": PartialState().num_processes, "keys": keys, "scored": scored, "held": found}
     facts["hash"] = "".join(hashes)  # of one stage
     (results / f"{job['name']}-{RANK}.json").write_text(json.dumps(facts))
@@ -110,12 +125,9 @@ def run_all(jobs, results):
 
 if __name__ == "__main__":
     gc.freeze()  # what is imported stays: each job ends by looking for garbage
-    if len(sys.argv) > 1:
-        run_all(*map(Path, sys.argv[1:]))
-    else:
-        answers = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what trainings say
-        for line in sys.stdin:
-            run_all(*map(Path, json.loads(line)))
-            print("done", file=answers, flush=True)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what trainings say
+    for line in sys.stdin:
+        run_all(*map(Path, json.loads(line)))
+        print("done", file=answers, flush=True)
     trainer.end(0)

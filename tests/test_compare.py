@@ -107,26 +107,34 @@ def test_a_reference_that_ends_before_its_training_judges_until_there_and_never_
     shutil.copytree(runs / "first", tmp_path / "cut")
 
     def cut(last):
-        kept = [one for one in entries if one["stage"] != "prior" or one["step"] <= last]
+        kept = [one for one in entries if one["stage"] == "prior" and one["step"] <= last]
         (tmp_path / "cut" / "log.jsonl").write_text("".join(json.dumps(one) + "\n" for one in kept))
 
     cut(10)
     with pytest.raises(ValueError, match="prior is at step 10 and was never validated"):
         compare.save_reference(tmp_path / "cut")
-    cut(60)
+    cut(68)  # validated at 60, and its loss told until 68
     compare.save_reference(tmp_path / "cut")
     found = compare.compare([runs / "first", runs / "x40"], stage="prior").verdicts
     for name, word in ("first", "normal"), ("x40", "behind"):
         one = next(one for one in found[str(runs / name)] if one.key == "valid/nats_per_code")
-        assert (one.step, one.word) == (60, word) and "the reference ends at step 60 of 150" in one.why
-    cut(45)
-    with pytest.raises(ValueError, match="prior is at step 45; its reference reaches step 60"):
+        assert (one.step, one.word) == (45, word) and "the reference ends at step 60 of 150" in one.why
+    cut(50)
+    with pytest.raises(ValueError, match="prior is measured at step 45; its reference until step 60"):
         compare.save_reference(tmp_path / "cut")
     compare.save_reference(runs / "first")
     one = compare.compare([runs / "first"], stage="prior").verdicts[str(runs / "first")][0]
     assert one.step == 150 and "ends" not in one.why
-    cut(10)  # such a run has no measure yet
-    assert "prior" not in {one.stage for one in compare.compare([tmp_path / "cut"]).verdicts[str(tmp_path / "cut")]}
+
+    path = tmp_path / "shapes-dalle.curves.json"
+    later = json.loads(path.read_text())
+    for points in later["stages"]["prior"]["curves"].values():
+        points[:] = [(step, value) for step, value in points if step > 60]  # first measured at 75
+    path.write_text(json.dumps(later))
+    cut(50)
+    comparison = compare.compare([tmp_path / "cut"])
+    assert comparison.verdicts == {str(tmp_path / "cut"): []}
+    assert "no verdict: the reference was not measured at these steps" in compare.report(comparison)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.curves.json")), ids=lambda path: path.parent.name + path.name)

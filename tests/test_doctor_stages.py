@@ -160,11 +160,25 @@ def test_a_loss_that_rises_because_its_weights_do_has_no_rate_too_high():
     assert not doctor.judge(found)
 
 
+@pytest.mark.parametrize("of", ["valid", "tokenizer"])
 @pytest.mark.parametrize(
     ("counts", "usage", "wrong"), [(3.1, 0.4, True), (3.1, 0.5, False), (1.0, 0.33, False), (0.5, 0.01, False)]
 )
-def test_codes_may_be_left_out_by_chance_where_few_are_drawn(counts, usage, wrong):
-    """Of even codes with c counts each 1 - exp(-c) are met; half of that is asked for."""
-    curves = {"valid/usage": usage, "valid/perplexity": 9.0, "valid/counts_per_code": counts}
+def test_codes_may_be_left_out_by_chance_where_few_are_drawn(counts, usage, wrong, of):
+    """Of even codes with c counts each 1 - exp(-c) are met; half of that is asked for. Of the steps of a line where
+    nothing is validated."""
+    curves = {f"{of}/usage": usage, f"{of}/perplexity": 9.0, f"{of}/counts_per_code": counts}
     log = history.History("tokenizer", {"steps": 100}, {name: {100: value} for name, value in curves.items()}, step=100)
     assert [finding.name for finding in doctor.judge(log)] == ["codebook collapse"] * wrong
+
+
+@pytest.mark.parametrize(("last", "wrong"), [(99.0, True), (101.0, False)])
+def test_codes_that_come_less_and_less_evenly_collapse_too(last, wrong):
+    """All are in use, but their perplexity has fallen below a third of what it was."""
+    perplexity = {20: 300.0, 60: 200.0, 100: last}
+    log = history.History(
+        "tokenizer", {"steps": 100}, {"valid/usage": {100: 0.9}, "valid/perplexity": perplexity}, step=100
+    )
+    found = doctor.judge(log)
+    assert [finding.name for finding in found] == ["codebook collapse"] * wrong
+    assert not wrong or "which was 300.0 before" in found[0].seen

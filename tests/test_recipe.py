@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from kartina import cli
+from kartina.layers.discriminator import BatchNorm
 from kartina.pipeline import recipe as recipes
 from kartina.training import run as runs
 from kartina.training.stages import STAGES
@@ -128,13 +129,15 @@ def test_the_global_batch_must_divide():
         runs.division(stage, 3)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if not name.startswith("paper/")])
+@pytest.mark.parametrize("name", ALL)
 def test_no_normalisation_depends_on_the_batch_of_a_device(name):
     """Batch statistics would make a run another one on another number of devices."""
     recipe, _ = runs.load(name, [])
     with torch.device("meta"):
         modules = [module for part in recipe.parts for module in recipes.build(recipe, part).modules()]
-    assert not [module for module in modules if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    normed = [module for module in modules if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    assert all(isinstance(module, BatchNorm) for module in normed)  # whose statistics are of all devices
+    assert bool(normed) == (recipe.parts.get("discriminator", {}).get("norm") == "batch")
 
 
 def test_what_differs_is_named_down_to_the_value():

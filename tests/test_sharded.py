@@ -40,7 +40,7 @@ def runs(tiny, prepared, tmp_path_factory, work):
 
     results = work([*jobs("one"), *jobs("joined", " first", stop_at=STOP - 1)], 1)
     halves = [*jobs("parted", " first", stop_at=STOP - 1), *jobs("moved", " first", stop_at=STOP - 1)]
-    results |= work([*jobs("two"), *jobs("passes"), *halves, *jobs("parted"), *jobs("joined")], 2)
+    results |= work([*jobs("two", previews=True), *jobs("passes"), *halves, *jobs("parted"), *jobs("joined")], 2)
     results |= work([*jobs("moved")], 1)
     return folders, results
 

@@ -48,7 +48,7 @@ def family(process):
     return [parent, *parent.children(recursive=True)]
 
 
-PATTERNS = ("patch_dvae", "vqgan")  # one network, two and a codebook
+PATTERNS = ("patch_dvae", "vqgan", "clip")  # one network, two and a codebook, a loss over pairs
 LONG = ["stages.tokenizer.steps=100000", "stages.tokenizer.validate_every=100000"]
 
 
@@ -58,7 +58,7 @@ def folder(prepared, tmp_path):
     return prepared(tmp_path / "run", "patch_dvae")
 
 
-@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGINT)])
 def test_a_signal_to_the_command_saves_and_leaves_no_process(processes, number, tiny, folder):
     process = start([*tiny["patch_dvae"][1], *LONG, "--run", str(folder)], processes)
     wait_for_step(folder, 5, process)
@@ -103,7 +103,7 @@ def test_a_signal_to_the_whole_group_saves_too(tiny, folder):
 def test_a_second_signal_stops_at_once(tiny, folder):
     """Also a trainer that no longer comes to look at signals, as one that waits for ever in a save."""
     stuck = "import time; from kartina.training import state; state.save = lambda *rest: time.sleep(1000); "
-    stuck += "from kartina.training import stopping; stopping._SAME = 0.3; "
+    stuck += "from kartina.training import stopping; stopping.SAME = 0.3; "
     argv = [*tiny["patch_dvae"][1], *LONG, "stages.tokenizer.save_every=7", "--run", str(folder)]
     code = f"{stuck}import sys; from kartina.training import __main__ as trainer; sys.exit(trainer.main({argv!r}))"
     code = code.replace("lambda *rest: time", "lambda folder, content, *rest: content['at'] and time")
@@ -111,7 +111,7 @@ def test_a_second_signal_stops_at_once(tiny, folder):
     wait_for_step(folder, 7, process)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.8)
-    assert process.poll() is None and stopping._SAME == 2.0
+    assert process.poll() is None and stopping.SAME == 2.0
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == -signal.SIGTERM
 

@@ -3,10 +3,12 @@
 import json
 import math
 
+import pytest
 import torch
 from test_weather import events, is_finite, newest, optimizer_steps
 
 from kartina.training import __main__ as trainer
+from kartina.training import loop
 from kartina.training.stages.dvae import DVAEStage
 from kartina.training.stages.vqgan import VQGANStage
 
@@ -23,6 +25,24 @@ def test_of_every_stage_a_step_with_an_infinite_gradient_is_left_out(tiny_kind, 
     taken = 2 if tiny_kind in ANEW else 3
     assert (saved["step"], saved["ema"]["updates"]) == (4, taken) and is_finite(saved)
     assert optimizer_steps(saved, stage) == {taken}
+
+
+@pytest.mark.parametrize("within", [1000, 6])
+def test_returns_that_lie_far_apart_end_no_run_and_one_that_ends_names_the_samples(
+    within, tiny, prepared, tmp_path, work, monkeypatch, capsys
+):
+    """Three, of the steps 5, 9 and 13 of the data: the first is within 1,000 steps of the last, not within 6."""
+    monkeypatch.setattr(loop, "_WITHIN", within)
+    words = ["stages.tokenizer.patience=1", "stages.tokenizer.save_every=1", "--run"]
+    argv = [*tiny["patch_dvae"][1], *words, str(prepared(tmp_path, "patch_dvae"))]
+    (facts,) = work([{"name": "far", "argv": argv, "poison": [[40, 40], [72, 72], [104, 104]]}], 1)["far"]
+    bad = [event["bad"] for event in events(tmp_path, "returned")]
+    if within == 6:
+        assert facts["status"] == 0 and bad == [[5, 5], [9, 9], [13, 13]]
+    else:
+        assert facts["status"] == 2 and bad == [[5, 5], [9, 9]]
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"for the third time within 1000 steps, last at samples {facts['keys'][-1][1][0]}, " in said
 
 
 def test_a_step_of_two_networks_ends_with_the_one_that_is_not_finite(tiny, tmp_path, monkeypatch):

@@ -340,10 +340,11 @@ def test_what_a_stage_trained_is_not_kept_for_the_next_one(run_and_kept):
     assert len(kept) > 10 and not any(kept)
 
 
-def test_tensorboard_has_the_scalars_and_a_missing_tracker_is_refused_at_once(tmp_path, capsys):
+def test_tensorboard_has_the_scalars_and_a_missing_tracker_is_refused_at_once(tmp_path, capsys, monkeypatch):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert trainer.main([*SHORT, "training.trackers=[tensorboard]", "--run", str(tmp_path)]) == 0
     events = reader.EventAccumulator(str(tmp_path / "tensorboard" / "tokenizer")).Reload()
     assert [event.step for event in events.Scalars("tokenizer/nll")] == [1, 2, 3, 4]
+    monkeypatch.setattr("kartina.training.log._is_installed", lambda name: False)
     assert trainer.main([*SHORT, "training.trackers=[trackio]", "--run", str(tmp_path / "other")]) == 2
     assert "training.trackers names trackio, which is not installed" in capsys.readouterr().err

@@ -50,7 +50,8 @@ def trainings(tiny, prepared, tmp_path_factory, work):
                 own = [*argv, *([f"stages.{stage}.micro_batch={4 // processes}"] if plan == "passes" else [])]
                 own += ["--run", str(folder)]
                 names = [f"{kind}-{plan}-{i}" for i in range(len(stops))]
-                jobs += [{"name": n, "argv": own, "stop_at": s} for n, s in zip(names, stops, strict=True)]
+                shown = {"argv": own, "previews": plan == "whole"}
+                jobs += [{"name": n, "stop_at": s, **shown} for n, s in zip(names, stops, strict=True)]
                 plans_of[processes, kind, plan] = folder, names
         results = work(jobs, processes)
         return {key: (folder, [results[name] for name in names]) for key, (folder, names) in plans_of.items()}
@@ -172,7 +173,7 @@ def test_averaged_weights_are_neither_the_first_nor_the_last(tiny_kind, training
 def test_ranks_end_with_the_same_networks(tiny_kind, trainings):
     """Codebooks and scales of latents too, which no exchange of gradients keeps equal; nor does a checkpoint tell."""
     _, (ranks,) = trainings(2, tiny_kind, "whole")
-    assert len({rank["hash"] for rank in ranks}) == 1 and len(ranks[0]["hash"]) == 64
+    assert len({rank["hash"] for rank in ranks}) == 1 and len(ranks[0]["hash"]) == 2 * 64
 
 
 @pytest.mark.parametrize("tiny_kind", ["autoencoder", "autoencoder_kl"])

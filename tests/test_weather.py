@@ -81,7 +81,7 @@ def stormy(tiny, shards, tmp_path_factory, work):
     home = tmp_path_factory.mktemp("weather")
     argv = [*tiny["patch_dvae"][1], "stages.tokenizer.patience=3", "stages.tokenizer.save_every=4"]
     spans = {"sample": (43, 43), "span": (40, 63), "parted": (40, 63), "start": (0, 23), "endless": (40, 10_000)}
-    jobs = [{"name": n, "argv": [*argv, "--run", str(home / n)], "poison": span} for n, span in spans.items()]
+    jobs = [{"name": n, "argv": [*argv, "--run", str(home / n)], "poison": [span]} for n, span in spans.items()]
     jobs[2]["stop_at"] = 9
     jobs.append({"name": "steep", "argv": [*argv, "--run", str(home / "steep")], "steep_at": 5})
     jobs.append({**jobs[2], "name": "resumed", "stop_at": None})
@@ -325,16 +325,23 @@ def test_memory_that_does_not_suffice_ends_neither_validation_nor_a_run_at_its_p
     assert "stage clip ran out of memory" in capsys.readouterr().err
 
 
-def test_a_rank_that_fails_ends_all_with_its_traceback(tiny, tmp_path):
-    job = {"name": "fail", "argv": [*tiny["patch_dvae"][1], "--run", str(tmp_path / "run")], "fail_at": 3}
-    (tmp_path / "jobs.jsonl").write_text(json.dumps(job))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    worker = os.path.join(os.path.dirname(__file__), "job_worker.py")
-    begin = time.monotonic()
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, worker, str(tmp_path / "jobs.jsonl"), str(tmp_path)],
-        env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode != 0 and time.monotonic() - begin < 60
-    assert "RuntimeError: rank 1 fails at step 3" in done.stderr
+FAILS = """import os
+if os.environ.get("RANK") == "1":
+    from kartina.training.stages import STAGES
+    real = STAGES["patch_dvae"].updates
+    def updates(stage, batch, step):
+        if step == 3:
+            raise RuntimeError("rank 1 fails at step 3")
+        return real(stage, batch, step)
+    STAGES["patch_dvae"].updates = updates
+"""
+
+
+def test_a_rank_that_fails_ends_all_with_its_traceback(tiny, prepared, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(FAILS)
+    argv = [*tiny["patch_dvae"][1], "--run", str(prepared(tmp_path / "run", "patch_dvae")), "--processes=2"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command, begin = [sys.executable, "-m", "kartina.cli", "train", *argv], time.monotonic()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and time.monotonic() - begin < 60
+    assert "Traceback" in done.stderr and "RuntimeError: rank 1 fails at step 3" in done.stderr

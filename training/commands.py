@@ -100,11 +100,12 @@ def evaluate(
     """Measure a model on what training never shows: on `shapes`, its tokenizer and CLIP too, on emoji, or on the
     captions of your shards that it held out.
 
-    Of a model without a prior, trained on shapes, its tokenizer alone.
+    Of a model of shapes without a prior its tokenizer alone; of one without captions whether it draws scenes.
     """
     from ..pipeline import gallery
     from ..pipeline.checkpoint import load_recipe, read_card, save_measured
     from ..pipeline.known_models import find_model
+    from ..pipeline.recipe import reads_captions
     from ..pipeline.terminal import progress_bar
     from .data.labelled import read_fields
     from .evaluation import captions_suite, emoji_suite, shapes_suite
@@ -139,6 +140,10 @@ def evaluate(
             )
         return _evaluate_tokenizer(model, folder, options, device_named(device), save, as_json)
     system = load(folder, device, "float32")
+    if data is None and not reads_captions(recipe):
+        if chosen or candidates > 1:
+            raise ValueError(f"{model} reads no captions; leave out --tests and --candidates")
+        return _evaluate_scenes(model, folder, system, per_test, seed, save, as_json)
     truth = () if data is None else (data,)
     known = {part.get("identity", {}).get("data") for part in read_card(folder)["parts"].values()} - {None}
     if suite is captions_suite:
@@ -179,6 +184,23 @@ def _evaluate_tokenizer(
         figures = reports.rounded({"tokenizer": result["tokenizer"]["rate"]})
         facts = {"device": device, "dtype": "float32", "pictures": result["tokenizer"]["n"]}
         save_measured(folder, shlex.join([*words, f"--seed={options['seed']}", "--save"]), figures, **facts)
+
+
+def _evaluate_scenes(
+    model: str, folder: Path, system: Any, count: int | None, seed: int, save: bool, as_json: bool
+) -> None:
+    from ..pipeline.checkpoint import save_measured
+    from ..pipeline.terminal import progress_bar
+    from .evaluation import reports
+    from .evaluation import scenes_suite as suite
+
+    with progress_bar("evaluating") as progress:
+        result = suite.evaluate(system, count or suite.PICTURES, seed=seed, progress=progress)
+    typer.echo(json.dumps(result) if as_json else suite.report(result))
+    if save:
+        facts = {"pictures": result["n"], **{name: result[name] for name in ("device", "dtype", "knobs")}}
+        words = shlex.join(["kartina", "evaluate", model, f"--seed={seed}", "--save"])
+        save_measured(folder, words, reports.rounded({"scenes": result["rate"]}), **facts)
 
 
 def _evaluate_attributes(model: str, data: Path, per_move: int | None, device: str, save: bool, as_json: bool) -> None:

@@ -2,7 +2,7 @@
 
 A shipped recipe carries the reference beside it: `dalle.yaml`, `dalle.curves.json`, made of a log by `save_reference`.
 It says nothing of runs of a recipe that was changed since, or on other data: they get no verdict, and are told why.
-Where its own training was not finished, a run is judged by where it stood at the reference's last step at the latest.
+A metric is judged at the last step at which the reference was measured around it: one that was not finished ends.
 What is normal at a step s is what the reference was between 3/4 s and 4/3 s, and on either side three times its own
 scatter more, 2 % of the value at least. A band in time rather than in value needs no constant for each metric, and
 another seed or device shifts a curve mostly in time.
@@ -192,13 +192,13 @@ def save_reference(folder: Path, stage: str | None = None) -> Path:
         decides = _deciding(recipe, name, depends)
         if changed := differences(_deciding(read_recipe(path), name, depends), decides):
             raise ValueError(f"{folder} changes its recipe ({changed}); a reference is a run of the recipe as it is")
-        if history.headline is None or history.headline not in history.curves:
+        if history.headline is None:
             raise ValueError(f"{name} is at step {history.step} and was never validated; a reference has its metrics")
-        known = stages.get(name)
-        if known and known["recipe"] == decides and history.step < (there := _until(known)):
-            raise ValueError(
-                f"{name} is at step {history.step}; its reference reaches step {there}, train on until then"
-            )
+        measured, known = history.curve(history.headline)[-1][0], stages.get(name, {})
+        if (known.get("recipe"), known.get("data")) == (decides, history.facts.get("data")):
+            there = known["curves"][history.headline][-1][0]
+            if measured < there:
+                raise ValueError(f"{name} is measured at step {measured}; its reference until step {there}, train on")
         names = [*_metrics(history), *(f"{network}/total" for network in history.facts["networks"])]
         curves = {key: _thin(history.curve(key)) for key in names if key in history.curves}
         facts = {key: history.facts.get(key) for key in ("steps", "global_batch", "higher_is_better", "data")}
@@ -207,11 +207,6 @@ def save_reference(folder: Path, stage: str | None = None) -> Path:
     text = f'{{"format": {_FORMAT}, "recipe": {json.dumps(recipe.name)}, "stages": {{\n' + ",\n".join(lines) + "\n}}\n"
     write_text(written, text)
     return written
-
-
-def _until(known: dict[str, Any]) -> int:
-    """The last step that a stage's reference tells of."""
-    return max(points[-1][0] for points in known["curves"].values())
 
 
 def _metrics(history: History) -> list[str]:
@@ -245,21 +240,22 @@ def band(points: Points, step: int) -> tuple[float, float]:
 
 
 def judge(history: History, reference: Reference) -> list[Verdict]:
-    """Where a stage stands by each metric at the last step that it was measured and that its reference tells of."""
+    """Where a stage stands by each metric at the last step that it was measured and the reference around it."""
     known = reference.get(history.stage, {"curves": {}})
     keys = [key for key in _metrics(history) if key in history.curves and key in known["curves"]]
     return [one for key in keys if (one := _judge(history, key, known))]
 
 
 def _judge(history: History, key: str, known: dict[str, Any]) -> Verdict | None:
-    points, until = known["curves"][key], _until(known)
-    measured = [(s, v) for s, v in history.curve(key) if s <= until or until >= known["steps"]]
-    if not measured:
+    points = known["curves"][key]
+    begin, end = points[0][0], points[-1][0]
+    whole = end >= known["steps"]
+    told = [(s, v) for s, v in history.curve(key) if begin <= s * _APART and (whole or s * _APART <= end)]
+    if not told:
         return None
-    step, value = measured[-1]
+    (step, value), why = told[-1], "" if whole else f"the reference ends at step {end} of {known['steps']}; "
     low, high = band(points, step)
-    why = f"normal at step {step} is {low:.4g} to {high:.4g}"
-    why += f" (the reference ends at step {until} of {known['steps']})" if until < known["steps"] else ""
+    why += f"normal at step {step} is {low:.4g} to {high:.4g}"
     word = "normal" if low <= value <= high else "higher" if value > high else "lower"
     if key == history.headline and word != "normal":
         word = "ahead" if (word == "higher") == known["higher_is_better"] else "behind"
@@ -316,6 +312,8 @@ def report(comparison: Comparison) -> str:
     console.print(table)
     if verdicts.rows:
         console.print(verdicts)
+    elif any(comparison.references.values()):
+        console.print("no verdict: the reference was not measured at these steps")
     elif not any(comparison.unfit.values()):
         console.print("no verdict: the recipe carries no reference (--save-reference)")
     shown = {name for name, _ in comparison.keys}

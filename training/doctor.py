@@ -3,7 +3,8 @@
 Rules are pure functions of one stage's log. A rule waits until there is enough to judge by, and speaks of how things
 stand at the end of the log, so that what has healed is not told. What the rules read beside the loop's own scalars:
 
-    valid/usage, valid/perplexity       share of codes in use, exp of their entropy, over the whole validation set
+    valid/usage, valid/perplexity       share of codes in use, exp of their entropy, over the whole validation set; of a
+                                        run without one, tokenizer/... over the steps since the line before
     valid/counts_per_code               how many codes these two rest on, for each entry of the codebook
     valid/active_units                  share of latent units whose posterior mean varies over the data by more than
                                         0.01 (Burda 2016, arXiv:1509.00519, section 5.2)
@@ -124,13 +125,16 @@ def _recent(history: History, name: str) -> float | None:
 
 
 def codebook_collapse(history: History) -> Found:
-    usage = history.last("valid/usage", _begin(history))
-    counts = history.last("valid/counts_per_code", _begin(history)) or math.inf
+    begin = _begin(history)
+    of, where = "valid", "the validation set"
+    if "valid/usage" not in history.curves:
+        of, where = history.stage, "the steps of a line"
+    usage, counts = history.last(f"{of}/usage", begin), history.last(f"{of}/counts_per_code", begin) or math.inf
     if usage is None or not _ripe(history) or counts < _COUNTS:
         return
     expected = _USAGE * (1 - math.exp(-counts))  # codes that come alike leave some out by chance
-    perplexities = [value for _, value in history.curve("valid/perplexity", _begin(history))] or [float("nan")]
-    seen = f"{usage:.0%} of the codes occur in the validation set, with a perplexity of {perplexities[-1]:.1f}"
+    perplexities = [value for _, value in history.curve(f"{of}/perplexity", begin)] or [float("nan")]
+    seen = f"{usage:.0%} of the codes occur in {where}, with a perplexity of {perplexities[-1]:.1f}"
     advice = (
         "start the codes from k-means (stages.tokenizer.objective.kmeans=0.05, of a dVAE autoencoder=0.2), revive dead "
         "ones (restart_every=50; of a dVAE raise kl_weight), or lower num_codes"

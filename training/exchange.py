@@ -111,7 +111,8 @@ class Line:
         found = dict(zip(["total", *names], mean, strict=True))
         if name in self.codes:
             counts = self.accelerator.reduce(self.codes.pop(name), reduction="sum")
-            found |= {key: float(value) for key, value in codebook_use(counts).items()}
+            use = codebook_use(counts) | {"counts_per_code": counts.mean()}
+            found |= {key: float(value) for key, value in use.items()}
         return {f"{name}/{key}": value for key, value in found.items()}
 
 

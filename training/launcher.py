@@ -11,13 +11,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
-from .stopping import ends_with_parent
+from . import stopping
 
 _CONFIG = Path(__file__).parent.parent / "accelerate_config.yaml"
 
@@ -37,13 +38,17 @@ def launch(trainer: Sequence[str], processes: int) -> int:
         starter = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, "-m", *starter, "-m", *trainer]
     agent = subprocess.Popen(
-        command, env=environment, start_new_session=True, preexec_fn=ends_with_parent(signal.SIGTERM)
+        command, env=environment, start_new_session=True, preexec_fn=stopping.ends_with_parent(signal.SIGTERM)
     )
     asked: list[int] = []
-    begun = True
+    begun, first = True, 0.0
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
-        nonlocal begun
+        nonlocal begun, first
+        now = time.monotonic()
+        if asked and now - first <= stopping.SAME:
+            return
+        first = first or now
         asked.append(signum)
         begun = _signal_trainers(agent.pid, signum)
         if len(asked) > 1:  # a trainer that waits for another one does not look at signals

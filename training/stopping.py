@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1
-_SAME = 2.0  # seconds in which a launcher, a scheduler and a terminal may all pass on one wish
+SAME = 2.0  # seconds in which a launcher, a scheduler and a terminal may all pass on one wish
 
 
 class Stopped(Exception):
@@ -32,7 +32,7 @@ class Stop:
     def __call__(self, signum: int, frame: FrameType | None) -> None:
         """The handler of the signals."""
         now = time.monotonic()
-        if self.signum and now - self._first > _SAME:
+        if self.signum and now - self._first > SAME:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
         if not self.signum:

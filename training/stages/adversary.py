@@ -76,8 +76,11 @@ class Adversary:
 
     @classmethod
     def coupled(cls, recipe: Recipe, config: Stage) -> str:
-        """Where the tokenizer listens: the adaptive weight is the whole batch's."""
-        listens = cls.part in recipe.parts and config.number("discriminator_weight", 1) > 0
+        """Where the tokenizer listens: the adaptive weight is the whole batch's; and where there is a BatchNorm."""
+        part = recipe.parts.get(cls.part, {})
+        if part.get("kind") == "patch" and part.get("norm", "batch") == "batch":
+            return "the BatchNorm of its discriminator is of a whole step"
+        listens = part and config.number("discriminator_weight", 1) > 0
         return "the adaptive weight of its discriminator is of a whole step" if listens else ""
 
     def join(self, stage: TrainingStage, network: nn.Module) -> None:
