@@ -86,8 +86,9 @@ def in_the_loop(model, name, accelerator, workers=0, between=lambda: None):
             accelerator,
             Stop(),
         )
-        last = json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])
-    return [end - begin for begin, end in zip(begun[:-1], ended[1:], strict=True)], last["wait"]
+        lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    waited = [line["wait"] for line in lines if "wait" in line and 1 < line["step"] < STEPS]
+    return [end - begin for begin, end in zip(begun[:-1], ended[1:], strict=True)], statistics.fmean(waited)
 
 
 def bare(model, name, accelerator):

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
 from .conv import group_norm
@@ -37,7 +36,8 @@ class BatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, image: Tensor) -> Tensor:
-        if not (self.training and distributed.is_available() and distributed.is_initialized()):
+        alone = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1
+        if alone or not self.training:
             return super().forward(image)
         given = image.float()
         mean = _of_all(given.mean((0, 2, 3)))
@@ -52,9 +52,22 @@ class BatchNorm(nn.BatchNorm2d):
         return (given * scale[:, None, None] + self.bias[:, None, None]).to(image.dtype)
 
 
+class _Sum(torch.autograd.Function):
+    """A value's sum over processes, each of which has the gradients of all."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return _Sum.forward(ctx, gradient)
+
+
 def _of_all(value: Tensor) -> Tensor:
-    """The mean of a value over processes, through which gradients flow."""
-    return all_reduce(value) / distributed.get_world_size()
+    return _Sum.apply(value) / distributed.get_world_size()
 
 
 class PatchDiscriminator(_Discriminator):

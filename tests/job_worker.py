@@ -1,6 +1,5 @@
-"""Runs training jobs one after the other in one process: the caller's, or one of the ranks that torchrun started, which
-reads from its standard input where they are and where results go, a list in a line, and says `done` after each (see
-two_ranks).
+"""Runs training jobs one after the other in one process: the caller's, or one of the ranks of `two_ranks`, which reads
+from its standard input where they are and where results go, a list in a line, and says `done` after each.
 
 A job is a line {"name", "argv", ...}: the arguments of the trainer, and what happens to it: "stop_at", the step at
 which the first rank sends itself a real SIGTERM; "poison", first and last positions of samples whose pictures are not

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from kartina import cli
 from kartina.pipeline.recipe import read
 from kartina.training import __main__ as trainer
-from kartina.training import charts, compare, history
+from kartina.training import charts, compare, history, reference
 from kartina.training.run import RECIPES, find
 
 SMALL = [
@@ -31,7 +31,7 @@ def runs(tmp_path_factory):
     """A run, the same with another seed, and the same at 40 times the learning rate; and where references go."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "find", lambda name: folder / f"{name.replace('/', '-')}.yaml")
+        patch.setattr(reference, "find", lambda name: folder / f"{name.replace('/', '-')}.yaml")
         assert trainer.main(["shapes/dalle", *SMALL, "--stage", "tokenizer", "--run", str(folder / "first")]) == 0
         more = {"first": [], "other-seed": ["training.seed=1"], "x40": ["stages.prior.optimizer.lr=0.4"]}
         for name, overrides in more.items():
@@ -49,14 +49,14 @@ def test_a_run_at_40_times_the_rate_is_not_normal_and_one_of_another_seed_is(run
     folders = [runs / name for name in ("first", "other-seed", "x40")]
     plain = CliRunner().invoke(cli.app, ["compare", str(folders[0]), "--out", str(tmp_path / "one.png")])
     assert plain.exit_code == 0 and "no verdict" in plain.output
-    path = compare.save_reference(folders[0])
+    path = reference.save_reference(folders[0])
     assert path == runs / "shapes-dalle.curves.json" and path.stat().st_size < 8000
     with pytest.raises(ValueError, match=r"changes its recipe \(stages.prior.optimizer.lr: 0.01 -> 0.4\)"):
-        compare.save_reference(folders[2])
+        reference.save_reference(folders[2])
     of_another = json.loads(path.read_text())
     of_another["stages"]["clip"] = of_another["stages"]["tokenizer"]
     path.write_text(json.dumps(of_another))
-    compare.save_reference(folders[0], "prior")
+    reference.save_reference(folders[0], "prior")
     assert json.loads(path.read_text()) == of_another  # stages that this run has not, or that were not asked for, stay
     assert set(json.loads(path.read_text())["stages"]["prior"]["curves"]) == {
         "valid/nats_per_code", "valid/caption_gain", "prior/total"
@@ -75,8 +75,8 @@ def test_a_run_at_40_times_the_rate_is_not_normal_and_one_of_another_seed_is(run
 def test_a_reference_of_another_version_of_the_recipe_or_of_other_data_judges_nothing(runs, tmp_path, monkeypatch):
     shutil.copytree(runs / "first", tmp_path / "first")
     shutil.copy(runs / "shapes-dalle.yaml", tmp_path)
-    monkeypatch.setattr(compare, "find", lambda name: tmp_path / "shapes-dalle.yaml")
-    compare.save_reference(tmp_path / "first")
+    monkeypatch.setattr(reference, "find", lambda name: tmp_path / "shapes-dalle.yaml")
+    reference.save_reference(tmp_path / "first")
     assert compare.compare([tmp_path / "first"]).verdicts[str(tmp_path / "first")]
 
     def answer():
@@ -102,7 +102,7 @@ def test_a_reference_that_ends_before_its_training_judges_until_there_and_never_
     runs, tmp_path, monkeypatch
 ):
     shutil.copy(runs / "shapes-dalle.yaml", tmp_path)
-    monkeypatch.setattr(compare, "find", lambda name: tmp_path / "shapes-dalle.yaml")
+    monkeypatch.setattr(reference, "find", lambda name: tmp_path / "shapes-dalle.yaml")
     entries = [json.loads(line) for line in (runs / "first" / "log.jsonl").read_text().splitlines()]
     shutil.copytree(runs / "first", tmp_path / "cut")
 
@@ -112,17 +112,17 @@ def test_a_reference_that_ends_before_its_training_judges_until_there_and_never_
 
     cut(10)
     with pytest.raises(ValueError, match="prior is at step 10 and was never validated"):
-        compare.save_reference(tmp_path / "cut")
+        reference.save_reference(tmp_path / "cut")
     cut(68)  # validated at 60, and its loss told until 68
-    compare.save_reference(tmp_path / "cut")
+    reference.save_reference(tmp_path / "cut")
     found = compare.compare([runs / "first", runs / "x40"], stage="prior").verdicts
     for name, word in ("first", "normal"), ("x40", "behind"):
         one = next(one for one in found[str(runs / name)] if one.key == "valid/nats_per_code")
         assert (one.step, one.word) == (45, word) and "the reference ends at step 60 of 150" in one.why
     cut(50)
     with pytest.raises(ValueError, match="prior is measured at step 45; its reference until step 60"):
-        compare.save_reference(tmp_path / "cut")
-    compare.save_reference(runs / "first")
+        reference.save_reference(tmp_path / "cut")
+    reference.save_reference(runs / "first")
     one = compare.compare([runs / "first"], stage="prior").verdicts[str(runs / "first")][0]
     assert one.step == 150 and "ends" not in one.why
 
@@ -134,21 +134,23 @@ def test_a_reference_that_ends_before_its_training_judges_until_there_and_never_
     cut(50)
     comparison = compare.compare([tmp_path / "cut"])
     assert comparison.verdicts == {str(tmp_path / "cut"): []}
-    assert "no verdict: the reference was not measured at these steps" in compare.report(comparison)
+    assert "no verdict on prior: the reference was not measured around these steps" in compare.report(comparison)
+    cut(10)
+    assert "no verdict on prior: the run was not validated yet" in compare.report(compare.compare([tmp_path / "cut"]))
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.curves.json")), ids=lambda path: path.parent.name + path.name)
 def test_every_shipped_reference_is_of_its_recipe_as_it_stands(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "find", find)  # where `runs` has replaced it
+    monkeypatch.setattr(reference, "find", find)  # where `runs` has replaced it
     recipe = path.with_name(path.name.replace(".curves.json", ".yaml"))
     shutil.copy(recipe, tmp_path / "recipe.yaml")
-    fit, unfit = compare.reference_of(tmp_path, {})
+    fit, unfit = reference.reference_of(tmp_path, {})
     assert fit and not unfit
     for name, one in fit.items():
         stage = read(recipe).training["stages"][name]
         assert (one["steps"], one["global_batch"]) == (stage["steps"], stage["global_batch"])
         run = history.History(name, {"data": "of the user's own"})
-        assert compare.reference_of(tmp_path, {name: run})[1] == {name: "the reference read other data"}
+        assert reference.reference_of(tmp_path, {name: run})[1] == {name: "the reference read other data"}
 
 
 def test_all_shared_curves_are_drawn_from_the_log_alone(runs, tmp_path):
@@ -174,16 +176,16 @@ def test_what_is_not_shared_is_named(runs, tmp_path):
             compare.compare([runs / "first"], **arguments)
     (tmp_path / "log.jsonl").write_text((runs / "first" / "log.jsonl").read_text())
     with pytest.raises(ValueError, match="names no shipped recipe"):
-        compare.save_reference(tmp_path)
+        reference.save_reference(tmp_path)
 
 
 def test_normal_is_what_the_reference_was_around_this_step():
     points = [(step, 100 / step) for step in range(10, 301, 10)]
-    low, high = compare.band(points, 150)
+    low, high = reference.band(points, 150)
     room = 0.02 * 100 / 150  # 2 %: it scatters less
     assert (low, high) == pytest.approx((100 / 200 - room, 100 / 112.5 + room), rel=1e-2)
-    assert compare._at(points, 15) == pytest.approx(7.5) and compare._at(points, 999) == 100 / 300
-    thin = compare._thin([(step, float(step)) for step in range(1, 1001)])
+    assert reference._at(points, 15) == pytest.approx(7.5) and reference._at(points, 999) == 100 / 300
+    thin = reference._thin([(step, float(step)) for step in range(1, 1001)])
     assert len(thin) == 50 and thin[-1] == (1000, 990.5) and thin[0] == (20, 10.5)
 
 

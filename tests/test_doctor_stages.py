@@ -172,6 +172,12 @@ def test_codes_may_be_left_out_by_chance_where_few_are_drawn(counts, usage, wron
     assert [finding.name for finding in doctor.judge(log)] == ["codebook collapse"] * wrong
 
 
+def test_of_an_older_log_that_tells_no_counts_a_line_says_nothing_and_a_validation_does():
+    for of in ("valid", "tokenizer"):
+        log = history.History("tokenizer", {"steps": 100}, {f"{of}/usage": {100: 0.1}}, step=100)
+        assert [finding.name for finding in doctor.judge(log)] == ["codebook collapse"] * (of == "valid")
+
+
 @pytest.mark.parametrize(("last", "wrong"), [(99.0, True), (101.0, False)])
 def test_codes_that_come_less_and_less_evenly_collapse_too(last, wrong):
     """All are in use, but their perplexity has fallen below a third of what it was."""

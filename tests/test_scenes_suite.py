@@ -37,7 +37,9 @@ def test_pictures_are_scenes_where_they_show_one_or_two_shapes(monkeypatch):
     assert seeds == list(range(7, 107))
     assert (result["n"], result["accepted"], result["malformed"], result["objects"]["0"]) == (100, 98, 1, 1)
     assert sum(result["objects"].values()) == 100 and result["objects"]["2"] > 20
-    assert scenes_suite.report(result).startswith("98.0% [93.0, 99.4] of 100 pictures are scenes")
+    assert "98.0% [93.0, 99.4] of 100 pictures are scenes of one to 2 objects" in scenes_suite.report(result)
+    alone = scenes_suite.evaluate(system, 100, seed=7, levels=["S1"])
+    assert alone["accepted"] == 98 - result["objects"]["2"]
     with pytest.raises(ValueError, match="count of at least 1, got 0"):
         scenes_suite.evaluate(system, 0)
 

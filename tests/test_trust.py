@@ -176,6 +176,13 @@ def test_ranks_end_with_the_same_networks(tiny_kind, trainings):
     assert len({rank["hash"] for rank in ranks}) == 1 and len(ranks[0]["hash"]) == 2 * 64
 
 
+@pytest.mark.parametrize("tiny_kind", ["autoencoder_kl"])
+def test_one_process_and_two_keep_the_same_statistics_of_batches(tiny_kind, trainings):
+    one, two = (newest(trainings(n, tiny_kind, "whole")[0], "tokenizer")["networks"]["discriminator"] for n in (1, 2))
+    kept = [name for name in one if name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    assert len(kept) == 3 and all(torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-4) for name in kept)
+
+
 @pytest.mark.parametrize("tiny_kind", ["autoencoder", "autoencoder_kl"])
 def test_one_process_and_two_measure_the_same_latent_scale(tiny_kind, trainings):
     one, two = (checkpoint.load_weights(trainings(n, tiny_kind, "whole")[0] / "model", "tokenizer") for n in (1, 2))

@@ -90,7 +90,9 @@ def evaluate(
         typer.Option(help="judge on these shards: of `kartina data emoji`, `avatars`, or any with captions"),
     ] = None,
     tests: Annotated[list[str] | None, typer.Option(help="of shapes: S1, S2a ..., or of emoji: E1 ...")] = None,
-    per_test: Annotated[int | None, typer.Option(min=1, help="the first captions of each test only")] = None,
+    per_test: Annotated[
+        int | None, typer.Option(min=1, help="the first captions of each test, or pictures, only")
+    ] = None,
     candidates: Annotated[int, typer.Option(min=1, help="also judge the best of N, by the model's CLIP")] = 1,
     seed: int = 0,
     device: Device = "auto",
@@ -105,7 +107,6 @@ def evaluate(
     from ..pipeline import gallery
     from ..pipeline.checkpoint import load_recipe, read_card, save_measured
     from ..pipeline.known_models import find_model
-    from ..pipeline.recipe import reads_captions
     from ..pipeline.terminal import progress_bar
     from .data.labelled import read_fields
     from .evaluation import captions_suite, emoji_suite, shapes_suite
@@ -140,10 +141,10 @@ def evaluate(
             )
         return _evaluate_tokenizer(model, folder, options, device_named(device), save, as_json)
     system = load(folder, device, "float32")
-    if data is None and not reads_captions(recipe):
+    if data is None and recipe.parts["prior"]["kind"] == "unet" and "text" not in recipe.parts:
         if chosen or candidates > 1:
             raise ValueError(f"{model} reads no captions; leave out --tests and --candidates")
-        return _evaluate_scenes(model, folder, system, per_test, seed, save, as_json)
+        return _evaluate_scenes(model, system, per_test, seed, save, as_json)
     truth = () if data is None else (data,)
     known = {part.get("identity", {}).get("data") for part in read_card(folder)["parts"].values()} - {None}
     if suite is captions_suite:
@@ -186,21 +187,22 @@ def _evaluate_tokenizer(
         save_measured(folder, shlex.join([*words, f"--seed={options['seed']}", "--save"]), figures, **facts)
 
 
-def _evaluate_scenes(
-    model: str, folder: Path, system: Any, count: int | None, seed: int, save: bool, as_json: bool
-) -> None:
+def _evaluate_scenes(model: str, system: Any, count: int | None, seed: int, save: bool, as_json: bool) -> None:
     from ..pipeline.checkpoint import save_measured
+    from ..pipeline.known_models import find_model
     from ..pipeline.terminal import progress_bar
     from .evaluation import reports
     from .evaluation import scenes_suite as suite
 
+    training = system.recipe.training
+    levels = training["stages"]["prior"].get("levels") or training["data"].get("levels", ("S1", "S2"))
     with progress_bar("evaluating") as progress:
-        result = suite.evaluate(system, count or suite.PICTURES, seed=seed, progress=progress)
+        result = suite.evaluate(system, count or suite.PICTURES, levels=levels, seed=seed, progress=progress)
     typer.echo(json.dumps(result) if as_json else suite.report(result))
     if save:
         facts = {"pictures": result["n"], **{name: result[name] for name in ("device", "dtype", "knobs")}}
-        words = shlex.join(["kartina", "evaluate", model, f"--seed={seed}", "--save"])
-        save_measured(folder, words, reports.rounded({"scenes": result["rate"]}), **facts)
+        words = shlex.join(["kartina", "evaluate", model, f"--seed={seed}", f"--device={result['device']}", "--save"])
+        save_measured(find_model(model), words, reports.rounded({"scenes": result["rate"]}), **facts)
 
 
 def _evaluate_attributes(model: str, data: Path, per_move: int | None, device: str, save: bool, as_json: bool) -> None:

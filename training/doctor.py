@@ -126,10 +126,11 @@ def _recent(history: History, name: str) -> float | None:
 
 def codebook_collapse(history: History) -> Found:
     begin = _begin(history)
-    of, where = "valid", "the validation set"
-    if "valid/usage" not in history.curves:
-        of, where = history.stage, "the steps of a line"
-    usage, counts = history.last(f"{of}/usage", begin), history.last(f"{of}/counts_per_code", begin) or math.inf
+    of, where, unknown = "valid", "the validation set", math.inf  # counts, in logs of earlier versions
+    if history.last("valid/usage", begin) is None:
+        of, where, unknown = "tokenizer", "the steps of a line", 0.0
+    usage, counts = history.last(f"{of}/usage", begin), history.last(f"{of}/counts_per_code", begin)
+    counts = unknown if counts is None else counts
     if usage is None or not _ripe(history) or counts < _COUNTS:
         return
     expected = _USAGE * (1 - math.exp(-counts))  # codes that come alike leave some out by chance
