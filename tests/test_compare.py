@@ -134,9 +134,12 @@ def test_a_reference_that_ends_before_its_training_judges_until_there_and_never_
     cut(50)
     comparison = compare.compare([tmp_path / "cut"])
     assert comparison.verdicts == {str(tmp_path / "cut"): []}
-    assert "no verdict on prior: the reference was not measured around these steps" in compare.report(comparison)
+    assert "no verdict on prior: the reference was not measured around these" in " ".join(
+        compare.report(comparison).split()
+    )
     cut(10)
-    assert "no verdict on prior: the run was not validated yet" in compare.report(compare.compare([tmp_path / "cut"]))
+    said = " ".join(compare.report(compare.compare([tmp_path / "cut"])).split())
+    assert "no verdict on prior: the run was not validated yet" in said
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.curves.json")), ids=lambda path: path.parent.name + path.name)

@@ -24,7 +24,7 @@ def test_scalars_are_averaged_by_samples_and_codes_are_added_up():
     line = Line(Accelerator(cpu=True))
     line.count(parts)
     found = line.of(parts)
-    expected = {"total": 5 / 4, "error": (1 + 3 * 5) / 4, "usage": 1.0, "perplexity": 4.0}
+    expected = {"total": 5 / 4, "error": (1 + 3 * 5) / 4, "usage": 1.0, "perplexity": 4.0, "counts_per_code": 4.0}
     assert found == pytest.approx({f"tokenizer/{name}": value for name, value in expected.items()})
 
 

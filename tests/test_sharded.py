@@ -17,7 +17,7 @@ from kartina.training import sharded, state
 KINDS = pytest.mark.parametrize("kind", CASES := ["dalle", "unet, captioned"])
 DIVIDED = [(kind, name) for kind in CASES for name in ("two", "passes", "parted", "moved")]
 DIVIDED.append(("dalle", "joined"))
-STEPS, STOP = 8, 4
+STEPS, STOP = 6, 3
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,8 @@ def report(comparison: Comparison) -> str:
     console.print(table)
     if verdicts.rows:
         console.print(verdicts)
-    console.print("\n".join(_unjudged(comparison)))
+    for line in _unjudged(comparison):
+        console.print(line)
     return text.getvalue()
 
 
@@ -128,13 +129,13 @@ def _unjudged(comparison: Comparison) -> Iterator[str]:
     """Of each run and stage without a verdict, why."""
     stages = dict.fromkeys(name for name, _ in comparison.keys)
     for label, verdicts in comparison.verdicts.items():
-        for name in [name for name in stages if name not in {one.stage for one in verdicts}]:
-            history, known = comparison.runs[label][name], comparison.references[label].get(name)
-            if why := comparison.unfit[label].get(name, ""):
-                pass
-            elif known is None:
+        judged, unfit = {one.stage for one in verdicts}, comparison.unfit[label]
+        for name in (name for name in stages if name not in judged):
+            if name in unfit:
+                why = unfit[name]
+            elif name not in comparison.references[label]:
                 why = "the recipe carries no reference of it (--save-reference)"
-            elif history.headline is None:
+            elif comparison.runs[label][name].headline is None:
                 why = "the run was not validated yet"
             else:
                 why = "the reference was not measured around these steps"
