@@ -22,7 +22,7 @@ def scenes(count):
     return list(to_uint8(ShapesSource(levels=["S1", "S2"], jitter=0.0).read(range(count)).image).numpy())
 
 
-def test_pictures_are_scenes_where_they_show_one_or_two_shapes(monkeypatch):
+def test_pictures_are_scenes_where_they_show_one_or_two_shapes():
     three = scenes(3)
     blank, blots = np.full_like(three[0], 255), np.full_like(three[0], 255)
     blots[4:7, 4:20], blots[7:20, 4:7] = (0, 0, 0), (0, 0, 0)  # an L

@@ -109,6 +109,7 @@ def test_two_networks_step_once_each_in_two_passes(tiny, tmp_path):
         assert adamw and {int(entry["step"]) for entry in adamw.values()} == {steps}, name
 
 
+PETALS = "expected prior mixture or swiss_roll with pieces 10"
 GROUPS = "parts.discriminator={kind: patch, width: 8, depth: 1, norm: group, norm_groups: 4}"
 
 
@@ -133,8 +134,8 @@ GROUPS = "parts.discriminator={kind: patch, width: 8, depth: 1, norm: group, nor
         ("autoencoder", [knob("prior", "mixture")], "prior, but the recipe no part 'discriminator'"),
         ("autoencoder, adversarial", ["parts.discriminator.num_classes=5"], "got 5 and labels up to 9"),
         ("autoencoder, adversarial", ["training.data.kind=shapes"], "got 10 and none"),
-        ("autoencoder, adversarial", [knob("prior", "standard")], "expected prior mixture or swiss_roll"),
-        ("autoencoder, adversarial", [knob("pieces", 7)], "expected prior mixture or swiss_roll with pieces 10"),
+        ("autoencoder, adversarial", [knob("prior", "standard")], PETALS),
+        ("autoencoder, adversarial", [knob("pieces", 7)], PETALS),
         ("autoencoder, adversarial", ["parts.tokenizer.latent_dim=3"], "latent_dim for flat latents (3,)"),
         ("autoencoder, adversarial", ["parts.tokenizer.latent_dim=null"], "kind latent"),
         ("vqgan", ["stages.tokenizer.optimizers={critic: {lr: 0.1}}"], "'critic' is not trained there"),
