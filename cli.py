@@ -19,14 +19,22 @@ app.add_typer(show, name="show")
 
 
 def main() -> None:
-    """Runs the command line: wrong input gives one clear line and exit code 2."""
+    """Runs the command line: wrong input, or too little memory, gives one clear line and exit code 2."""
     try:
         app()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _lacks_memory(error):
+            raise
         from .pipeline.terminal import printable
 
         typer.echo(f"kartina: {printable(' '.join(str(error).split()))}", err=True)
         sys.exit(2)
+
+
+def _lacks_memory(error: RuntimeError) -> bool:
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return should_reduce_batch_size(error) and "cuDNN" not in str(error)  # which may have other reasons
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 - loop: the time of a step in `train_stage` against the same forward pass, backward pass, clipping, optimizers and
   moving average in a bare `for`. Steps of both alternate, and what one reads ahead is read during the other's step: the
   median of the pairs' ratios, and their quartiles; then all steps together, of which the loop logs every twentieth.
+  Where codes begin anew in the midst of a training, both begin them anew, which is not counted.
 - wait: the share of the time that the log calls waiting, with two processes that read.
 - two processes: samples a second of two that share the recipe's steps, one thread each, against one with one thread;
   beside it of two that have the recipe's batch each, and what the machine itself leaves to two that run at once and
@@ -64,7 +65,9 @@ def recipe_of(model):
 
 
 def in_the_loop(model, name, accelerator, workers=0, between=lambda: None):
-    """(seconds of each step but the last, share of waiting); `between` is called before each step, and not counted."""
+    """(seconds of each step but the last, share of waiting, the step before which codes begin anew or None); `between`
+    is called before each step, and not counted.
+    """
     training, stage, source = build(model, name, workers)
     updates, begun, ended = stage.updates, [], []
 
@@ -88,7 +91,8 @@ def in_the_loop(model, name, accelerator, workers=0, between=lambda: None):
         )
         lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     waited = [line["wait"] for line in lines if "wait" in line and 1 < line["step"] < STEPS]
-    return [end - begin for begin, end in zip(begun[:-1], ended[1:], strict=True)], statistics.fmean(waited)
+    times = [end - begin for begin, end in zip(begun[:-1], ended[1:], strict=True)]
+    return times, statistics.fmean(waited), stage.restart_step
 
 
 def bare(model, name, accelerator):
@@ -98,8 +102,6 @@ def bare(model, name, accelerator):
     assert division(config, 1)[1] == 1 and list(stage.networks) == [name], f"{name}: a step of one pass and one network"
     network = stage.networks[name]
     stage.forward[name] = parallel.prepare(network, accelerator, shard=False, recompute=False)
-    if stage.restart_step == 0:  # else it would compute with other numbers, which take another time
-        stage.restart()
     optimizers = build_optimizers(network, config.optimizer, training.precision == "bf16")
     ema = EMA(network, config.ema)
     batch_size = config.global_batch
@@ -107,6 +109,8 @@ def bare(model, name, accelerator):
     with closing(prefetch(source, positions)) as stream:
         batch = next(stream)
         for step in count():
+            if step == stage.restart_step:  # else it would compute with other numbers, which take another time
+                stage.restart()
             begun = time.perf_counter()
             _, (loss, total), _ = next(stage.updates(exchange.to_device(batch, accelerator.device), step))
             (loss / total).backward()
@@ -124,9 +128,10 @@ def bare(model, name, accelerator):
 def side_by_side(model, name, accelerator):
     """Seconds of the steps of both, in pairs that were taken one after the other."""
     other, alone = bare(model, name, accelerator), []
-    looped, _ = in_the_loop(model, name, accelerator, between=lambda: alone.append(next(other)))
+    looped, _, anew = in_the_loop(model, name, accelerator, between=lambda: alone.append(next(other)))
     other.close()
-    return list(zip(looped, alone[:-1], strict=True))[WARM:]
+    pairs = enumerate(zip(looped, alone[:-1], strict=True))
+    return [pair for step, pair in pairs if step >= WARM and step + 1 != anew]  # at the end of the step before
 
 
 def samples_a_second(model, name, runs_at_once, processes, batches=1):

@@ -11,7 +11,6 @@ sampling, and a model built on the meta device has no buffer that could be left 
 It does not know embeddings, heads or layers.
 """
 
-import torch
 from torch import Tensor
 
 
@@ -22,18 +21,10 @@ def _split(queries: Tensor, keys: Tensor, text_length: int) -> tuple[Tensor, Ten
     return q, k, k <= q, k < 0
 
 
-def causal(queries: Tensor, keys: Tensor) -> Tensor:
-    """Everything up to and including itself.
-
-    queries: int64 (Q,) positions in the stream; keys: int64 (K,). Returns bool (Q, K).
-    """
-    return keys[None, :] <= queries[:, None]
-
-
 def row(queries: Tensor, keys: Tensor, text_length: int, width: int) -> Tensor:
     """Text, and the last `width` + 1 image tokens including itself (Figure 11a): back to the one right above.
 
-    queries: int64 (Q,); keys: int64 (K,); width: columns of the grid. Returns bool (Q, K).
+    queries: int64 (Q,) positions in the stream; keys: int64 (K,); width: columns of the grid. Returns bool (Q, K).
     """
     q, k, before, text = _split(queries, keys, text_length)
     return before & (text | (q - k <= width))
@@ -57,8 +48,3 @@ def conv(queries: Tensor, keys: Tensor, text_length: int, width: int, kernel: in
     near_row = (q // width - k // width).abs() <= kernel // 2
     near_column = (q % width - k % width).abs() <= kernel // 2
     return before & (text | (near_row & near_column))
-
-
-def positions(length: int, device: torch.device | str | None = None) -> Tensor:
-    """The stream positions 0 .. length - 1, int64 (length,), for the queries and keys of a whole stream."""
-    return torch.arange(length, device=device)

@@ -18,3 +18,10 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
 def full(x: Tensor) -> Tensor:
     """The same in float32, or in float64 if it is that already."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def without_tf32() -> None:
+    """From now on the convolutions of float32 on a GPU are of float32, as its products are: cuDNN's would be of TF32,
+    which rounds to 10 bits, so that codes and pictures were others than in training.
+    """
+    torch.backends.cudnn.allow_tf32 = False

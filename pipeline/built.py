@@ -7,9 +7,9 @@ its default is equal to what is written as such.
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import ModelError
+from .checkpoint import ModelError, file_hash, hashes
 from .denoising import noise_of
-from .recipe import Recipe, is_pretrained, section_of
+from .recipe import Recipe, is_pretrained, reads_captions, section_of
 
 
 def differences(recipe: Recipe, theirs: Recipe, part: str) -> list[str]:
@@ -33,6 +33,23 @@ def check_built(folder: Path, card: dict[str, Any], recipe: Recipe) -> None:
     """Raises ModelError where the recipe of a model folder is not what its parts were trained from."""
     for part in built_otherwise(card["parts"], recipe):
         raise ModelError(f"{folder}: recipe.yaml builds another {part} than was trained; copy again")
+
+
+def check_whole(folder: Path, card: dict[str, Any], recipe: Recipe) -> dict[str, str]:
+    """The hashes of all that a model folder has. Raises ModelError as `check_built`, and where a part was trained
+    against other parts, or captions, than lie beside it.
+    """
+    found = hashes(card, recipe)
+    if reads_captions(recipe):
+        found["captions"] = file_hash(folder / "captions.json")
+    for part, entry in card["parts"].items():
+        for other, digest in entry.get("trained_against", {}).items():
+            if found.get(other) != digest:
+                raise ModelError(
+                    f"{folder}: {part} was trained against another {other}; put that one back, or train again"
+                )
+    check_built(folder, card, recipe)
+    return found
 
 
 def _as_trained(recipe: Recipe, part: str, identity: dict[str, Any]) -> bool:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..layers.precision import without_tf32
 from ..tokenizers.captions import CaptionTokenizer
 from . import shared
 from .recipe import PARTS, Recipe, build, captions_problem, dump, is_pretrained, parse, reads_captions
@@ -233,12 +234,11 @@ def load_part(folder: Path, recipe: Recipe, part: str, device: Any = "cpu", dtyp
 
 
 def load_tokenizer(folder: Path, device: Any = "cpu") -> tuple[Recipe, Any]:
-    """The recipe of a model folder and its tokenizer, see `load_part`. Raises ModelError where it has none.
-    On a GPU its convolutions are those of float32 from now on, as in training, so that codes are the same."""
+    """The recipe of a model folder and its tokenizer, see `load_part`, `without_tf32`. Raises ModelError for none."""
     recipe = load_recipe(folder)
     if "tokenizer" not in recipe.parts:
         raise ModelError(f"{folder}: its recipe has no tokenizer; name a model that has one")
-    torch.backends.cudnn.allow_tf32 = False
+    without_tf32()
     return recipe, load_part(folder, recipe, "tokenizer", device)
 
 

@@ -176,6 +176,7 @@ def convert(
     """Make a model folder of published weights: Stable Diffusion 1 or 2, or a tokenizer (OpenAI's, VQ-GAN, KL)."""
     from . import published, stable_diffusion
     from .checkpoint import save_part
+    from .whole_file import appearing
 
     _check_new(out)
     _check_part(part)
@@ -188,7 +189,8 @@ def convert(
         system = stable_diffusion.load(
             path, name or "imported/stable-diffusion", licence, image_size, prediction, tokenizer
         )
-        system.save(out, Path(source).name)
+        with appearing(out) as folder:
+            system.save(folder, Path(source).name)
         for each, weights in system.weights.items():
             typer.echo(f"{each}: {sum(value.numel() for value in weights.values()):,d} numbers")
     else:
@@ -198,7 +200,8 @@ def convert(
             )
         section, weights = published.load(path, image_size)
         recipe = published.recipe_of(name or "imported/tokenizer", section, licence)
-        digest = save_part(out, recipe, "tokenizer", weights, source=Path(source).name)
+        with appearing(out) as folder:
+            digest = save_part(folder, recipe, "tokenizer", weights, source=Path(source).name)
         numbers = sum(value.numel() for value in weights.values())
         typer.echo(f"{section['kind']}, {numbers:,d} numbers, hash {digest[:12]}")
     typer.echo(str(out))
@@ -215,6 +218,7 @@ def export(
     from . import diffusers_folder, notices, published
     from .checkpoint import load_recipe, load_weights
     from .known_models import find_model
+    from .whole_file import appearing
 
     if to != "diffusers":
         raise ValueError(f"--to {to!r} is unknown; valid: diffusers")
@@ -223,15 +227,17 @@ def export(
     folder = find_model(model)
     recipe = load_recipe(folder)
     prior = recipe.parts.get("prior", {}).get("kind")
-    if prior == "unet" and part is None:
-        diffusers_folder.save(folder, out)
-    elif "tokenizer" in recipe.parts:
-        published.save_diffusers(out, recipe.parts["tokenizer"], load_weights(folder, "tokenizer"))
-        if prior is not None and part is None:
-            typer.echo(f"the tokenizer alone: diffusers has no pipeline for a prior {prior}", err=True)
-    else:
+    whole = prior == "unet" and part is None
+    if not whole and "tokenizer" not in recipe.parts:
         raise ValueError(f"{model} has no tokenizer, only {', '.join(recipe.parts)}; export another model")
-    notices.copy(folder / "LICENSES", out)
+    with appearing(out) as made:
+        if whole:
+            diffusers_folder.save(folder, made)
+        else:
+            published.save_diffusers(made, recipe.parts["tokenizer"], load_weights(folder, "tokenizer"))
+        notices.copy(folder / "LICENSES", made)
+    if prior is not None and part is None and not whole:
+        typer.echo(f"the tokenizer alone: diffusers has no pipeline for a prior {prior}", err=True)
     typer.echo(str(out))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..tokenizers.captions import CaptionTokenizer
 from . import caption_files, checkpoint, published
-from .built import check_built
+from .built import check_whole
 from .convert_scheduler import scheduler_config
 from .convert_unet import clip_text_to_transformers, unet_to_diffusers
 from .convert_unet_config import clip_text_config, unet_config
@@ -25,10 +25,12 @@ from .whole_file import save_tensors
 
 
 def save(model: Path, out: Path) -> None:
-    """Writes the parts of a model folder. Raises ValueError for a system that their pipelines cannot hold."""
+    """Writes the parts of a model folder to `out`, which is there already or not. Raises ModelError for parts that were
+    not trained against each other, ValueError for a system that their pipelines cannot hold.
+    """
     card, recipe = checkpoint.read_card(model), checkpoint.load_recipe(model)
-    check_built(model, card, recipe)
     if "text" not in recipe.parts:
+        check_whole(model, card, recipe)
         (_save_latents if "tokenizer" in recipe.parts else _save_pixels)(model, recipe, out)
         return
     kinds = {part: recipe.parts.get(part, {}).get("kind") for part in ("tokenizer", "text", "prior")}
@@ -46,6 +48,7 @@ def save(model: Path, out: Path) -> None:
             f"diffusers' StableDiffusionPipeline has no learned variances: its U-Net gives {latent} channels, those of "
             f"the latents, {recipe.name} gives {drawn}; export another model"
         )
+    check_whole(model, card, recipe)
     weights = {part: checkpoint.load_weights(model, part) for part in kinds}
     text = checkpoint.outline(recipe, "text", len(weights["text"]))
     prior = unet_config(sizes["prior"]) | {"sample_size": recipe.image_size >> (len(_mult(recipe)) - 1)}

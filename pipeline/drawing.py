@@ -48,7 +48,9 @@ class Drawing(Protocol):
 
 
 def codes_problem(prior: Any, spec: Any) -> str:
-    """Why a prior over codes and the tokenizer of this spec are not of one system, "" where they are."""
+    """Why a prior over codes and the tokenizer of this spec, or None, are not of one system, "" where they are."""
+    if spec is None:
+        return "the prior draws codes, and there is no tokenizer to read them"
     drawn, read = (tuple(prior.grid), prior.num_codes), (tuple(spec.shape), getattr(spec, "vocabulary", 0))
     return "" if drawn == read else f"the prior draws (grid, codes) {drawn}, the tokenizer reads {read}"
 
@@ -59,7 +61,8 @@ class CodeDrawing:
     def __init__(self, recipe: Recipe, parts: dict[str, Any], captions: CaptionTokenizer | None) -> None:
         assert captions is not None
         self.prior, self.encode = parts["prior"], captions.encode
-        self.problem = codes_problem(self.prior, parts["tokenizer"].spec)
+        spec = parts["tokenizer"].spec if "tokenizer" in parts else None
+        self.problem = codes_problem(self.prior, spec)
 
     def __call__(
         self, captions: Sequence[str], seeds: Sequence[int], knobs: dict[str, Any], progress: Progress | None

@@ -177,6 +177,8 @@ def read_picture(path: str | Path, formats: tuple[str, ...] = ("PNG",), under: s
 def upright(picture: Image.Image, under: str = "white") -> Image.Image:
     """A picture in RGB, as training reads it and users give it: turned as its EXIF says where that is legible,
     transparency laid over a colour, 16-bit grey scaled to 8 bits. Raises what Pillow does where it cannot be decoded.
+
+    What it returns is upright already, and stays as it is: it has no EXIF.
     """
     picture.load()
     turn = None
@@ -191,7 +193,9 @@ def upright(picture: Image.Image, under: str = "white") -> Image.Image:
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, under), picture)
-    return picture.convert("RGB")
+    found = picture.convert("RGB")
+    found.info = {}  # Pillow copies what the file said, also of how it is to be turned
+    return found
 
 
 @contextmanager

@@ -7,6 +7,7 @@ F frames, C x h x w of what the prior draws, L tokens of width D.
 It does not know how a prior is sampled.
 """
 
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,7 +83,7 @@ def interpolate(
         raise ValueError(f"{system.recipe.name} must have a diffusion prior that reads captions, to pass between two")
     if not 2 <= frames <= MAX_FRAMES:
         raise ValueError(f"frames must lie between 2 and {MAX_FRAMES}, both ends among them, got {frames}")
-    end = seed if to_seed is None else to_seed
+    seed, end = index(seed), index(seed if to_seed is None else to_seed)
     micro_batch = system.at_once(micro_batch, 8)
     system._check([first, second], [seed, end], 1, 1)
     draw, used = system.draw, sampling_knobs(system.recipe, knobs, "knobs of painting")

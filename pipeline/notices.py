@@ -17,8 +17,10 @@ def copy(notices: Path, model: Path) -> None:
     """Copies the files of a folder of notices, if there is one, to the LICENSES of a model folder.
 
     Where another notice has the name already, the name gets the first digits of the text's hash. Raises RecipeError for
-    a link that leaves the folder.
+    a link that leaves the folder, or a folder that is one.
     """
+    if notices.is_symlink():
+        raise RecipeError(f"{notices} is a link; put the folder itself there")
     for notice in sorted(notices.rglob("*")):
         if not notice.resolve().is_relative_to(notices.resolve()):
             raise RecipeError(f"{notice} is a link that leaves {notices}; put the file itself there")

@@ -306,7 +306,7 @@ def save_diffusers(out: Path, section: dict[str, Any], weights: dict[str, Tensor
         )
     weights = {key: value for key, value in weights.items() if not key.startswith("quantize.ema_")}
     section = defaults("tokenizer", kind) | section
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     save_tensors(out / _WEIGHTS, to_diffusers(weights))
     config = autoencoder_layout(section) | {"_class_name": name}
     if kind == "vqgan":

@@ -101,6 +101,8 @@ def _open_clip() -> Any:
     return open_clip
 
 
+_WHOLE = ("hf-hub:", "local-dir:")  # an architecture and its weights
+
 _TOKENIZER_KWARGS = {"clean", "strip_sep_token"}  # what open_clip's own configurations set
 
 
@@ -127,9 +129,18 @@ def _refuse_code(name: str) -> None:
 
 def _resolve(name_or_path: str | Path, pretrained: str | Path | None) -> str:
     """The name as open_clip spells it, with the prefix for a folder or the hub."""
-    name = str(name_or_path)
+    name = _spelled(str(name_or_path), pretrained)
+    if pretrained is not None and name.startswith(_WHOLE):  # open_clip would say so in a log, and go on
+        raise ValueError(
+            f"{name} has weights of its own, {str(pretrained)!r} would not be read; leave pretrained out, or name the "
+            "architecture, as ViT-B-32"
+        )
+    return name
+
+
+def _spelled(name: str, pretrained: str | Path | None) -> str:
     path = Path(name)
-    if name.startswith(("hf-hub:", "local-dir:")):
+    if name.startswith(_WHOLE):
         return name
     if path.is_dir() and (pretrained is None or "/" in name):
         if not (path / "open_clip_config.json").is_file():

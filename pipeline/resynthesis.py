@@ -61,8 +61,9 @@ class Resynthesis:
             facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
             fields = {str(name): [str(value) for value in values] for name, values in facts["fields"].items()}
             attributes = {str(name): (field, values) for name, (field, values) in facts["attributes"].items()}
-            if strange := [name for name, (field, having) in attributes.items() if not set(having) <= {*fields[field]}]:
-                raise ValueError(f"values of no field in {strange[0]}")
+            for name, (field, having) in attributes.items():
+                if not set() < {*having} < {*fields[field]}:
+                    raise ValueError(f"{name}: some values of {field}, not all, got {having!r:.60}")
             owner, weights = facts["tokenizer"], load_file(folder / WEIGHTS)
             shapes = {key: tuple(value.shape) for key, value in weights.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:

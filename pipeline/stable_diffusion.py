@@ -71,7 +71,7 @@ class System:
 
     def save(self, folder: Path, source: str) -> None:
         """Makes a model folder. source: where the weights are from, for the card."""
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with replaced(folder / "captions.json") as temporary:
             self.captions.save(temporary)
         noise = {"diffusion": self.recipe.diffusion.model_dump()}

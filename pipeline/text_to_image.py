@@ -25,14 +25,15 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..layers.packed import pack, unpack
+from ..layers.precision import without_tf32
 from ..tokenizers.captions import CaptionTokenizer
 from . import checkpoint, compiler, editing, interpolation, stable_diffusion
-from .built import check_built
+from .built import check_whole
 from .drawing import DRAWINGS, DiffusionDrawing
 from .images import to_pil
 from .known_models import find_model, model_hash
 from .memory import Progress, attempt, batch_of, in_batches, slice_attention
-from .recipe import Recipe, reads_captions, sampling_knobs
+from .recipe import Recipe, sampling_knobs
 from .rerank import clip_scores, rank
 
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
@@ -90,10 +91,11 @@ class TextToImage:
         device: None is `default_device`. dtype: None is float32. reranker: ranks in place of the folder's own CLIP,
         which is then not loaded. Raises ModelError for an unknown, untrained, altered or mismatched model: each part
         must have been trained against the very parts that lie beside it. On a CPU they are then for painting alone, one
-        call at a time: see `layers.packed.pack`.
+        call at a time: see `layers.packed.pack`; on a GPU see `layers.precision.without_tf32`.
         """
         device, dtype = device or checkpoint.default_device(), dtype or torch.float32
         folder = find_model(str(name))
+        without_tf32()
         if stable_diffusion.is_system(folder):
             whole = stable_diffusion.load(folder)
             parts, hashes = whole.build(device, dtype), checkpoint.hashes(whole.card, whole.recipe)
@@ -102,16 +104,7 @@ class TextToImage:
         card, recipe = checkpoint.read_card(folder), checkpoint.load_recipe(folder)
         if "prior" not in recipe.parts:
             raise checkpoint.ModelError(f"{folder}: its recipe has no prior, so it paints nothing; name another model")
-        hashes = checkpoint.hashes(card, recipe)
-        if reads_captions(recipe):
-            hashes["captions"] = checkpoint.file_hash(folder / "captions.json")
-        for part, entry in card["parts"].items():
-            for other, digest in entry.get("trained_against", {}).items():
-                if hashes.get(other) != digest:
-                    raise checkpoint.ModelError(
-                        f"{folder}: {part} was trained against another {other}; put that one back, or train again"
-                    )
-        check_built(folder, card, recipe)
+        hashes = check_whole(folder, card, recipe)
         needed = [str(part) for part in ("tokenizer", "text", "prior") if part in recipe.parts]
         needed += ["clip"] if "clip" in card["parts"] and reranker is None else []
         parts = {part: checkpoint.load_part(folder, recipe, part, device, dtype) for part in needed}
@@ -166,7 +159,7 @@ class TextToImage:
         to rank them.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else [index(s) for s in seed]
+        seeds = _integers(seed, len(prompts))
         self._check(prompts, seeds, candidates, keep)
         micro_batch = self.at_once(micro_batch)
         knobs = sampling_knobs(self.recipe, knobs, "knobs of painting")
@@ -207,8 +200,8 @@ class TextToImage:
             raise ValueError(f"{self.recipe.name} has no trained CLIP to rank candidates; {how}")
         if len(seeds) != len(prompts):
             raise ValueError(f"give one seed, or one for each of the {len(prompts)} prompts, got {len(seeds)}")
-        if not all(_is_seed(s) and _is_seed(s + candidates - 1) for s in seeds):
-            raise ValueError(f"seeds are integers of 64 bits, got {seeds[0]} and so on; give smaller ones")
+        if wrong := [s for s in seeds if not (_is_seed(s) and _is_seed(s + candidates - 1))]:
+            raise ValueError(f"seeds are integers of 64 bits, got {wrong[0]} and so on; give smaller ones")
 
     @torch.inference_mode()
     def _paint(self, rows: list[tuple[str, int, int]], knobs: dict, progress: Progress | None) -> list[Painting]:
@@ -313,6 +306,14 @@ def check_facts(facts: Any) -> dict[str, Any]:
         if not isinstance(flag, bool):
             raise ValueError(f"a painting's {name} must be true or false, got {flag!r:.60}; the facts were altered")
     return {name: facts[name] for name in _FACTS} | {"tile": tile} | flags
+
+
+def _integers(seed: Any, count: int) -> list[int]:
+    """One for all, or one for each, of Python, numpy or torch."""
+    try:
+        return [index(seed)] * count
+    except TypeError:
+        return [index(each) for each in seed]
 
 
 def _is_text(value: Any) -> bool:

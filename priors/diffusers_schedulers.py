@@ -116,7 +116,8 @@ def _walk(
         found = denoise(given, t.expand(len(x)), condition)
         alpha, sigma = denoise.schedule.at(t.expand(len(x)), x)
         x = scheduler.step(alpha * found.eps - sigma * found.x_0, t, x, **own).prev_sample
-        if keep is not None:
+        whole = (i + 1) % scheduler.order == 0 or i + 1 == len(times)  # of half a step not all tell the noise
+        if keep is not None and whole:
             known = full(keep.x_0)
             if i + 1 < len(times):
                 known = scheduler.add_noise(known, eps, times[i + 1].expand(len(x)))

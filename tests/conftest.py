@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 
+import allocator
 import job_worker
 import pytest
 import tiny_pipelines
@@ -106,7 +107,9 @@ _TINY = {
         _DISCRIMINATOR[1],
         "stages.tokenizer.optimizer.muon=0.0005",
     ),
-    "autoencoder_kl, alone": _tokenizer(f"kind: autoencoder_kl, {_CONVOLUTIONS}", "equivariance: 0.3"),
+    "autoencoder_kl, alone": _tokenizer(
+        f"kind: autoencoder_kl, {_CONVOLUTIONS}", "equivariance: 0.3", "stages.tokenizer.optimizer.muon=0.0005"
+    ),
     "dvae": (
         "tokenizer",
         [_DVAE, *(f"stages.tokenizer.objective.{knob}" for knob in ("autoencoder=0.25", "evenness=0")), *_GENTLE_RATES],
@@ -303,20 +306,6 @@ def flops():
 def allocated(tmp_path):
     def by(work) -> tuple[list[int], object]:
         """The bytes alive after each allocation and release, and the result."""
-        gc.collect()
-        gc.disable()  # else what earlier tests left may be released meanwhile, and count against what is measured
-        try:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-                result = work()
-        finally:
-            gc.enable()
-        profiler.export_chrome_trace(str(tmp_path / "trace.json"))
-        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-        events = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
-        alive = [0]
-        for event in events:
-            alive.append(alive[-1] + event["args"]["Bytes"])
-        return alive, result
+        return allocator.alive_in(work, tmp_path / "trace.json")
 
     return by

@@ -4,7 +4,8 @@ from its standard input where they are and where results go, a list in a line, a
 A job is a line {"name", "argv", ...}: the arguments of the trainer, and what happens to it: "stop_at", the step at
 which the first rank sends itself a real SIGTERM; "poison", first and last positions of samples whose pictures are not
 numbers; "steep_at", the step at which the last rank's loss is finite and its gradient is not; "chunk", the samples that
-validation reads at once (8); "previews", whether it makes them. Of images that codes begin with it reads few. Per job
+validation reads at once (8); "previews", whether it makes them; "full", the rank whose disk is full when it writes its
+parts of a checkpoint, by the step. Of images that codes begin with it reads few. Per job
 and rank, RESULTS/<name>-<rank>.json holds {"status", "world", "keys", "scored", "held", "hash"}: the keys of the
 samples of each step; those that were measured, with a weight; of each network the number of its values that this rank
 holds, of how many, and whether all its parameters are DTensors; and the hashes of the networks and their average after
@@ -14,6 +15,7 @@ the last step, and of what is exported.
 import gc
 import json
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -24,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from kartina.pipeline.checkpoint import part_hash
 from kartina.training import __main__ as trainer
-from kartina.training import exchange, loop, stages
+from kartina.training import exchange, loop, sharded, stages, state
 from kartina.training.stages import contract
 
 
@@ -101,16 +103,32 @@ def marked(train):
     return trained
 
 
+def tight(write, full):
+    """The writing of what is divided, in which no file of a rank may be large when its disk is full."""
+
+    def written(folder, content, together):
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if full.get(str(content["at"])) == RANK:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (state.size(content) // 8, limit[1]))
+        try:
+            return write(folder, content, together)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    return written
+
+
 def run(job, results):
     keys, scored, found, hashes, known = [], [], {}, [], dict(stages.STAGES)
     stages.STAGES.update({name: troubled(kind, job, keys, scored, found, hashes) for name, kind in known.items()})
-    usual = exchange.CHUNK, contract.IMAGES, loop.train_stage
+    usual = exchange.CHUNK, contract.IMAGES, loop.train_stage, sharded.write
     exchange.CHUNK, contract.IMAGES, loop.train_stage = job.get("chunk", 8), 256, marked(loop.train_stage)
+    sharded.write = tight(sharded.write, job.get("full", {}))
     try:
         status = trainer.main([*job["argv"], f"--processes={WORLD}"])
     finally:
         stages.STAGES.update(known)
-        exchange.CHUNK, contract.IMAGES, loop.train_stage = usual
+        exchange.CHUNK, contract.IMAGES, loop.train_stage, sharded.write = usual
     facts = {"status": status, "world": PartialState().num_processes, "keys": keys, "scored": scored, "held": found}
     facts["hash"] = "".join(hashes)  # of one stage
     (results / f"{job['name']}-{RANK}.json").write_text(json.dumps(facts))

@@ -119,4 +119,18 @@ def test_plan_and_dry_run_tell_sizes_without_training(tmp_path, monkeypatch):
     assert {line for line in table if line not in planned} <= {""} and len(table) > len(planned) // 2
     names = {line.split("  ")[1].strip() for line in table if line.startswith("  ")}
     assert {"parameters", "GFLOP a sample", "activations", "peak"} <= names and "device-hours" not in names
+    longer = ["train", "shapes/dalle", "--dry-run", "stages.prior.steps=7", "--extend", "prior=9"]
+    dry = CliRunner().invoke(cli.app, longer)
+    assert "steps: 9" in dry.output and "steps: 7" not in dry.output
+    refused = CliRunner().invoke(cli.app, [*longer, "--extend", "clip=1"])
+    assert "STAGE=STEPS with more steps than the recipe has" in str(refused.exception)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_does_not_suffice_is_one_line_and_another_error_is_not_hidden(capsys, monkeypatch):
+    other = "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED."
+    for said, one_line in (("CUDA out of memory. Tried to allocate 2 GiB", True), (other, False)):
+        monkeypatch.setattr(cli, "app", lambda said=said: (_ for _ in ()).throw(RuntimeError(said)))
+        with pytest.raises(SystemExit if one_line else RuntimeError):
+            cli.main()
+        assert capsys.readouterr().err == (f"kartina: {said}\n" if one_line else "")

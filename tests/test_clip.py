@@ -112,9 +112,14 @@ def test_a_caption_that_is_true_of_an_image_is_no_negative_for_it():
     assert float(total) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize(("beside", "expected"), [(False, [1, 1, 1, 0]), (True, [0, 1, 1, 0])])
-def test_an_image_is_right_where_its_caption_beats_those_of_another_meaning_and_wrong_ones(beside, expected):
-    """On a circle the nearest is the likest. Captions 0 and 2 mean the same, caption 3 is true of image 1 too."""
+@pytest.mark.parametrize(
+    ("beside", "unread", "expected"), [(False, [], [1, 1, 1, 0]), (True, [], [0, 1, 1, 0]), (False, [1], [1, 1, 1, 1])]
+)
+def test_an_image_is_right_where_its_caption_beats_those_of_another_meaning_and_wrong_ones(beside, unread, expected):
+    """On a circle the nearest is the likest. Captions 0 and 2 mean the same, caption 3 is true of image 1 too.
+
+    Caption 1 is nearer to image 3 than its own, but counts only where its sample could be read.
+    """
 
     def circle(angle):
         return torch.stack([angle.cos(), angle.sin()], dim=-1)
@@ -126,7 +131,8 @@ def test_an_image_is_right_where_its_caption_beats_those_of_another_meaning_and_
         _features=lambda network, batch: (circle(images), circle(captions), None, wrong),
         _meanings=lambda batch: [["a", "a"], ["b", "d"], ["a", "a"], ["d", "d"]],
     )
-    assert CLIPStage.measure(stage, None)["accuracy"].tolist() == expected
+    weight = torch.ones(4).index_fill(0, torch.tensor(unread, dtype=torch.long), 0)
+    assert CLIPStage.measure(stage, SimpleNamespace(weight=weight))["accuracy"].tolist() == expected
 
 
 def test_all_captions_of_a_sample_reach_the_loss(tmp_path):

@@ -72,6 +72,23 @@ def test_a_run_at_40_times_the_rate_is_not_normal_and_one_of_another_seed_is(run
     assert Image.open(tmp_path / "0000.png").size[0] == 400
 
 
+def test_a_loss_far_above_a_reference_that_is_negative_is_drawn(runs, tmp_path, monkeypatch):
+    """What a run alone would show by its logarithm, the reference does not let."""
+    shutil.copytree(runs / "first", folder := tmp_path / "first")
+    shutil.copy(runs / "first" / "recipe.yaml", tmp_path / "shapes-dalle.yaml")
+    monkeypatch.setattr(reference, "find", lambda name: tmp_path / "shapes-dalle.yaml")
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    reference.save_reference(folder)
+    for line in lines:
+        if "prior/total" in line:
+            line["prior/total"] = 1e3 / line["step"]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    told = compare.compare([folder], stage="prior")
+    (known,) = told.references.values()
+    known["prior"]["curves"]["prior/total"] = [[step, -2.0] for step, _ in known["prior"]["curves"]["prior/total"]]
+    assert compare.picture(told).width and "prior/total" in compare.report(told)
+
+
 def test_a_reference_of_another_version_of_the_recipe_or_of_other_data_judges_nothing(runs, tmp_path, monkeypatch):
     shutil.copytree(runs / "first", tmp_path / "first")
     shutil.copy(runs / "shapes-dalle.yaml", tmp_path)

@@ -265,6 +265,18 @@ def test_diffusers_has_no_other_kinds(tmp_path):
     with pytest.raises(ValueError, match="its U-Net gives 4 channels, those of the latents, tests/own gives 8"):
         run("export", folder, tmp_path / "there")
     assert not (tmp_path / "there").exists()
+    write_own(tmp_path / "own", {"schedule": "cosine", "prediction": "v"})
+    card = json.loads((tmp_path / "own" / "card.json").read_text())
+    card["parts"]["prior"]["trained_against"] = {"tokenizer": "0" * 64}
+    (tmp_path / "own" / "card.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match="prior was trained against another tokenizer"):
+        run("export", tmp_path / "own", tmp_path / "there")
+    del card["parts"]["prior"]["trained_against"]
+    (tmp_path / "own" / "card.json").write_text(json.dumps(card))
+    (tmp_path / "own" / "captions.json").write_text("[]")  # which is written last
+    with pytest.raises(ValueError, match="captions"):
+        run("export", tmp_path / "own", tmp_path / "there")
+    assert not [path for path in tmp_path.iterdir() if "there" in path.name]
     for sampling, message in (
         ({"spacing": "leading"}, "has no spacing 'leading'"),
         ({"sampler": "ddim", "spacing": "linspace"}, "has no spacing 'linspace' that takes the steps of ddim"),

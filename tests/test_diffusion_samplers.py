@@ -140,6 +140,24 @@ def test_what_is_masked_is_kept(name):
     assert (z[..., 2:] > -1.9).all() and z.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["DDIMScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])
+def test_what_is_kept_has_the_noise_that_is_told(name):
+    """Also where KDPM2 looks between two steps: all is kept here, so that each look finds the noise it is told."""
+    known, schedule, seen = torch.full((2, 1, 4, 4), 0.5), new_schedule(), []
+    noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def exact(x_t, t, condition):
+        alpha, sigma = schedule.at(t, x_t)
+        seen.append((x_t, alpha * known + sigma * noise))
+        return Denoised(known, (x_t - alpha * known) / sigma, None)
+
+    exact.schedule = schedule
+    keep = Keep(known, torch.ones(2, 1, 4, 4))
+    find_sampler(name)(exact, None, (1, 4, 4), SEEDS[:2], num_steps=6, noise=noise, keep=keep)
+    for found, expected in seen[2:]:  # the first step begins with noise alone
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("zero_terminal", [False, True])
 def test_inversion_and_back(zero_terminal):
     exact = Mixture([0.3, 0.7], [-0.7, 0.8], [0.3, 0.2], new_schedule(zero_terminal=zero_terminal))

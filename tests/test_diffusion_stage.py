@@ -303,7 +303,14 @@ TEXT = "parts.text={kind: caption_encoder, text_vocab: 300, text_length: 12, wid
         (["parts.prior.num_classes=10"], "the data, shapes, have no labels, got parts.prior.num_classes=10"),
         ([DIGITS, "parts.prior.num_classes=9"], "digits, have labels of 10 classes, got parts.prior.num_classes=9"),
         ([TEXT, "parts.prior.context_dim=16", "parts.prior.num_classes=10"], "conditioned on captions or on classes"),
-        ([f"{OBJECTIVE}={{loss: vlb, gamma: 1}}"], "loss: vlb is the bound of 8-bit pixels, without a tokenizer and"),
+        (
+            [f"{OBJECTIVE}={{loss: vlb, bound_weight: 1}}"],
+            "loss: vlb is the bound of 8-bit pixels, without a tokenizer",
+        ),
+        ([f"{OBJECTIVE}={{bound_weight: 1}}"], "bound_weight is of learned variances"),
+        ([f"{OBJECTIVE}={{gamma: 5}}"], "stages.prior.objective.gamma is of weighting, which is none; write that too"),
+        ([TEXT, "stages.prior.optimizers={text: {lr: 0.1}}"], "'text' is not trained there with optimizers of its own"),
+        (["training.data.shards=there"], "training.data.shards is of shards, and data of the kind 'shapes' has none"),
     ],
 )
 def test_a_prior_that_does_not_fit_is_refused_before_anything_trains(overrides, said):

@@ -26,7 +26,7 @@ def write_model(folder, parts, **sections):
     """A model folder of random weights, not zero where a U-Net begins with zeros."""
     recipe = Recipe(
         name="tests/tiny", paper="none", image_size=16, captions={"vocab_size": 260, "context_length": 12},
-        diffusion=NOISE, parts=parts, sampling={"num_steps": 4}, **sections,
+        diffusion=NOISE, parts=parts, **{"sampling": {"num_steps": 4}, **sections},
     )  # fmt: skip
     folder.mkdir()
     CaptionTokenizer.train(["a ring"], 260, 12).save(folder / "captions.json")
@@ -150,3 +150,11 @@ def test_classes_are_painted_by_their_number(tmp_path):
     for word in ("10", "-1", "seven", "٣"):
         with pytest.raises(ValueError, match="tests/tiny paints classes: say a number from 0 to 9, got"):
             system(word)
+
+
+def test_codes_without_a_tokenizer_are_one_error(tmp_path):
+    dalle = {"kind": "dalle", "text_vocab": 260, "text_length": 12, "num_codes": 8, "grid": [4, 4], "width": 16,
+             "depth": 1, "num_heads": 2}  # fmt: skip
+    write_model(tmp_path / "m", {"prior": dalle}, sampling={})
+    with pytest.raises(checkpoint.ModelError, match="the prior draws codes, and there is no tokenizer to read them"):
+        TextToImage.load(tmp_path / "m")

@@ -5,11 +5,11 @@ import os
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
 from kartina.pipeline import images as module
 from kartina.pipeline.editing import mask_of
-from kartina.pipeline.images import PHOTOS, grid, read_metadata, read_picture, save_png, to_pil, to_uint8
+from kartina.pipeline.images import PHOTOS, grid, read_metadata, read_picture, save_png, to_pil, to_uint8, upright
 from kartina.training.samples import decode_picture
 
 
@@ -176,6 +176,18 @@ def test_users_pictures_are_read_as_training_reads_them(tmp_path):
         found = read_picture(path, PHOTOS)
         assert (found.mode, found.size, found.getpixel((3, 2))) == ("RGB", (8, 4), color), name
         assert found.tobytes() == decode_picture(path.read_bytes()).tobytes()
+
+
+def test_a_photo_is_turned_once(tmp_path):
+    """Also where one that was read is read again: `kartina edit` hands over what it read."""
+    for turn in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        picture = Image.effect_noise((8, 4), 90).convert("RGB")
+        picture.save(tmp_path / "photo.png", exif=exif)
+        found = read_picture(tmp_path / "photo.png", PHOTOS)
+        expected = ImageOps.exif_transpose(Image.open(tmp_path / "photo.png"))
+        assert found.tobytes() == upright(found).tobytes() == expected.tobytes()
 
 
 def test_a_mask_is_white_where_it_is_painted_and_transparent_is_not(tmp_path):

@@ -31,23 +31,18 @@ def _made(name: str, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", RULES)
 def test_mask_is_the_rule_for_every_pair(name: str) -> None:
-    every = masks.positions(TEXT + HEIGHT * WIDTH)
+    every = torch.arange(TEXT + HEIGHT * WIDTH)
     assert torch.equal(_made(name, every, every), _brute(RULES[name]))
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_one_query_is_one_row_of_the_whole(name: str) -> None:
-    every = masks.positions(TEXT + HEIGHT * WIDTH)
+    every = torch.arange(TEXT + HEIGHT * WIDTH)
     whole = _made(name, every, every)
     for q in (0, TEXT, TEXT + 7):
         assert torch.equal(_made(name, every[q : q + 1], every[: q + 1]), whole[q : q + 1, : q + 1])
 
 
-def test_causal_is_the_lower_triangle() -> None:
-    every = masks.positions(6)
-    assert torch.equal(masks.causal(every, every), torch.ones(6, 6, dtype=torch.bool).tril())
-
-
 def test_an_even_kernel_is_refused() -> None:
     with pytest.raises(ValueError, match="odd"):
-        masks.conv(masks.positions(4), masks.positions(4), 1, 2, kernel=4)
+        masks.conv(torch.arange(4), torch.arange(4), 1, 2, kernel=4)

@@ -32,6 +32,16 @@ def test_a_recipe_names_the_licences_of_its_shards(tmp_path):
     check(recipe, training, ["tokenizer"], 1, tmp_path / "model")
 
 
+def test_notices_of_a_folder_that_is_a_link_are_not_taken(tmp_path):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key").write_text("secret")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "LICENSES").symlink_to(tmp_path / "private")
+    with pytest.raises(RecipeError, match="LICENSES is a link; put the folder itself there"):
+        notices.copy(tmp_path / "data" / "LICENSES", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_pictures_are_packed_with_their_licence_and_a_recipe_for_any_pictures_claims_none(tmp_path):
     folder, shards = tmp_path / "in", tmp_path / "shards"
     folder.mkdir()

@@ -296,6 +296,8 @@ def test_sparsity_by_hand(shape):
     torch.testing.assert_close(scalars["sparsity"], kl)
     torch.testing.assert_close(total, 0.1 * 4 * kl)
     assert ae.sparsity_kl(torch.full((2, 4), 0.2), torch.ones(2), 0.2).abs().item() < 1e-6
+    wild = torch.tensor([[0.5, torch.nan]]), torch.tensor([[0.5, 1 + 2**-22]]), torch.tensor([[0.5, 0.0]])
+    assert [ae.sparsity_kl(each, torch.ones(1), 0.2).isfinite().item() for each in wild] == [False, True, True]
     with pytest.raises(ValueError, match="latents for sparsity"):
         ae.autoencoder(x, x, weight, sparsity="l1")
     with pytest.raises(ValueError, match="one of l1, l2"):

@@ -118,6 +118,9 @@ def test_scorer_refuses_what_it_cannot_read(folder, tmp_path):
         OpenCLIPScorer(tmp_path)
     with pytest.raises(ValueError, match="no folder"):
         OpenCLIPScorer(tmp_path / "absent")
+    for whole in (f"local-dir:{path}", "hf-hub:own/clip", f"{path}/"):
+        with pytest.raises(ValueError, match="has weights of its own, 'fine.pt' would not be read"):
+            OpenCLIPScorer(whole, "fine.pt")
     with pytest.raises(ValueError, match="could not load 'no-such-net'"):
         OpenCLIPScorer("no-such-net")
 

@@ -184,7 +184,9 @@ def test_directions_are_found_used_and_judged_by_commands(tmp_path, monkeypatch)
     assert "read as moved" in call(*words)
     assert "no --candidates" in call(*words, "--candidates", 2, code=2)
     facts = json.loads((folder / "attributes.json").read_text())
-    for damage in ({"fields": []}, {"attributes": {"hat": ["hat", ["straw"]]}}, {"attributes": {"hat": ["hats", []]}}):
+    every = facts["fields"][facts["attributes"]["hat"][0]]
+    of_hat = [{"attributes": {"hat": hat}} for hat in (["hat", ["straw"]], ["hats", []], ["hat", []], ["hat", every])]
+    for damage in ({"fields": []}, *of_hat):
         (folder / "attributes.json").write_text(json.dumps(facts | damage))
         assert "is damaged" in call(*move, code=2)
     (folder / "attributes.json").write_text(json.dumps(facts))

@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from kartina.training import __main__ as trainer
 from kartina.training import state, stopping
@@ -192,6 +193,35 @@ def test_killed_at_random_moments_of_saving_a_whole_checkpoint_remains(kills, ke
         saved = state.load(state.newest(folder))
         assert saved["at"] >= reached and bool((saved["weights"] == saved["at"]).all())
         code = save_forever(folder).replace("KEEP", str(keep)).replace("at = 0", f"at = {saved['at']}")
+
+
+@pytest.mark.slow
+def test_two_that_divide_a_network_killed_at_random_moments_of_saving(tiny, prepared, tmp_path):
+    """Of parts that only one has written nothing is read, and the run ends as one that nobody killed, bit for bit."""
+    draw, kept = random.Random(0), 0
+    argv = [*tiny["dalle"][1], "training.shard=fsdp", "stages.prior.save_every=1", "stages.prior.steps=80", "--run"]
+    folders = [prepared(tmp_path / name, "dalle") for name in ("whole", "killed")]
+    saved = folders[1] / "state" / "prior"
+    for _ in range(5):
+        process = start([*argv, str(folders[1])], 2)
+        wait_for_step(folders[1], kept + 2, process)
+        while not list(saved.glob(".writing-*")):
+            assert process.poll() is None, process.communicate()[0]
+        time.sleep(draw.uniform(0, 0.03))
+        for each in family(process):
+            each.kill()
+        process.communicate()
+        kept, before = state.load(state.newest(saved))["at"], kept
+        assert before < kept < 80
+    for folder in folders:
+        process = start([*argv, str(folder)], 2)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    whole, ended = (state.newest(folder / "state" / "prior") for folder in folders)
+    parts = [path.relative_to(whole) for path in whole.rglob("*.safetensors")]
+    assert len(parts) == 2
+    for part in parts:  # of networks, optimizers and average
+        torch.testing.assert_close(load_file(ended / part), load_file(whole / part), rtol=0, atol=0)
 
 
 LAST = """

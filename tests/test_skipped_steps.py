@@ -27,6 +27,14 @@ def test_of_every_stage_a_step_with_an_infinite_gradient_is_left_out(tiny_kind, 
     assert optimizer_steps(saved, stage) == {taken}
 
 
+def test_a_signal_amid_bad_steps_stops_and_saves_nothing_of_them(tiny, prepared, tmp_path, work):
+    words = ["stages.tokenizer.patience=400", "stages.tokenizer.save_every=4", "--run"]
+    argv = [*tiny["patch_dvae"][1], *words, str(prepared(tmp_path, "patch_dvae"))]
+    (facts,) = work([{"name": "asked", "argv": argv, "poison": [[40, 10**6]], "stop_at": 5}], 1)["asked"]
+    assert facts["status"] == 143 and [step for step, _ in facts["keys"]] == [0, 1, 2, 3, 4, 5]
+    assert newest(tmp_path)["at"] == 4 and [event["step"] for event in events(tmp_path, "stopped")] == [6]
+
+
 @pytest.mark.parametrize("within", [1000, 6])
 def test_returns_that_lie_far_apart_end_no_run_and_one_that_ends_names_the_samples(
     within, tiny, prepared, tmp_path, work, monkeypatch, capsys

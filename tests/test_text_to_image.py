@@ -174,7 +174,7 @@ def test_a_row_does_not_see_its_batch(folder, dtype):
 def test_each_prompt_may_have_its_own_seed(system):
     own = system(PROMPTS, seed=[7, 100, -3], candidates=2, keep=2)
     assert sorted(p.seed for p in own) == [-3, -2, 7, 8, 100, 101]
-    assert alike(own[2:4], system(PROMPTS[1], seed=100, candidates=2, keep=2))
+    assert alike(own[2:4], system(PROMPTS[1], seed=np.int64(100), candidates=2, keep=2))
 
 
 def test_progress_counts_the_steps_of_the_whole_call(system):

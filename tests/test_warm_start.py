@@ -26,6 +26,18 @@ def card(run):
     return checkpoint.read_card(run / "model")["parts"]
 
 
+def test_captions_of_a_model_that_was_put_there_are_not_written_over(tiny, prepared, tmp_path, capsys):
+    stage, argv = tiny["dalle"]
+    assert short(stage, argv, prepared(tmp_path / "first", "dalle")) == 0
+    shutil.copytree(tmp_path / "first" / "model", tmp_path / "second" / "model")
+    captions = tmp_path / "second" / "model" / "captions.json"
+    before = captions.read_bytes()
+    assert short(stage, argv, tmp_path / "second", "training.data.levels=[S1]") == 2
+    assert "is what the parts beside it read, and would be lost" in capsys.readouterr().err
+    assert captions.read_bytes() == before
+    assert short(stage, argv, tmp_path / "second") == 0 and captions.read_bytes() == before  # which makes the same
+
+
 def test_every_stage_begins_with_the_weights_of_a_model(tiny_kind, tiny, prepared, tmp_path):
     stage, argv = tiny[tiny_kind]
     first, second = prepared(tmp_path / "first", tiny_kind), tmp_path / "second"

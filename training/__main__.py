@@ -58,7 +58,8 @@ def _prepare_captions(recipe: Recipe, source: Any, model: Path, begun: Path | No
 
     begun: the model that the run begins with, whose caption tokenizer is taken instead.
 
-    Raises RecipeError where the folder holds one of another recipe or other data.
+    Raises RecipeError where the folder holds one of another recipe or other data, or another that parts read and
+    that no run here made: it would be lost.
     """
     from ..tokenizers.captions import CaptionTokenizer
 
@@ -78,12 +79,19 @@ def _prepare_captions(recipe: Recipe, source: Any, model: Path, begun: Path | No
             )
         return
     model.mkdir(parents=True, exist_ok=True)
+    there = checkpoint.file_hash(path) if path.exists() else ""
+    read = [entry.get("trained_against", {}).get("captions") for entry in checkpoint.parts_in(model).values()]
     with replaced(path) as temporary:
         if begun is not None:
             shutil.copyfile(begun / "captions.json", temporary)
         else:
             captions = source.captions(range(20_000))
             CaptionTokenizer.train(captions, recipe.captions.vocab_size, recipe.captions.context_length).save(temporary)
+        if there in read and there != checkpoint.file_hash(temporary):
+            raise RecipeError(
+                f"{path} is what the parts beside it read, and would be lost: this recipe and its data have another; "
+                "start another run with --run FOLDER"
+            )
     checkpoint.write_text(origin, json.dumps(wanted))
 
 
@@ -151,6 +159,7 @@ def _train(
     from accelerate import Accelerator, PartialState
     from accelerate.utils import parse_flag_from_env, set_seed
 
+    from ..layers.precision import without_tf32
     from .checks import check, spared, stage_of
     from .exchange import is_out_of_memory
     from .loop import train_stage
@@ -159,8 +168,7 @@ def _train(
     check(recipe, training, names, max(1, asked), folder / "model", begun)
     # The tails of a softmax are denormal numbers, with which a CPU is many times slower. Threads made later inherit it.
     torch.set_flush_denormal(True)
-    # What is kept out of bfloat16 means float32, and a GPU's convolutions would round it to 10 bits.
-    torch.backends.cudnn.allow_tf32 = False
+    without_tf32()  # what is kept out of bfloat16 means float32
     keep_memory()
     # The flag that Accelerator reads itself: without it several CPU processes would each stand alone.
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE).device
@@ -268,18 +276,6 @@ def _finished(model: Path, part: str, identity: dict[str, Any], extended: bool) 
     return True
 
 
-def _extend(training: runs.Training, wishes: list[str]) -> tuple[runs.Training, set[str]]:
-    """The training half with the steps of `--extend STAGE=STEPS`, and the names of those stages."""
-    stages = dict(training.stages)
-    for wish in wishes:
-        name, _, steps = wish.partition("=")
-        if name not in stages or not steps.isdecimal() or int(steps) <= stages[name].steps:
-            known = ", ".join(f"{known}={stage.steps}" for known, stage in stages.items())
-            raise RecipeError(f"--extend {wish}: expected STAGE=STEPS with more steps than the recipe has ({known})")
-        stages[name] = stages[name].model_copy(update={"steps": int(steps)})
-    return training.model_copy(update={"stages": stages}), {wish.partition("=")[0] for wish in wishes}
-
-
 def end(status: int) -> NoReturn:
     """Ends this process; one of several without Python's shutdown, in which threads of gloo would abort it.
 
@@ -302,7 +298,7 @@ def end(status: int) -> NoReturn:
 def main(argv: list[str] | None = None) -> int:
     """Trains. Returns 0 when the stages are done, 2 with one clear line for a wrong recipe or run.
 
-    A signal that stopped the run after saving gives 128 + its number, but 0 to torchrun, which would take anything else
+    A signal that stopped the run gives 128 + its number, but 0 to torchrun, which would take anything else
     for a crash; `accelerate launch` starts several processes by it.
     """
     from .checks import names_of
@@ -314,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe, training = runs.load(given.recipe, given.overrides)
         if training is None:
             raise RecipeError(f"recipe {recipe.name} has no training section")
-        training, extended = _extend(training, given.extend)
+        training, extended = runs.extend(training, given.extend)
         names, folder = names_of(training, given.stage), given.run or runs.folder_of(recipe)
         begun = None if given.origin is None else find_model(given.origin)
         lock = runs.locked(folder) if rank == "0" else contextlib.nullcontext()  # the job's

@@ -193,9 +193,10 @@ def _indexes(folder: Path, manifest: dict[str, Any], source: ShardSource) -> lis
 
 
 def check_data(data: Data) -> None:
-    """Raises RecipeError for a cache of data that has none: drawn scenes have no shards to mirror."""
-    if data.cache is not None and data.kind != "shards":
-        raise RecipeError(
-            f"training.data.cache: only shards have one, and data of the kind {data.kind!r} has none; leave it out, "
-            "or set training.data.kind=shards"
-        )
+    """Raises RecipeError for shards, or a cache of them, beside data of another kind, where nothing would read them."""
+    for name in ("shards", "validation", "cache"):
+        if data.kind != "shards" and getattr(data, name) is not None:
+            raise RecipeError(
+                f"training.data.{name} is of shards, and data of the kind {data.kind!r} has none; set "
+                "training.data.kind=shards, or leave it out"
+            )

@@ -12,6 +12,7 @@ from ..pipeline import checkpoint, compiler, notices
 from ..pipeline.recipe import Recipe, RecipeError, captions_problem, is_frozen, is_pretrained, nearest
 from . import run as runs
 from . import warm_start
+from .cache import check_data
 from .log import check_trackers
 from .stages import STAGES
 
@@ -44,6 +45,7 @@ def check(
     with, if any.
     """
     check_trackers(training.trackers)
+    check_data(training.data)
     stages = {name: stage_of(recipe, name) for name in names}
     if checkpoint.parts_in(model):
         notices.check_licences(
@@ -67,8 +69,11 @@ def check(
     }
     for name, stage in stages.items():
         config = training.stages[name]
-        for other in config.optimizers.keys() - {name, *stage.beside}:
-            raise RecipeError(f"stages.{name}.optimizers: {other!r} is not trained there; leave it out")
+        own = {name} if stage.joined else {name, *stage.beside} & recipe.parts.keys()
+        for other in config.optimizers.keys() - own:
+            raise RecipeError(
+                f"stages.{name}.optimizers: {other!r} is not trained there with optimizers of its own; leave it out"
+            )
         for other in stage.needs(recipe):
             if other not in (*recipe.parts, "captions"):
                 raise RecipeError(f"stage {name} needs a {other}, which {recipe.name} has not; add parts.{other}")
@@ -135,8 +140,9 @@ def _check_objective(name: str, config: runs.Stage, stage: Any, data: str) -> No
         if key not in stage.knobs:
             raise RecipeError(f"{where}: unknown key {key!r}; {nearest(key, list(stage.knobs))}")
         check_knob(where, key, value, stage.knobs[key], data)
-        if value and (of := stage.knobs[key].of) and not config.objective.get(of):
-            raise RecipeError(f"{where}.{key} is of {of}, which is 0; write that too, or leave {key} out")
+        if value and (of := stage.knobs[key].of) and config.objective.get(of) in (None, 0, "none"):
+            absent = "none" if stage.knobs[of].choices else 0
+            raise RecipeError(f"{where}.{key} is of {of}, which is {absent}; write that too, or leave {key} out")
     contrast = config.number("contrast", 1)
     if contrast > 1 and (contrast % 1 or config.global_batch % contrast or data != "shapes"):
         raise RecipeError(

@@ -42,6 +42,10 @@ def train(
         from .plan_report import report
 
         if training is not None:
+            runs.extend(training, extend or [])
+            longer = [f"stages.{wish.replace('=', '.steps=')}" for wish in extend or []]
+            resolved, training = runs.load(recipe, [*(overrides or []), *longer])
+            assert training is not None
             model, origin = (run or runs.folder_of(resolved)) / "model", None if begun is None else find_model(begun)
             check(resolved, training, names_of(training, stage), processes, model, origin)
         typer.echo(dump(resolved))

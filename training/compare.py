@@ -93,7 +93,7 @@ def _panel(comparison: Comparison, stage: str, key: str) -> Panel:
     if told and key in metrics_of(next(iter(comparison.runs.values()))[stage]):
         begin, end = span_of(known[0], key)
         shade = [(step, *band(told, step)) for step, _ in reference if begin <= step <= end]
-    low, high = charts.limits(lines)
+    low, high = charts.limits([*lines, reference])
     log = key.rpartition("/")[2].endswith(_LOSSES) and low > 0 and high > 10 * low
     return Panel(f"{stage}: {key}", lines, reference, shade, log)
 

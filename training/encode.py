@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..layers.precision import without_tf32
 from ..pipeline import checkpoint
 from ..pipeline.built import check_built
 from ..pipeline.known_models import find_model
@@ -215,7 +216,7 @@ def _write_share(
     """Writes every shard that no other process writes, those of its own number first."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.backends.cudnn.allow_tf32 = False  # as the trainer has it, so that a cache holds what it would compute
+    without_tf32()
     try:
         encoder = _Encoder(folder, what, device)
         _begin(out, encoder.describe(shards))  # in a process of its own the folders may have changed

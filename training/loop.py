@@ -169,8 +169,7 @@ class _Run:
                     self._report(scalars)
             if run.step == reached:  # it did not go back
                 self._look()
-            if self.streak == 0 or run.step == steps:
-                self._save_if_due()
+            self._save_if_due()
         if self.config.export == "best" and run.best is not None:
             run.restore(state.require_whole(state.path_of(self.checkpoints, run.best[2])), data_too=False)
         elif self.config.export == "best":
@@ -249,7 +248,7 @@ class _Run:
             raise TrainingError(
                 f"{run.identity['stage']}: {self.streak} steps in a row were not finite for the third time within "
                 f"{_WITHIN} steps, last at samples {', '.join(keys[:8])}; log.jsonl names all of them. "
-                "Lower the learning rate, or look at these samples, and start again"
+                "Look at these samples, or lower the learning rate, in a new run: --run FOLDER"
             )
         reached = run.step
         path = exchange.newest_checkpoint(self.checkpoints, self.accelerator)
@@ -288,7 +287,7 @@ class _Run:
         if len(run.problems) > self.allowed:
             raise TrainingError(
                 f"at most {math.floor(self.allowed)} samples may be unreadable, got {len(run.problems)}; log.jsonl "
-                "names each. Run `kartina data check` and pack again, or raise training.data.bad_limit"
+                "names each. Raise training.data.bad_limit, or mend them (`kartina data check`) for a new run"
             )
 
     def _look(self) -> None:
@@ -321,16 +320,17 @@ class _Run:
                 self.log.say(f"{path} is not saved ({problem})")
 
     def _save_if_due(self) -> None:
-        """By steps, by the first rank's clock, at the end, and where any rank was asked to stop, which then it does."""
+        """By steps, by the first rank's clock, or asked to stop, none of it amid bad steps; and at the end."""
         last = self.state.step == self.config.steps
         due = last or self.state.step % (self.config.save_every or self.config.steps) == 0
         late = self.accelerator.is_main_process and time.monotonic() - self.saved > 60 * self.config.save_minutes
         wishes = torch.tensor([self.stop.signum, int(late)], device=self.accelerator.device)
         signum, late = (self.accelerator.gather(wishes[None]).amax(0)).tolist()
-        if due or late or signum:
+        if (due or late or signum) and (self.streak == 0 or last):
             self._save(must=last or bool(signum))
         if signum:
-            self.log.event(self.state.step, "stopped", "saved and stopped; the same command goes on from here")
+            saved = "saved and stopped" if self.streak == 0 or last else "stopped amid bad steps"
+            self.log.event(self.state.step, "stopped", f"{saved}; the same command goes on from the last checkpoint")
             raise Stopped(int(signum))
 
     def _save(self, must: bool = False) -> bool:

@@ -5,7 +5,7 @@ It does not know the models: they are in the recipe's other half, `kartina.pipel
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -159,6 +159,18 @@ def division(stage: Stage, world: int) -> tuple[int, int]:
             "choose a global_batch that is a multiple of their product"
         )
     return micro, per_device // micro
+
+
+def extend(training: Training, wishes: Sequence[str]) -> tuple[Training, set[str]]:
+    """The training half with the steps of `--extend STAGE=STEPS`, and the names of those stages. Raises RecipeError."""
+    stages = dict(training.stages)
+    for wish in wishes:
+        name, _, steps = wish.partition("=")
+        if name not in stages or not steps.isdecimal() or int(steps) <= stages[name].steps:
+            known = ", ".join(f"{known}={stage.steps}" for known, stage in stages.items())
+            raise RecipeError(f"--extend {wish}: expected STAGE=STEPS with more steps than the recipe has ({known})")
+        stages[name] = stages[name].model_copy(update={"steps": int(steps)})
+    return training.model_copy(update={"stages": stages}), {wish.partition("=")[0] for wish in wishes}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], extend: bool = False) -> str:

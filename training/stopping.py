@@ -16,7 +16,7 @@ SAME = 2.0  # seconds in which a launcher, a scheduler and a terminal may all pa
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved."""
+    """The run was asked to stop, and its newest checkpoint is where it goes on."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)

@@ -126,8 +126,8 @@ class _Tokenizer:
 
     def __init__(self, name: str, device: Any) -> None:
         folder = find_model(name)
-        self.name, self.recipe = name, checkpoint.load_recipe(folder)
-        self.network = checkpoint.load_part(folder, self.recipe, "tokenizer", device)
+        self.name = name
+        self.recipe, self.network = checkpoint.load_tokenizer(folder, device)
         self.spec, self.entry = self.network.spec, checkpoint.read_card(folder)["parts"]["tokenizer"]
         self.data = self.recipe.training.get("data", {})
         self.counts = torch.zeros(

@@ -8,7 +8,6 @@ It does not know the model, nor what the encoder saw pictures through.
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...layers.precision import full
 from .weighting import Average, check_images, pixel_error, weighted
@@ -29,10 +28,12 @@ def sparsity_kl(latents: Tensor, weight: Tensor, rho: float, average: Average | 
     share = share / share.sum().clamp(min=1e-12)
     active = torch.einsum("b,bcp->c", share, units(latents)) / units(latents).shape[2]
     active = active if average is None else average(active)
-    # rho ln(rho / a) + (1 - rho) ln((1 - rho) / (1 - a)) = cross-entropy - entropy
+    # rho ln(rho / a) + (1 - rho) ln((1 - rho) / (1 - a)) = cross-entropy - entropy. That of torch refuses a mean
+    # that is not finite, or above 1 when rounded.
     target = torch.full_like(active, rho)
     entropy = torch.special.entr(target) + torch.special.entr(1 - target)
-    return (F.binary_cross_entropy(active, target, reduction="none") - entropy).sum()
+    on, off = active.clamp(min=1e-12).log(), (1 - active).clamp(min=1e-12).log()
+    return -(target * on + (1 - target) * off + entropy).sum()
 
 
 def autoencoder(

@@ -44,7 +44,7 @@ class AutoencoderStage(LatentsStage):
         "corruption_level": Knob(),
         "sparsity": Knob(choices=("none", "l1", "kl")),
         "sparsity_weight": Knob(),
-        "rho": Knob(high=1),
+        "rho": Knob(high=1, of="sparsity"),
         **_ADVERSARIAL,
         **Adversary.knobs,
     }

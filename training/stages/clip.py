@@ -159,6 +159,7 @@ class CLIPStage(TrainingStage):
         right = similarity.diagonal().clone()
         meanings = self._meanings(batch)
         same = torch.tensor([[other[0] in row for other in meanings] for row in meanings], device=right.device)
+        same |= batch.weight == 0  # what could not be read
         best = similarity.masked_fill(same, -1.0).amax(dim=1)
         if wrong is not None:
             best = best.maximum(torch.einsum("bd,bwd->bw", image_features.float(), wrong.float()).amax(dim=1))

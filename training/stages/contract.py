@@ -65,8 +65,9 @@ ONE_WORDING = {name: Knob(high=1, grammar=True, phase=True) for name in ("canoni
 class TrainingStage(ABC):
     """What is trained, against what, and with which losses. What a stage has no need for, it inherits as empty.
 
-    part: the part of the recipe that it trains. beside: other parts that are trained along where the recipe has them;
-    what is not among `exported` is left behind at the end (a discriminator). networks: all of these, by the name that
+    part: the part of the recipe that it trains. beside: other parts that are trained along where the recipe has them,
+    each by optimizers of its own, or all by those of the part where they are `joined` to its network; what is not among
+    `exported` is left behind at the end (a discriminator). networks: all of these, by the name that
     `updates` yields. forward: their wrapped forms, set by the loop, through which all that trains must go. depends:
     what must be trained before. knobs: the keys of its objective. metrics: names of what validation tells, from
     `measure` or `summary`, the headline first; higher_is_better: of the headline. fewest: how few samples `measure` can
@@ -86,6 +87,7 @@ class TrainingStage(ABC):
     part: str
     depends: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    joined: bool = False
     cached: tuple[str, ...] = ()
     knobs: ClassVar[dict[str, Knob]]
     metrics: tuple[str, ...]

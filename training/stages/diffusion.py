@@ -67,12 +67,13 @@ class DiffusionStage(TrainingStage):
     fewest, steady = 2, True  # one has no sample before it
     depends: tuple[str, ...] = ("tokenizer", "captions", "text")
     beside: tuple[str, ...] = ("text",)
+    joined = True
     cached: tuple[str, ...] = ("latents", "text_tokens")
     knobs: ClassVar = {
         "loss": Knob(choices=("simple", "vlb")),
         "target": Knob(choices=("eps", "x_0", "v")),
         "weighting": Knob(choices=objective.WEIGHTINGS),
-        "gamma": Knob(),
+        "gamma": Knob(of="weighting"),
         "bound_weight": Knob(),
         "logit_std": Knob(),
         "logit_mean": Knob(low=-math.inf, of="logit_std"),

@@ -63,6 +63,8 @@ def problem(recipe: Recipe, parts: dict[str, Any], config: Stage) -> str:
             f"gives {given}; write parts.prior.in_channels={channels}, and leave out_channels out, or write twice "
             "as many for learned variances"
         )
+    if config.number("bound_weight", 0) and given == channels:
+        return "bound_weight is of learned variances; write twice as many parts.prior.out_channels, or leave it out"
     if any(place % prior.factor for place in places):
         return f"the prior halves its grid to 1/{prior.factor}, which must divide {places}; shorten channel_mult"
     return ""
